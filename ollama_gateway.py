@@ -1,0 +1,2595 @@
+#!/usr/bin/env python3
+"""A gateway that lets people share an Ollama server: a token for each person and device, in one file.
+
+    python3 ollama_gateway.py token create ada laptop
+    python3 ollama_gateway.py serve
+
+Every Ollama, OpenAI and Anthropic client works through it, streaming; whoever has no token does not get in.
+
+The sections, in order (`grep -n '^# =='` lists them):
+
+    Constants     the numbers and names that never change, each with its reason
+    Settings      one table of options: flags, environment and .env read it
+    Refusals      the one exception that ends a request, and its answer in three dialects
+    Messages      what the stages hand to each other
+    Wire          a socket with a buffer and deadlines; HTTP/1.1 framing, strict in both directions
+    Store         the tokens: every line of SQL
+    Accept        the listening server and its connections
+    Parse         the client's side: its request in, its answer out
+    Conduct       the journey of a request, in one function
+    Route         which paths there are, who may use them, which model is meant
+    Authenticate  whose token it is
+    Forward       the upstream's side: a pool of connections below urllib's opener
+    Relay         the answer, from the upstream to the client, as it comes
+    Record        one log line a request, written behind its back
+    Pages         what the gateway answers by itself
+    Assembly      the one place that puts the stages together
+    Commands      the command line
+    Main          errors become exit statuses
+
+A request travels down the file: GatewayServer accepts it, ClientStream parses it, Gateway.serve conducts it through
+Router.match, Authenticator.identify, Upstream.open and relay, and Journal.write records it. Whoever will not go on
+raises a Refusal, which becomes the answer, or, once an answer has begun, its visible end.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import email.utils
+import hashlib
+import http
+import http.server
+import io
+import json
+import logging
+import mmap
+import os
+import re
+import secrets
+import select
+import shutil
+import signal
+import socket
+import socketserver
+import sqlite3
+import ssl
+import sys
+import threading
+import time
+import types
+import unicodedata
+import urllib.parse
+import urllib.request
+from collections import deque
+from datetime import datetime, timedelta, timezone
+from typing import NamedTuple, Optional
+
+# == Constants ================================================================
+
+VERSION = "1.0.0"
+
+KIB, MIB = 1024, 1024 * 1024
+
+SECRET_PREFIX = "ogw_"      # lets a scanner, and a reader, tell what a leaked string is
+HINT_LENGTH = 8             # enough to recognise a token by, too little to guess it from
+NAME_LENGTH = 64            # fits a line of the table and of the log
+
+LINE_BYTES = 8 * KIB        # a request line; RFC 9112 3 asks for 8000 at least
+HEAD_BYTES = 32 * KIB       # all fields; SDKs send under 2 KiB, cookies of a shared domain up to 16
+FIELD_COUNT = 100           # what http.client accepts too
+TRAILER_BYTES = 4 * KIB     # nobody sends any
+BODY_BYTES = 100 * MIB      # a long chat with a dozen large pictures; blobs are not held and have no limit
+SPOOL_BYTES = 1 * MIB       # a larger body waits in a temporary file, not in memory
+READ_BYTES = 64 * KIB       # one read from a socket, and as much of a pipelined request as is kept meanwhile
+DRAIN_BYTES = 16 * MIB      # read from a refused client, so that it gets to see the refusal
+SCAN_STEPS = 100_000        # brackets and strings of a body looked at for its model; about 50 ms
+
+HEADER_SECONDS = 15         # for a whole request head, however it dribbles, and for a TLS handshake
+IDLE_SECONDS = 75           # longer than the 60 s for which many balancers keep a connection
+BODY_SECONDS = 60           # without a byte of a request body that was promised
+SEND_SECONDS = 60           # for a piece of at most 64 KiB to a client that reads slowly
+DRAIN_SECONDS = 3
+HEALTH_SECONDS = 10         # how old the upstream's state in /health may be
+PROBE_SECONDS = 2           # how long the upstream may take to say its version
+JOURNAL_SECONDS = 0.05      # how long finished requests gather before they are written
+USED_SECONDS = 1            # how long a token's last use gathers before it is stored
+CLOSE_SECONDS = 5           # how long a stopping server waits for its threads
+BUSY_SECONDS = 20           # how long a command waits for the database's other writers
+
+BACKLOG = 1024              # connections that arrive at once; the system's own maximum applies
+POOL_SIZE = 128             # idle upstream connections kept; Ollama has no limit of its own
+
+HOP_BY_HOP = frozenset((    # RFC 9110 7.6.1: these speak of one connection only
+    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+    "transfer-encoding", "upgrade"))
+FRAMING = frozenset(("host", "content-length", "transfer-encoding", "expect"))  # twice is once too often
+FORBIDDEN_TRAILERS = HOP_BY_HOP | FRAMING | {  # RFC 9110 6.5.1
+    "authorization", "x-api-key", "cookie", "content-type", "content-encoding", "content-range", "cache-control"}
+FORWARDED = ("accept", "content-type", "content-encoding", "user-agent")  # all else could leak, or be misread
+FORWARDED_PREFIXES = ("anthropic-", "openai-")
+STREAM_TYPES = ("application/x-ndjson", "text/event-stream")
+
+# == Settings =================================================================
+
+
+class UsageError(Exception):
+    """A wrong flag, value or setting: exit status 2."""
+
+
+class Failure(Exception):
+    """Something that could not be done: exit status 1."""
+
+
+SECONDS_IN = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def duration(text):
+    """Read "90s", "15m", "12h", "30d" or "8w" as seconds."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhdw])", text)
+    if not match or not float(match[1]):
+        raise ValueError("is no duration like 90s, 15m, 12h, 30d or 8w")
+    return float(match[1]) * SECONDS_IN[match[2]]
+
+
+def timeout(text):
+    """Read a duration whose unit may be missing: then it is seconds."""
+    return duration(text if text[-1:].isalpha() else text + "s")
+
+
+INSTANT = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d):(\d\d)(?:\.\d+)?(Z|[+-]\d\d:?\d\d)?)?", re.ASCII)
+
+
+def instant(text, naive_is_utc=False):
+    """Read a date (its first moment in UTC) or an ISO 8601 time as Unix seconds."""
+    match = INSTANT.fullmatch(text)
+    zone = match and match[7]
+    if not match or match[4] and not zone and not naive_is_utc:
+        raise ValueError("is no date like 2027-01-31 and no time like 2027-01-31T18:00:00Z")
+    try:
+        moment = datetime(*(int(part or 0) for part in match.groups()[:6]), tzinfo=timezone.utc)
+    except ValueError as error:
+        raise ValueError(f"is no time: {error}") from None
+    offset = timedelta()
+    if zone and zone != "Z":
+        offset = timedelta(hours=int(zone[1:3]), minutes=int(zone[-2:])) * (-1 if zone[0] == "-" else 1)
+    return int(moment.timestamp() - offset.total_seconds())
+
+
+def show_instant(seconds):
+    """Write Unix seconds as ISO 8601 in UTC."""
+    return None if seconds is None else (datetime(1970, 1, 1) + timedelta(seconds=seconds)).isoformat() + "Z"
+
+
+def text_value(text):
+    return text
+
+
+def switch(text):
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("is neither on nor off")
+
+
+def port_number(text):
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        raise ValueError("is no port: 0 to 65535")
+    return int(text)
+
+
+def log_level(text):
+    levels = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "WARN": 30, "ERROR": 40, "CRITICAL": 50}
+    if text.upper() not in levels:
+        raise ValueError("is no level: DEBUG, INFO, WARNING, ERROR or CRITICAL")
+    return levels[text.upper()]
+
+
+def upstream_url(text):
+    """Read an http or https URL, a path prefix allowed, into urllib.parse's parts."""
+    wrong = ValueError("is no upstream like http://localhost:11434")
+    try:
+        parts = urllib.parse.urlsplit(text.rstrip("/"))
+        parts.port  # raises for a port out of range
+    except ValueError:
+        raise wrong from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment \
+            or parts.username is not None or not re.fullmatch(r"[\x21-\x7e]+", text):
+        raise wrong
+    return parts
+
+
+def base_path(text):
+    """Read where /api is to be found, as "/path" or, for the root, ""."""
+    path = "/".join(part for part in text.strip("/").split("/"))
+    if path and not re.fullmatch(r"[A-Za-z0-9_~-][A-Za-z0-9._~-]*(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*", path):
+        raise ValueError("is no path of letters, digits, '.', '_', '~' and '-'")
+    if path.split("/")[0] in ("v1", "t", "docs", "openapi.json", "admin", "health", "me", "metrics"):
+        raise ValueError("starts with a path that the gateway has another use for")
+    return "/" + path if path else ""
+
+
+def origins(text):
+    """Read "*" or a comma list of origins, as a browser sends them (RFC 6454 7)."""
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    for origin in found:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+|null", origin):
+            raise ValueError(f"names {origin}, which is no origin like https://chat.example.com")
+    return found
+
+
+class Option(NamedTuple):
+    """A setting: `convert` reads what was typed, and says in a ValueError what is wrong with it."""
+
+    flag: str
+    variable: str
+    default: Optional[str]
+    convert: object
+    metavar: str
+    help: str
+
+    @property
+    def name(self):
+        return self.flag[2:].replace("-", "_")
+
+
+OPTIONS = (
+    Option("--ollama-url", "OLLAMA_BASE_URL", "http://localhost:11434", upstream_url, "URL", "the Ollama to guard"),
+    Option("--base-path", "BASE_PATH", "/api", base_path, "PATH", "where clients find Ollama's /api"),
+    Option("--db", "TOKEN_DB_PATH", "tokens.db", text_value, "FILE", "the database of tokens"),
+    Option("--host", "GATEWAY_HOST", "127.0.0.1", text_value, "ADDRESS", "the address to listen on; :: for all"),
+    Option("--port", "GATEWAY_PORT", "8000", port_number, "PORT", "the port to listen on"),
+    Option("--tls-cert", "GATEWAY_TLS_CERT", None, text_value, "FILE", "serve HTTPS with this certificate chain"),
+    Option("--tls-key", "GATEWAY_TLS_KEY", None, text_value, "FILE", "its private key, if not in the same file"),
+    Option("--cors-origins", "GATEWAY_CORS_ORIGINS", "", origins, "LIST", "web pages that may call: origins, or *"),
+    Option("--path-tokens", "GATEWAY_PATH_TOKENS", "off", switch, "", "accept /t/SECRET before any path"),
+    Option("--connect-timeout", "GATEWAY_CONNECT_TIMEOUT", "5s", timeout, "TIME", "to connect to Ollama"),
+    Option("--first-byte-timeout", "GATEWAY_FIRST_BYTE_TIMEOUT", "600s", timeout, "TIME",
+           "for Ollama's answer to begin: a model loads, queues, thinks"),
+    Option("--stall-timeout", "GATEWAY_STALL_TIMEOUT", "300s", timeout, "TIME", "for the next piece of an answer"),
+    Option("--log-level", "LOG_LEVEL", "INFO", log_level, "LEVEL", "what goes to stderr"),
+    Option("--log-file-level", "LOG_FILE_LEVEL", "INFO", log_level, "LEVEL", "what goes to the log file"),
+    Option("--log-file", "GATEWAY_LOG_FILE", None, text_value, "FILE",
+           "a log file, rotated at 10 MB; app.log if LOG_FILE_LEVEL is set"),
+)
+DATABASE_OPTION = next(option for option in OPTIONS if option.flag == "--db")
+
+
+class Settings(types.SimpleNamespace):
+    """One attribute for each option, by its name, converted."""
+
+
+ENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=(.*)")
+QUOTED = re.compile(r"""(?:'([^']*)'|"((?:[^"\\]|\\.)*)")\s*(?:\#.*)?""", re.VERBOSE)
+
+
+def env_value(text):
+    """Read what stands behind the "=" of a .env file's line: quotes and a comment's tail come off."""
+    quoted = QUOTED.fullmatch(text.strip())
+    if not quoted:
+        return re.split(r"(?:^|\s)#", text, maxsplit=1)[0].strip()
+    return quoted[1] if quoted[1] is not None else re.sub(r'\\(["\\])', r"\1", quoted[2])
+
+
+def read_env_file(path):
+    """Read a .env file into a dictionary; without a path it is .env, which may be missing."""
+    try:
+        with open(path or ".env", encoding="utf-8-sig") as file:
+            lines = [ENV_LINE.fullmatch(line) for line in file.read().splitlines()]
+    except FileNotFoundError:
+        if path is None:
+            return {}
+        raise UsageError(f'--env-file: there is no file "{path}"') from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f'cannot read the settings in "{path or ".env"}": {error}') from None
+    return {line[1]: env_value(line[2]) for line in lines if line}
+
+
+def load_settings(flags, environ, env_file=None, options=OPTIONS):
+    """Settle every option: its flag beats the environment, that the .env file, that the default. An empty one is unset.
+
+    flags: what was typed, by option name. Raises UsageError naming the flag or variable, the value and the file.
+    """
+    file = read_env_file(env_file)
+    settings = Settings()
+    for option in options:
+        for source, raw in ((option.flag, flags.get(option.name)), (option.variable, environ.get(option.variable)),
+                            (f'{option.variable} in {env_file or ".env"}', file.get(option.variable)),
+                            ("default", option.default)):
+            if raw:
+                break
+        try:
+            setattr(settings, option.name, None if raw is None else option.convert(raw))
+        except ValueError as error:
+            raise UsageError(f'{source}: "{raw}" {error}') from None
+    if options is OPTIONS:
+        if not settings.log_file and (environ.get("LOG_FILE_LEVEL") or file.get("LOG_FILE_LEVEL")
+                                      or flags.get("log_file_level")):
+            settings.log_file = "app.log"
+        if settings.tls_key and not settings.tls_cert:
+            raise UsageError("--tls-key: it needs the certificate too: --tls-cert FILE")
+    return settings
+
+
+# == Refusals =================================================================
+
+
+class Reason(NamedTuple):
+    """Why requests are refused: HTTP's status, the types that OpenAI's and Anthropic's clients know, and a sentence."""
+
+    status: int
+    openai_type: str
+    anthropic_type: str
+    meaning: str
+
+
+REFUSALS = {
+    "malformed": Reason(400, "invalid_request_error", "invalid_request_error",
+                        "the request is malformed, or names two credentials"),
+    "unauthorized": Reason(401, "invalid_request_error", "authentication_error",
+                           "no token, or one that is unknown, expired or deleted"),
+    "forbidden": Reason(403, "permission_error", "permission_error", "the token does not allow this"),
+    "unknown_route": Reason(404, "not_found_error", "not_found_error", "the gateway has no such path"),
+    "wrong_method": Reason(405, "invalid_request_error", "invalid_request_error",
+                           "the path takes other methods: see Allow"),
+    "too_slow": Reason(408, "invalid_request_error", "invalid_request_error", "the request did not arrive in time"),
+    "body_too_large": Reason(413, "invalid_request_error", "request_too_large", "the body is too large"),
+    "line_too_long": Reason(414, "invalid_request_error", "invalid_request_error", "the request line is too long"),
+    "unknown_expectation": Reason(417, "invalid_request_error", "invalid_request_error",
+                                  "Expect asks for more than 100-continue"),
+    "head_too_large": Reason(431, "invalid_request_error", "invalid_request_error", "too many or too long headers"),
+    "internal": Reason(500, "api_error", "api_error", "a fault of the gateway: its log tells more"),
+    "unknown_coding": Reason(501, "invalid_request_error", "invalid_request_error",
+                             "a Transfer-Encoding other than chunked"),
+    "upstream_failed": Reason(502, "api_error", "api_error", "Ollama cannot be reached, or talks nonsense"),
+    "no_room": Reason(503, "api_error", "overloaded_error", "no disk space for the body: try again later"),
+    "upstream_silent": Reason(504, "api_error", "api_error", "Ollama did not begin its answer in time"),
+    "unknown_version": Reason(505, "invalid_request_error", "invalid_request_error",
+                              "an HTTP version other than 1.0 and 1.1"),
+}
+
+
+class Refusal(Exception):
+    """The end of a request: raised from any depth, answered in one place."""
+
+    def __init__(self, code, message, fields=()):
+        super().__init__(message)
+        self.code, self.reason, self.fields = code, REFUSALS[code], tuple(fields)
+
+    @property
+    def status(self):
+        return self.reason.status
+
+    def told_to(self, dialect):
+        """Return the error object as clients of "ollama", "openai" or "anthropic" expect it."""
+        if dialect == "openai":
+            return {"error": {"message": str(self), "type": self.reason.openai_type, "param": None, "code": self.code}}
+        if dialect == "anthropic":
+            return {"type": "error", "error": {"type": self.reason.anthropic_type, "message": str(self)}}
+        return {"error": str(self)}
+
+
+class Malformed(Exception):
+    """Bytes that are no HTTP: a refusal when the client sent them, a failure when the upstream did."""
+
+    def __init__(self, message, code="malformed"):
+        super().__init__(message)
+        self.code = code
+
+
+class ClientLeft(ConnectionError):
+    """The client hung up, or stopped reading: there is nobody to answer."""
+
+
+# == Messages =================================================================
+
+
+class Token(NamedTuple):
+    """A token as the database has it, but for its digest; times are Unix seconds in UTC."""
+
+    id: int
+    user: str
+    name: str
+    hint: str
+    created_at: int
+    expires_at: Optional[int]
+    last_used_at: Optional[int]
+    admin: bool
+
+
+class Request:
+    """A request's head, parsed: field names in lower case, a repeated field's values joined by commas."""
+
+    __slots__ = ("method", "path", "query", "version", "fields", "repeated", "id", "keep_alive", "path_secret")
+
+    def __init__(self, method, path, query, version, fields, repeated):
+        self.method, self.path, self.query, self.version = method, path, query, version
+        self.fields, self.repeated = fields, repeated
+        self.path_secret = None
+
+
+class Route(NamedTuple):
+    """A path as Ollama knows it (`{name}`: one segment), and what it takes to use it."""
+
+    method: str
+    path: str
+    access: str             # "public", "token" or "admin"
+    kind: str               # "page", "read", "inference", "model" or "account"
+    page: str = ""          # which of our own pages answers
+    streams_up: bool = False  # the request's body is passed on unheld
+
+
+class Record:
+    """What will be known of a request when it has ended."""
+
+    __slots__ = ("id", "peer", "token", "method", "path", "model", "status", "sent", "began", "answered", "ended",
+                 "outcome", "why")
+
+    def __init__(self, peer, now):
+        self.peer, self.began, self.sent = peer, now, 0
+        self.id = self.token = self.method = self.path = self.model = self.status = None
+        self.answered = self.ended = None   # when the first byte of the answer went out, and when all was over
+        self.outcome = self.why = None      # "broken" or "left", if it did not end well; the refusal's text
+
+
+# == Wire =====================================================================
+
+
+class Deadline:
+    """A moment by which something must have happened."""
+
+    __slots__ = ("_at",)
+
+    def __init__(self, seconds):
+        self._at = time.monotonic() + seconds
+
+    def left(self):
+        """Return the seconds left; raise TimeoutError when there are none."""
+        seconds = self._at - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError("the time is up")
+        return seconds
+
+
+READABLE, WRITABLE = getattr(select, "POLLIN", 1), getattr(select, "POLLOUT", 4)
+HUNG_UP = getattr(select, "POLLRDHUP", 0)  # Linux tells a half-closed peer without a read; others cannot
+WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError)
+
+
+def poll(wants, seconds):
+    """Wait until a descriptor of {descriptor: events} is ready, or the seconds are over; return those that are."""
+    if hasattr(select, "poll"):
+        poller = select.poll()
+        for descriptor, events in wants.items():
+            poller.register(descriptor, events)
+        return {descriptor for descriptor, _ in poller.poll(int(seconds * 1000) + 1)}
+    ready = select.select([fd for fd, events in wants.items() if events & READABLE],  # Windows
+                          [fd for fd, events in wants.items() if events & WRITABLE], [], seconds)
+    return set(ready[0]) | set(ready[1])
+
+
+class Wire:
+    """A non-blocking socket and what was read from it too early; each wait has a deadline, and may watch another wire."""
+
+    def __init__(self, sock):
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or Nagle waits for delayed ACKs, 44 ms an answer
+        self.sock, self.descriptor, self.buffer = sock, sock.fileno(), b""
+
+    def secure(self, context, deadline, **how):
+        """Speak TLS from here on; `how` goes to SSLContext.wrap_socket."""
+        self.sock = context.wrap_socket(self.sock, do_handshake_on_connect=False, **how)
+        while True:
+            try:
+                return self.sock.do_handshake()
+            except ssl.SSLWantReadError:
+                self.wait(READABLE, deadline)
+            except ssl.SSLWantWriteError:
+                self.wait(WRITABLE, deadline)
+
+    def wait(self, events, deadline, watched=None):
+        """Wait for events here; when the watched wire stirs first, it decides what that means.
+
+        Raises TimeoutError, and whatever `watched.stirred()` raises.
+        """
+        while True:
+            wants = {self.descriptor: events}
+            if watched is not None:
+                wants[watched.descriptor] = watched.watched_events()
+            ready = poll(wants, deadline.left())
+            if watched is not None and watched.descriptor in ready:
+                watched.stirred()
+            if self.descriptor in ready:
+                return
+
+    def watched_events(self):
+        """Return what to watch for: with much unread already, only the hang-up."""
+        return HUNG_UP if len(self.buffer) >= READ_BYTES else READABLE | HUNG_UP
+
+    def fill(self, deadline, watched=None):
+        """Read more into the buffer as soon as there is any; return False at the stream's end."""
+        while True:
+            if not (isinstance(self.sock, ssl.SSLSocket) and self.sock.pending()):  # poll cannot see what TLS holds
+                self.wait(READABLE, deadline, watched)
+            try:
+                data = self.sock.recv(READ_BYTES)
+            except WOULD_BLOCK:
+                continue
+            except ssl.SSLWantWriteError:
+                self.wait(WRITABLE, deadline, watched)
+                continue
+            self.buffer = self.buffer + data if self.buffer else data
+            return bool(data)
+
+    def alive(self):
+        """Tell whether the peer is still there, reading without a wait what it has sent."""
+        try:
+            data = self.sock.recv(READ_BYTES)
+        except WOULD_BLOCK:
+            return True
+        except OSError:
+            return False
+        self.buffer += data
+        return bool(data)
+
+    def send(self, data, deadline, watched=None):
+        """Send all of the data."""
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self.sock.send(view):]
+            except (BlockingIOError, ssl.SSLWantWriteError):
+                self.wait(WRITABLE, deadline, watched)
+            except ssl.SSLWantReadError:
+                self.wait(READABLE, deadline, watched)
+
+    def read_head(self, deadline, watched=None):
+        """Read a message's head; return its first line and its block of field lines, both as bytes.
+
+        Raises Malformed for one that is too large, has a bare LF, or ends early (RFC 9112 2.2).
+        """
+        searched = 0
+        while True:
+            end = self.buffer.find(b"\r\n\r\n", searched)
+            line = self.buffer.find(b"\r\n", 0, LINE_BYTES + 2)
+            if line < 0 and len(self.buffer) > LINE_BYTES:
+                raise Malformed(f"the first line is longer than {LINE_BYTES} bytes", "line_too_long")
+            if end > HEAD_BYTES or end < 0 and len(self.buffer) > HEAD_BYTES:
+                raise Malformed(f"the headers are larger than {HEAD_BYTES} bytes", "head_too_large")
+            if end >= 0:
+                head, self.buffer = self.buffer[:end + 2], self.buffer[end + 4:]
+                return head[:line], head[line + 2:]
+            if re.search(rb"(?<!\r)\n", self.buffer[max(searched - 1, 0):]):
+                raise Malformed("a line does not end in CR LF")
+            searched = max(len(self.buffer) - 3, 0)
+            if not self.fill(deadline, watched):
+                raise Malformed("the headers end early")
+
+    def hang_up(self):
+        """End the connection from another thread: whoever waits on it wakes up."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.sock.close()
+
+    def reset(self):
+        """Close so that the peer sees an error, not an end."""
+        with contextlib.suppress(OSError):
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # struct linger {1, 0}
+        self.close()
+
+
+FIELD_BLOCK = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*")  # RFC 9110 5.1, 5.5
+
+
+def parse_fields(block):
+    """Return a head's field lines as (name, value) pairs of text (RFC 9112 5): no folding, no space before the colon."""
+    if not FIELD_BLOCK.fullmatch(block):
+        raise Malformed("a header is malformed")
+    lines = block.decode("latin-1").split("\r\n")[:-1]
+    if len(lines) > FIELD_COUNT:
+        raise Malformed(f"there are more than {FIELD_COUNT} headers", "head_too_large")
+    return [(name, value.strip(" \t")) for name, _, value in (line.partition(":") for line in lines)]
+
+
+def content_length(value):
+    """Read a Content-Length's value: digits, once."""
+    if not re.fullmatch("[0-9]{1,18}", value):
+        raise Malformed(f'Content-Length is "{value[:40]}", not a number')
+    return int(value)
+
+
+class LengthBody:
+    """Decodes a body whose length was told; of length 0, also one that there is not."""
+
+    def __init__(self, length):
+        self.left = length
+
+    @property
+    def complete(self):
+        return not self.left
+
+    def decode(self, data):
+        """Split data into the body's next piece and what is not of it."""
+        piece = data[:self.left]
+        self.left -= len(piece)
+        return piece, data[len(piece):]
+
+    def end(self):
+        """Take note that nothing more will come; raise Malformed if that is too early."""
+        raise Malformed(f"the body ends {self.left} bytes early")
+
+
+class OpenBody(LengthBody):
+    """Decodes a body that lasts until its connection ends (RFC 9112 6.3, the last rule)."""
+
+    def __init__(self):
+        self.left = 1
+
+    def decode(self, data):
+        return data, b""
+
+    def end(self):
+        self.left = 0
+
+
+class ChunkedBody:
+    """Decodes a chunked body (RFC 9112 7.1): plain hex sizes, no extensions, trailers read and dropped."""
+
+    FIRST = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
+    NEXT = re.compile(rb"\r\n([0-9A-Fa-f]{1,16})\r\n")
+    PART = re.compile(rb"(?:\r\n)?[0-9A-Fa-f]{0,16}\r?")
+
+    def __init__(self):
+        self.complete = False
+        self._left = 0          # of the chunk that is being read
+        self._size_line = self.FIRST
+        self._ending = False    # the last chunk was seen: trailers follow
+
+    def decode(self, data):
+        """Split data into the body's next piece, of as many chunks as there are, and what is not of it."""
+        pieces, at = [], 0
+        while not self._ending:
+            if self._left:
+                piece = data[at:at + self._left]
+                pieces.append(piece)
+                at += len(piece)
+                self._left -= len(piece)
+                if self._left:
+                    return b"".join(pieces), b""
+            match = self._size_line.match(data, at)
+            if not match:
+                if not self.PART.fullmatch(data, at):
+                    raise Malformed("a chunk is malformed")
+                return b"".join(pieces), data[at:]
+            self._size_line = self.NEXT
+            at = match.end()
+            self._left = int(match[1], 16)
+            self._ending = not self._left
+        return b"".join(pieces), self._trailers(data[at:])
+
+    def _trailers(self, data):
+        end = 0 if data.startswith(b"\r\n") else data.find(b"\r\n\r\n") + 2
+        if end == 1:  # not found
+            if len(data) > TRAILER_BYTES:
+                raise Malformed("the trailers are too large", "head_too_large")
+            return data
+        for name, _ in parse_fields(data[:end]):
+            if name.lower() in FORBIDDEN_TRAILERS:
+                raise Malformed(f"{name} is no trailer")
+        self.complete = True
+        return data[end + 2:]
+
+    def end(self):
+        raise Malformed("the body ends before its last chunk")
+
+
+# == Store ====================================================================
+
+REPLACED_COLUMNS = {"id", "user_id", "user", "api_name", "token", "created_at", "expires_at"}
+
+
+def digest_of(secret):
+    """Return the SHA-256 of a secret in hex; 256 random bits need no slow hash."""
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def hint_of(secret):
+    """Return a secret's first characters, and never more than half of it."""
+    return secret[:min(HINT_LENGTH, len(secret) // 2)]
+
+
+def check_name(what, name):
+    """Return a user's or token's name; raise UsageError for one that no list could show."""
+    if not name or len(name) > NAME_LENGTH or not name.isprintable() or name != name.strip() or name.startswith("-"):
+        raise UsageError(f"the {what} {json.dumps(name[:80])} must have 1 to {NAME_LENGTH} printable characters, "
+                         "none of them '-' at the start or a space at either end")
+    return name
+
+
+def _tame_name(text, taken, user=None):
+    """Make any text of the replaced system's database a name that can be shown, and that is not taken."""
+    name = "".join(c if c.isprintable() else "?" for c in str(text or "")).strip().lstrip("-").strip()
+    name = base = name[:NAME_LENGTH].strip() or "unnamed"
+    number = 1
+    while (user, name) in taken:
+        number += 1
+        name = f"{base[:NAME_LENGTH - 12]}-{number}"
+    return name
+
+
+def _replaced_instant(value, otherwise):
+    """Read a time of the replaced system: ISO text, in UTC where it names no zone, or Unix seconds."""
+    try:
+        return int(value) if isinstance(value, (int, float)) else instant(str(value).strip(), naive_is_utc=True)
+    except (ValueError, OverflowError):
+        return otherwise
+
+
+def _create_tokens(db, now):
+    """Version 1: tokens by digest; the rows of the replaced system's table, if it is there, are carried over."""
+    replaced = {row[1] for row in db.execute("PRAGMA table_info(tokens)")}
+    rows = []
+    if replaced:
+        rows = db.execute("SELECT user_id, user, api_name, token, created_at, expires_at FROM tokens ORDER BY id"
+                          ).fetchall()
+        db.execute("DROP TABLE tokens")
+    db.execute("""CREATE TABLE tokens (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, user TEXT NOT NULL, name TEXT NOT NULL,
+        digest TEXT NOT NULL UNIQUE, hint TEXT NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER,
+        last_used_at INTEGER, admin INTEGER NOT NULL DEFAULT 0, UNIQUE (user, name))""")
+    # generation: the server looks at it to learn whether its copy of the tokens is old; last_used_at does not count
+    db.execute("CREATE TABLE state (generation INTEGER NOT NULL, scrub_owed INTEGER NOT NULL)")
+    db.execute("INSERT INTO state VALUES (1, ?)", (bool(replaced),))
+    for event in "INSERT", "UPDATE OF user, name, digest, hint, created_at, expires_at, admin", "DELETE":
+        db.execute(f"CREATE TRIGGER tokens_{event.split()[0].lower()} AFTER {event} ON tokens "
+                   "BEGIN UPDATE state SET generation = generation + 1; END")
+    taken, digests = set(), set()
+    for user_id, user, name, secret, created_at, expires_at in rows:
+        digest = digest_of(str(secret or ""))
+        if not secret or digest in digests:
+            continue  # could never have been used, or is there already
+        digests.add(digest)
+        user = _tame_name(user or user_id, ())
+        name = _tame_name(name, taken, user)
+        taken.add((user, name))
+        expires_at = None if expires_at in (None, "") else _replaced_instant(expires_at, now)  # unreadable: expired
+        db.execute("INSERT INTO tokens (user, name, digest, hint, created_at, expires_at) VALUES (?, ?, ?, ?, ?, ?)",
+                   (user, name, digest, hint_of(str(secret)), _replaced_instant(created_at, now), expires_at))
+
+
+MIGRATIONS = (_create_tokens,)  # the n-th makes version n of its predecessor; each is applied once
+
+
+def _scrub(db):
+    """Rewrite the database so that no page of it, free or live, nor its WAL, remembers a clear token."""
+    with contextlib.suppress(sqlite3.OperationalError):  # another opener is in the way: the scrub stays owed
+        db.execute("PRAGMA secure_delete = ON")
+        db.execute("VACUUM")
+        busy, _, _ = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if not busy:
+            db.execute("UPDATE state SET scrub_owed = 0")
+
+
+def _migrate(db, path, now):
+    """Bring the database to the newest version, step by step, whoever else is doing the same."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        for number, migration in enumerate(MIGRATIONS[version:], version + 1):
+            migration(db, now)
+            db.execute(f"PRAGMA user_version = {number}")
+        db.execute("COMMIT")
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
+
+
+def _use_wal(db):
+    """Let readers and a writer work side by side; where the file system cannot, stay as it is.
+
+    SQLite's busy handler does not wait for this one, and eight first openers collide here: retried until a deadline.
+    """
+    deadline = Deadline(BUSY_SECONDS)
+    while db.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error):
+                raise
+            deadline.left()
+            time.sleep(0.01)
+
+
+def _connect(path, writable):
+    """Open the file; where nothing can be written beside it, as it is, or, if SQLite needs more, as if frozen."""
+    how = dict(timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    if writable:
+        return sqlite3.connect(path, **how)
+    for mode in "mode=ro", "immutable=1":
+        db = sqlite3.connect(f"file:{urllib.parse.quote(path)}?{mode}", uri=True, **how)
+        try:
+            db.execute("SELECT 1 FROM sqlite_master").fetchone()
+            return db
+        except sqlite3.OperationalError as error:
+            db.close()
+            trouble = error
+    raise trouble
+
+
+def _check_version(db, path):
+    """Return whether the database is one of ours or of the replaced system, and not of the future."""
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(MIGRATIONS):
+        raise Failure(f"the database {path} is of version {version}, this program knows up to {len(MIGRATIONS)}: "
+                      "use a newer one")
+    tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    columns = {row[1] for row in db.execute("PRAGMA table_info(tokens)")}
+    if version == 0 and tables and not columns >= REPLACED_COLUMNS or version and not tables >= {"tokens", "state"}:
+        raise Failure(f"{path} is a database of another program: name another file with --db")
+    return version
+
+
+def _make_private(path, create):
+    """Make sure that the file exists, if it may be made, and that only its owner can read it, before it holds a byte."""
+    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path)):
+        raise Failure(f"the database {path} cannot be there: " + (
+            "that is a folder" if os.path.isdir(path) else f"there is no folder {os.path.dirname(path)}"))
+    empty = not os.path.exists(path) or not os.path.getsize(path)
+    if empty and not create:
+        raise Failure(f'there is no database at {path} yet: "token create" makes one, or name another with --db')
+    if not os.path.exists(path):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    elif os.name == "posix" and os.access(path, os.W_OK) and os.stat(path).st_mode & 0o077:
+        os.chmod(path, 0o600)
+
+
+def open_store(path, create=False, now=None):
+    """Open the database of tokens, upgrading it if it is old; `create` allows a missing or empty file.
+
+    Raises Failure, naming the file and what is wrong; then nothing in it has been touched.
+    """
+    path, db = os.path.abspath(path), None
+    try:
+        _make_private(path, create)
+        writable = os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK)
+        db = _connect(path, writable)
+        version = _check_version(db, path)
+        if version < len(MIGRATIONS) and not writable:
+            raise Failure(f"the database {path} must be upgraded, but cannot be written: make it and its folder writable")
+        if writable:
+            _use_wal(db)
+            if version < len(MIGRATIONS):
+                _migrate(db, path, int(time.time() if now is None else now))
+            if db.execute("SELECT scrub_owed FROM state").fetchone()[0]:
+                _scrub(db)
+        return TokenStore(path, db, writable)
+    except BaseException as error:
+        if db is not None:
+            db.close()
+        if isinstance(error, (sqlite3.Error, OSError)):
+            raise Failure(f"cannot use the database {path}: {error}") from None
+        raise
+
+
+class TokenStore:
+    """The tokens on disk; safe to share between threads, and with other processes."""
+
+    COLUMNS = ", ".join(Token._fields)
+    EXPORTED = ("user", "name", "digest", "hint", "created_at", "expires_at", "last_used_at", "admin")
+
+    def __init__(self, path, db, writable, clock=time.time):
+        self.path, self.writable = path, writable
+        self._db, self._lock, self._clock = db, threading.Lock(), clock
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        self._db.close()
+
+    @contextlib.contextmanager
+    def _access(self, begin="BEGIN"):
+        """Hold a transaction, committed at the block's end; SQLite's errors become Failures."""
+        with self._lock:
+            try:
+                self._db.execute(begin)
+                yield self._db
+                self._db.execute("COMMIT")
+            except sqlite3.Error as error:
+                raise Failure(f"the database {self.path} refuses: {error}") from error
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+
+    def _writing(self):
+        if not self.writable:
+            raise Failure(f"the database {self.path} is read-only: make it and its folder writable to change tokens")
+        return self._access("BEGIN IMMEDIATE")
+
+    def _get(self, db, user, name):
+        row = db.execute(f"SELECT {self.COLUMNS} FROM tokens WHERE user = ? AND name = ?", (user, name)).fetchone()
+        if row is None:
+            raise Failure(f'no token "{user}/{name}" in {self.path}: see "token list"')
+        return Token(*row)
+
+    def create(self, user, name, expires_at=None, admin=False):
+        """Make a token; return it and its secret, which nothing but the answer will ever hold."""
+        check_name("user", user), check_name("name", name)
+        secret = SECRET_PREFIX + secrets.token_urlsafe(32)
+        with self._writing() as db:
+            if db.execute("SELECT 1 FROM tokens WHERE user = ? AND name = ?", (user, name)).fetchone():
+                raise Failure(f'the token "{user}/{name}" exists already: choose another name, or "token rotate" it')
+            db.execute("INSERT INTO tokens (user, name, digest, hint, created_at, expires_at, admin) "
+                       "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                       (user, name, digest_of(secret), hint_of(secret), int(self._clock()), expires_at, bool(admin)))
+            return self._get(db, user, name), secret
+
+    def rotate(self, user, name):
+        """Give a token a new secret and return both; the old one stops working."""
+        secret = SECRET_PREFIX + secrets.token_urlsafe(32)
+        with self._writing() as db:
+            token = self._get(db, user, name)
+            db.execute("UPDATE tokens SET digest = ?, hint = ? WHERE id = ?",
+                       (digest_of(secret), hint_of(secret), token.id))
+            return self._get(db, user, name), secret
+
+    def update(self, user, name, **changes):
+        """Change a token's expires_at or admin; return it."""
+        with self._writing() as db:
+            token = self._get(db, user, name)
+            for column in Token._fields:
+                if column in changes:
+                    db.execute(f"UPDATE tokens SET {column} = ? WHERE id = ?", (changes[column], token.id))
+            return self._get(db, user, name)
+
+    def delete(self, user, name):
+        """Delete a token and return what it was."""
+        with self._writing() as db:
+            token = self._get(db, user, name)
+            db.execute("DELETE FROM tokens WHERE id = ?", (token.id,))
+            return token
+
+    def list(self, user=None):
+        """Return the tokens, of one user or of all, by user and name."""
+        with self._access() as db:
+            rows = db.execute(f"SELECT {self.COLUMNS} FROM tokens WHERE ? IN (user, '') ORDER BY user, name, id",
+                              (user or "",)).fetchall()
+        return [Token(*row) for row in rows]
+
+    def find(self, secret):
+        """Return the token of a secret, expired or not, or None."""
+        with self._access() as db:
+            row = db.execute(f"SELECT {self.COLUMNS} FROM tokens WHERE digest = ?", (digest_of(secret),)).fetchone()
+        return row and Token(*row)
+
+    def touch(self, uses):
+        """Note when tokens were last used: {id: Unix seconds}."""
+        with self._writing() as db:
+            db.executemany("UPDATE tokens SET last_used_at = max(ifnull(last_used_at, 0), ?) WHERE id = ?",
+                           [(when, token_id) for token_id, when in uses.items()])
+
+    def export_rows(self):
+        """Return all there is to carry to another machine: a dictionary a token, digests, never secrets."""
+        with self._access() as db:
+            rows = db.execute(f"SELECT {', '.join(self.EXPORTED)} FROM tokens ORDER BY user, name").fetchall()
+        return [dict(zip(self.EXPORTED, row)) for row in rows]
+
+    def import_rows(self, rows):
+        """Add exported rows, all or none; a row that is here already is no change. Return how many were new."""
+        added = 0
+        with self._writing() as db:
+            for row in rows:
+                here = db.execute(f"SELECT {', '.join(self.EXPORTED)} FROM tokens "
+                                  "WHERE user = ? AND name = ? OR digest = ?",
+                                  (row["user"], row["name"], row["digest"])).fetchall()
+                known = [dict(zip(self.EXPORTED, old), last_used_at=row["last_used_at"]) for old in here]
+                if known and known != [row]:
+                    raise Failure(f'the token "{row["user"]}/{row["name"]}" clashes with one in {self.path}: '
+                                  "nothing was imported; delete or rename one of them first")
+                if not known:
+                    db.execute(f"INSERT INTO tokens ({', '.join(self.EXPORTED)}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                               [row[column] for column in self.EXPORTED])
+                    added += 1
+        return added
+
+
+class TokenTable:
+    """All tokens by digest, in memory: what a request asks. It is as new as the last commit of anyone.
+
+    `PRAGMA data_version` moves with every commit of another connection, a note of a last use too: only then is the
+    generation looked at, and only when that has moved are the tokens read again. The connection never waits: while the
+    database is locked, the table stays as it is.
+    """
+
+    def __init__(self, store):
+        self._db = _connect(store.path, store.writable)
+        self._db.execute("PRAGMA busy_timeout = 0")
+        self._lock = threading.Lock()
+        self._seen = self._generation = None
+        self._tokens = {}
+
+    def find(self, secret):
+        """Return the token of a secret, expired or not, or None."""
+        with self._lock:
+            with contextlib.suppress(sqlite3.OperationalError):  # busy: the old table is good
+                self._refresh()
+            return self._tokens.get(digest_of(secret))
+
+    def _refresh(self):
+        version = self._db.execute("PRAGMA data_version").fetchone()
+        if version == self._seen:
+            return
+        self._db.execute("BEGIN")
+        try:
+            generation = self._db.execute("SELECT generation FROM state").fetchone()
+            if generation != self._generation:
+                rows = self._db.execute(f"SELECT digest, {TokenStore.COLUMNS} FROM tokens").fetchall()
+                self._tokens = {row[0]: Token(*row[1:]) for row in rows}
+            self._generation, self._seen = generation, version
+        finally:
+            self._db.execute("ROLLBACK")
+
+    def close(self):
+        self._db.close()
+
+
+# == Accept ===================================================================
+
+
+class GatewayServer(http.server.ThreadingHTTPServer):
+    """Listens; a thread for each connection does the rest, from the TLS handshake on."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = BACKLOG
+    allow_reuse_address = os.name == "posix"  # on Windows it would let another program steal the port
+
+    def __init__(self, host, port, handler, gateway, tls=None):
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        self.address_family = found[0]
+        self.gateway, self.tls = gateway, tls
+        self._wires, self._changed = set(), threading.Condition()
+        super().__init__(found[4], handler)
+
+    def server_bind(self):
+        """Bind without http.server's look-up of the host's name; :: takes IPv4 too."""
+        if self.address_family == socket.AF_INET6:
+            with contextlib.suppress(OSError):
+                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def process_request_thread(self, request, client_address):
+        """Serve a connection, in its own thread, until it ends."""
+        with self._counted(ClientWire(request)) as wire:
+            if self.tls:
+                wire.secure(self.tls, Deadline(HEADER_SECONDS), server_side=True)
+            self.RequestHandlerClass(wire, client_address, self)
+
+    @contextlib.contextmanager
+    def _counted(self, wire):
+        with self._changed:
+            self._wires.add(wire)
+        try:
+            yield wire
+        except OSError:
+            pass  # left, or never came to speak: there was no request to answer
+        finally:
+            with self._changed:
+                self._wires.remove(wire)
+                self._changed.notify_all()
+            wire.close()
+
+    def handle_error(self, request, client_address):
+        logging.getLogger(__name__).exception("the connection from %s failed", client_address[0])
+
+    def server_close(self):
+        """Stop listening, cut what is open, wait for its threads, and stop what works behind the requests."""
+        super().server_close()
+        with self._changed:
+            for wire in self._wires:
+                wire.hang_up()
+            self._changed.wait_for(lambda: not self._wires, CLOSE_SECONDS)
+        self.gateway.close()
+
+
+class ClientWire(Wire):
+    """A client's connection; watched, it tells when the client has left."""
+
+    def stirred(self):
+        """Raise ClientLeft if it hung up, fully or half; a pipelined request is kept for later."""
+        if len(self.buffer) >= READ_BYTES or not self.alive():
+            raise ClientLeft("the client hung up")
+
+
+# == Parse ====================================================================
+
+REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])")  # RFC 9112 3
+ABSOLUTE = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
+REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
+
+
+def parse_request(line, block):
+    """Read a request's head strictly (RFC 9112 2 to 3); raise Malformed."""
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise Malformed("the request line is not METHOD SP PATH SP HTTP/1.1")
+    method, target, version = (part.decode("ascii") for part in match.groups())
+    if version not in ("1.0", "1.1"):
+        raise Malformed(f"HTTP/{version} is not spoken here, HTTP/1.1 is", "unknown_version")
+    fields, repeated = {}, set()
+    for name, value in parse_fields(block):
+        name = name.lower()
+        if name in fields:
+            repeated.add(name)
+            value = f"{fields[name]}, {value}"
+        fields[name] = value
+    if repeated & FRAMING:
+        raise Malformed(f"there are two {repeated.intersection(FRAMING).pop()} headers")
+    if version == "1.1" and "host" not in fields:
+        raise Malformed("there is no Host header")
+    absolute = ABSOLUTE.fullmatch(target)
+    if absolute and absolute[1] == fields.get("host"):
+        target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
+    if not target.startswith("/"):
+        raise Malformed("the request's target is no path")
+    path, mark, query = target.partition("?")
+    return Request(method, path, mark + query, version, fields, repeated)
+
+
+def request_body_framing(request):
+    """Return the decoder of a request's body (RFC 9112 6); raise Malformed for what two readers could read in two ways."""
+    coding, length = request.fields.get("transfer-encoding"), request.fields.get("content-length")
+    if coding is None:
+        return LengthBody(content_length(length) if length is not None else 0)
+    if length is not None:
+        raise Malformed("there are both Content-Length and Transfer-Encoding")
+    if request.version == "1.0":
+        raise Malformed("there is no Transfer-Encoding in HTTP/1.0")
+    if coding.lower() != "chunked":
+        raise Malformed(f'the transfer coding "{coding[:40]}" is not "chunked"', "unknown_coding")
+    return ChunkedBody()
+
+
+def dialect_of(path):
+    """Return which clients' error objects belong to a path."""
+    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+        return "anthropic"
+    return "openai" if path.startswith("/v1/") else "ollama"
+
+
+class HeldBody:
+    """A request's body, whole: in memory, or in a file if it is large. It can be sent twice."""
+
+    replayable = True
+
+    def __init__(self, data, file=None, declared=True):
+        self.data, self._file = data, file
+        self.framing = f"content-length: {len(data)}\r\n" if declared else ""
+
+    def pieces(self, _=None):
+        """Yield the bytes as they go on the wire."""
+        for at in range(0, len(self.data), MIB):
+            yield self.data[at:at + MIB]
+
+    def close(self):
+        if self._file:
+            self.data.close()
+            self._file.close()
+
+
+NO_BODY = HeldBody(b"", declared=False)
+
+
+class LiveBody:
+    """A request's body that is passed on as it comes, framed as it came."""
+
+    replayable = False
+
+    def __init__(self, client):
+        self._client = client
+        self._chunked = isinstance(client.body, ChunkedBody)
+        self.framing = "transfer-encoding: chunked\r\n" if self._chunked else f"content-length: {client.body.left}\r\n"
+
+    def pieces(self, upstream):
+        """Yield the bytes as they go on the wire; the upstream is watched while the client is silent."""
+        while not self._client.body.complete:
+            piece = self._client.read_body(upstream)
+            if self._chunked:
+                piece = b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b""
+                if self._client.body.complete:
+                    piece += b"0\r\n\r\n"
+            yield piece
+
+
+class ClientStream:
+    """The client's side of one request: its head and body in, one answer out, and how the answer ended."""
+
+    def __init__(self, wire, peer):
+        self.wire, self.request = wire, None
+        self.body = OpenBody()      # until the head tells better, all that comes is of this request
+        self.record = Record(peer, time.monotonic())
+        self.record.id = secrets.token_hex(8)
+        self.extra = []             # fields that every answer carries
+        self.started = False        # bytes of an answer have gone out: it can be changed no more
+        self.finished = False
+        self._expects = False       # the client waits for 100 Continue before it sends its body
+        self._pending = b""         # a head that waits to go out with the first piece
+        self._framing = ""          # "chunked", "length", "open" until the connection ends, or "none"
+        self._stream_type = ""      # the answer's content type, if it is one of lines
+        self._keep = False          # the connection may go on after the answer
+        self._tail = b"\n\n"        # the last bytes of the answer so far
+
+    # -- in
+
+    def read_request(self):
+        """Read and parse the request's head; raise Refusal."""
+        try:
+            line, block = self.wire.read_head(Deadline(HEADER_SECONDS))
+            self.request = request = parse_request(line, block)
+            self._note(request)
+            self.body = request_body_framing(request)
+        except Malformed as error:
+            raise Refusal(error.code, str(error)) from None
+        except TimeoutError:
+            raise Refusal("too_slow", f"the headers took longer than {HEADER_SECONDS} s") from None
+        except OSError as error:
+            raise ClientLeft(str(error)) from None
+        connection = request.fields.get("connection", "").lower()
+        self._keep = request.version == "1.1" and "close" not in re.split(r"[ \t]*,[ \t]*", connection)
+        if "expect" in request.fields and request.version == "1.1":
+            if request.fields["expect"].lower() != "100-continue":
+                raise Refusal("unknown_expectation", "only 100-continue can be expected here")
+            self._expects = True
+        return request
+
+    def _note(self, request):
+        given = request.fields.get("x-request-id", "")
+        if REQUEST_ID.fullmatch(given):
+            self.record.id = given
+        self.record.method = request.method
+        self.record.path = re.sub(r"^/t/[^/]*", "/t/*", re.sub(SECRET_PREFIX + r"[\w-]+", "*", request.path))
+
+    def read_body(self, watched=None):
+        """Return the next piece of the request's body, b"" only at its end; raise Refusal if it is not as promised."""
+        if self._expects and not self.body.complete and not self.wire.buffer:
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._expects = False
+        deadline = Deadline(BODY_SECONDS)
+        try:
+            while True:
+                piece, self.wire.buffer = self.body.decode(self.wire.buffer)
+                if piece or self.body.complete:
+                    return piece
+                if not self.wire.fill(deadline, watched):
+                    self.body.end()
+        except Malformed as error:
+            raise Refusal(error.code, str(error)) from None
+        except TimeoutError:
+            raise Refusal("too_slow", f"nothing of the body came for {BODY_SECONDS} s") from None
+        except OSError as error:
+            raise ClientLeft(str(error)) from None
+
+    @contextlib.contextmanager
+    def take_body(self, live):
+        """Hold the request's body for the with block: to be passed on as it comes, or, read whole, as often as needed.
+
+        Raises Refusal if it is too large to be held, or there is no room for it.
+        """
+        if live:
+            yield LiveBody(self)
+        else:
+            with contextlib.closing(self._hold_body()) as body:
+                yield body
+
+    def _hold_body(self):
+        if self.body.complete:
+            return HeldBody(b"") if "content-length" in self.request.fields else NO_BODY
+        too_large = Refusal("body_too_large", f"the body is larger than {BODY_BYTES // MIB} MiB")
+        if getattr(self.body, "left", 0) > BODY_BYTES:
+            raise too_large
+        data = bytearray()
+        while not self.body.complete:
+            data += self.read_body()
+            if len(data) > SPOOL_BYTES:
+                return self._spool_body(data, too_large)
+        return HeldBody(bytes(data))
+
+    def _spool_body(self, data, too_large):
+        import tempfile  # few requests need it, and every start would wait for it
+        try:
+            with contextlib.ExitStack() as stack:
+                file = stack.enter_context(tempfile.TemporaryFile())
+                size = file.write(data)
+                while not self.body.complete:
+                    size += file.write(self.read_body())
+                    if size > BODY_BYTES:
+                        raise too_large
+                file.flush()
+                body = HeldBody(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), file)
+                stack.pop_all()
+                return body
+        except ClientLeft:
+            raise
+        except OSError as error:
+            raise Refusal("no_room", f"the body cannot be kept: {error.strerror}", (("Retry-After", "10"),)) from None
+
+    # -- out
+
+    def start(self, status, phrase, fields, length=None):
+        """Begin the answer; without a length it goes on until `write` is told that a piece is the last."""
+        request = self.request
+        if status in (204, 304) or request is not None and request.method == "HEAD":
+            self._framing = "none"
+        elif length is not None:
+            self._framing = "length"
+        else:
+            self._framing = "chunked" if request.version == "1.1" else "open"
+        self._keep = self._keep and self.body.complete
+        lines = [f"HTTP/1.1 {status} {phrase}"]
+        for name, value in fields:
+            lines.append(f"{name}: {value}")
+            if name.lower() == "content-type" and value.startswith(STREAM_TYPES):
+                self._stream_type = value
+                lines.append("X-Accel-Buffering: no")  # or nginx, before us, holds the pieces back
+        lines += [f"{name}: {value}" for name, value in self.extra]
+        lines.append(f"X-Request-Id: {self.record.id}")
+        if length is not None and status not in (204, 304):
+            lines.append(f"Content-Length: {length}")
+        elif self._framing == "chunked":
+            lines.append("Transfer-Encoding: chunked")
+        if not self._keep:
+            lines.append("Connection: close")
+        self._pending = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+        self.record.status = status
+
+    def write(self, piece, last=False):
+        """Send a piece of the answer at once; the last one ends it."""
+        data, self._pending = self._pending, b""
+        if self._framing != "none":
+            if piece:
+                data += b"%x\r\n%b\r\n" % (len(piece), piece) if self._framing == "chunked" else piece
+                self._tail = (self._tail + piece[-2:])[-2:]
+                self.record.sent += len(piece)
+            if last and self._framing == "chunked":
+                data += b"0\r\n\r\n"
+        if data:
+            self._send(data)
+            self.started = True
+            if self.record.answered is None:
+                self.record.answered = time.monotonic()
+        self.finished = last
+
+    def flush(self):
+        """Send the answer's head now, if it still waits for a piece."""
+        if self._pending:
+            self.write(b"")
+
+    def answer(self, status, content_type, body, fields=()):
+        """Give a whole answer of our own."""
+        own = [("Date", email.utils.formatdate(usegmt=True))]
+        if body:
+            own += [("Content-Type", content_type), ("X-Content-Type-Options", "nosniff")]
+        self.start(status, http.HTTPStatus(status).phrase, own + list(fields), len(body))
+        self.write(body, last=True)
+
+    def refuse(self, refusal):
+        """Answer with the refusal or, if an answer has begun, end that one so that nobody takes it for whole."""
+        dialect = dialect_of(self.request.path) if self.request else "ollama"
+        told = json.dumps(refusal.told_to(dialect)).encode()
+        try:
+            if not self.started:
+                return self.answer(refusal.status, "application/json", told + b"\n", refusal.fields)
+            self.record.outcome = "broken"
+            if self._stream_type and self._framing in ("chunked", "open"):
+                self.write(self._error_line(told, dialect))
+        except ClientLeft:
+            self.record.outcome = "left"
+        self.abort()
+
+    def _error_line(self, told, dialect):
+        """Return the line that tells of a stream's failure, after what ends the line, or the event, that is open."""
+        if not self._stream_type.startswith("text/event-stream"):
+            return (b"" if self._tail.endswith(b"\n") else b"\n") + told + b"\n"
+        opening = b"" if self._tail == b"\n\n" else b"\n" if self._tail.endswith(b"\n") else b"\n\n"
+        return opening + (b"event: error\n" if dialect == "anthropic" else b"") + b"data: " + told + b"\n\n"
+
+    def abort(self):
+        """Cut the connection short of the answer's end; with a reset where a mere end would look like that."""
+        if self._framing == "open" or self.record.outcome == "left":
+            self.wire.reset()
+        self.wire.close()
+
+    @property
+    def reusable(self):
+        """Tell whether another request may follow on the connection."""
+        return self.finished and self._keep
+
+    def drain(self):
+        """Read on, within bounds, what a refused client still sends: a connection closed too soon loses the answer."""
+        deadline, left = Deadline(DRAIN_SECONDS), DRAIN_BYTES
+        with contextlib.suppress(OSError):
+            self.wire.sock.shutdown(socket.SHUT_WR)
+            while left > 0:
+                self.wire.buffer = b""
+                if not self.wire.fill(deadline):
+                    return
+                left -= len(self.wire.buffer)
+
+    def _send(self, data):
+        try:
+            self.wire.send(data, Deadline(SEND_SECONDS))
+        except OSError as error:
+            raise ClientLeft(str(error)) from None
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """http.server's part: one request after another on a connection; `request` is its ClientWire."""
+
+    def setup(self):
+        self.wire = self.request
+
+    def finish(self):
+        pass
+
+    def handle_one_request(self):
+        """Wait for a request and have it served; an idle connection ends without a word."""
+        self.close_connection = True
+        if not self.wire.buffer and not self.wire.fill(Deadline(IDLE_SECONDS)):
+            return
+        client = ClientStream(self.wire, self.client_address[0])
+        self.server.gateway.serve(client)
+        self.close_connection = not client.reusable
+        if client.finished and not client.body.complete:
+            client.drain()
+
+
+# == Conduct ==================================================================
+
+
+class Gateway:
+    """Conducts each request through the stages that it is handed."""
+
+    def __init__(self, router, authenticator, upstream, relay, journal, pages):
+        self._router, self._authenticator, self._upstream = router, authenticator, upstream
+        self._relay, self._journal, self._pages = relay, journal, pages
+
+    def serve(self, client):
+        """Take one request from its head to its record: it is answered once, and written down once."""
+        record = client.record
+        try:
+            request = client.read_request()
+            client.extra = self._router.cors_fields(request)
+            route, path = self._router.match(request)
+            if route.kind == "page":
+                return client.answer(*self._pages[route.page](request))
+            record.token = self._authenticator.identify(request)
+            self._router.permit(route, record.token)
+            with client.take_body(route.streams_up) as body:
+                record.model = self._router.model_of(path, body)
+                with self._upstream.open(route.method, path, request, body, record.id, client.wire) as reply:
+                    self._relay(reply, client)
+        except Refusal as refusal:
+            record.why = str(refusal)
+            client.refuse(refusal)
+        except ClientLeft as error:
+            record.outcome, record.why = "left", str(error)
+            client.abort()
+        except Exception:  # a fault of ours must end one request, not the connection's thread without a word
+            logging.getLogger(__name__).exception("request %s met a fault of the gateway", record.id)
+            client.refuse(Refusal("internal", f"the gateway failed: its log tells more under {record.id}"))
+        finally:
+            self._journal.write(record)
+
+    def ask_upstream(self, path):
+        """Return what Ollama answers to GET path, None if it does not."""
+        return self._upstream.ask(path)
+
+    def close(self):
+        for stage in self._journal, self._authenticator, self._upstream:
+            stage.close()
+
+
+# == Route ====================================================================
+
+ROUTES = (
+    Route("GET", "/", "public", "page", "banner"),
+    Route("GET", "/health", "public", "page", "health"),
+    Route("GET", "/api/version", "token", "read"),
+    Route("GET", "/api/status", "token", "read"),
+    Route("GET", "/api/tags", "token", "read"),
+    Route("GET", "/api/ps", "token", "read"),
+    Route("POST", "/api/show", "token", "read"),
+    Route("GET", "/api/experimental/model-recommendations", "token", "read"),
+    Route("GET", "/v1/models", "token", "read"),
+    Route("GET", "/v1/models/{model}", "token", "read"),
+    Route("POST", "/api/generate", "token", "inference"),
+    Route("POST", "/api/chat", "token", "inference"),
+    Route("POST", "/api/embed", "token", "inference"),
+    Route("POST", "/api/embeddings", "token", "inference"),
+    Route("POST", "/v1/chat/completions", "token", "inference"),
+    Route("POST", "/v1/completions", "token", "inference"),
+    Route("POST", "/v1/embeddings", "token", "inference"),
+    Route("POST", "/v1/responses", "token", "inference"),
+    Route("POST", "/v1/messages", "token", "inference"),
+    Route("POST", "/v1/audio/transcriptions", "token", "inference"),
+    Route("POST", "/api/pull", "admin", "model"),
+    Route("POST", "/api/push", "admin", "model"),
+    Route("POST", "/api/create", "admin", "model"),
+    Route("POST", "/api/copy", "admin", "model"),
+    Route("DELETE", "/api/delete", "admin", "model"),
+    Route("POST", "/api/blobs/{digest}", "admin", "model", streams_up=True),
+    Route("HEAD", "/api/blobs/{digest}", "admin", "model"),
+    Route("POST", "/api/me", "admin", "account"),
+    Route("POST", "/api/signout", "admin", "account"),
+    Route("DELETE", "/api/user/keys/{key}", "admin", "account"),
+    Route("POST", "/api/experimental/web_search", "admin", "account"),
+    Route("POST", "/api/experimental/web_fetch", "admin", "account"),
+)
+PREFLIGHT = Route("OPTIONS", "*", "public", "page", "preflight")
+SEGMENTS = {
+    "digest": "sha256[:-][0-9a-f]{64}",
+    "key": "[A-Za-z0-9_=-]+",
+    "model": "(?!%2[Ff]|[.])(?:[A-Za-z0-9._:@~-]|%2[Ff]|%3[Aa])+",
+}
+
+
+class Router:
+    """Finds a request's route: what the table does not name is denied, paths are compared as sent."""
+
+    def __init__(self, base="/api", path_tokens=False, cors_origins=()):
+        self._path_tokens, self._cors_origins = path_tokens, cors_origins
+        self._plain = self._table((base,))
+        self._behind_token = self._table((base, "/api"))
+
+    @staticmethod
+    def _table(bases):
+        """Return ({path: {method: route}}, [(pattern, {method: route})]) with /api at each base; our own pages win."""
+        exact, patterns = {}, {}
+        for route in sorted(ROUTES, key=lambda route: route.kind == "page"):
+            api = route.path.startswith("/api/")
+            for path in [base + route.path[len("/api"):] for base in bases] if api else [route.path]:
+                before, brace, segment = path.rstrip("}").partition("{")
+                table, key = (patterns, f"{re.escape(before)}({SEGMENTS[segment]})") if brace else (exact, path)
+                if route.kind == "page":
+                    table[key] = {}
+                table.setdefault(key, {})[route.method] = route
+        return exact, [(re.compile(pattern), methods) for pattern, methods in patterns.items()]
+
+    def match(self, request):
+        """Return the request's route and its path upstream; raise Refusal. A path token is moved out of the path."""
+        exact, patterns = self._plain
+        if self._path_tokens and request.path.startswith("/t/"):
+            exact, patterns = self._behind_token
+            request.path_secret, _, rest = request.path[len("/t/"):].partition("/")
+            request.path = "/" + rest
+        if request.method == "OPTIONS":
+            return PREFLIGHT, ""
+        methods, segment = exact.get(request.path), ""
+        for pattern, candidates in patterns if methods is None else ():
+            found = pattern.fullmatch(request.path)
+            if found:
+                methods, segment = candidates, found[1]
+        if methods is None:
+            raise Refusal("unknown_route", "the gateway has no such path")
+        method = "GET" if request.method == "HEAD" and "HEAD" not in methods else request.method
+        if method not in methods:
+            allowed = sorted(set(methods) | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set()))
+            raise Refusal("wrong_method", f"{request.path} takes {', '.join(allowed)}", [("Allow", ", ".join(allowed))])
+        route = methods[method]
+        return route, route.path.partition("{")[0] + segment
+
+    @staticmethod
+    def permit(route, token):
+        """Refuse what only an admin token may do."""
+        if route.access == "admin" and not token.admin:
+            what = "changes models" if route.kind == "model" else "acts as the owner's ollama.com account"
+            raise Refusal("forbidden", f"{route.path} {what}: it takes an admin token")
+
+    @staticmethod
+    def model_of(path, body):
+        """Return the name of the model that a request means, "" if it names none."""
+        if path.startswith("/v1/models/"):
+            return urllib.parse.unquote(path[len("/v1/models/"):])
+        return named_model(body.data) if body.replayable and body.data else ""
+
+    def cors_fields(self, request):
+        """Return the fields that let a configured origin's page read the answer (Fetch 3.2)."""
+        origin = request.fields.get("origin")
+        if not self._cors_origins or origin is None:
+            return []
+        if "*" not in self._cors_origins and origin not in self._cors_origins:
+            return [("Vary", "Origin")]
+        allowed = [("Access-Control-Allow-Origin", "*" if "*" in self._cors_origins else origin), ("Vary", "Origin"),
+                   ("Access-Control-Expose-Headers", "X-Request-Id, Retry-After")]
+        if request.method == "OPTIONS":
+            asked = request.fields.get("access-control-request-headers", "")
+            allowed += [("Access-Control-Allow-Methods", "GET, HEAD, POST, DELETE"),
+                        ("Access-Control-Max-Age", "7200")]
+            if asked:  # any may be sent: only those that Ollama needs go further
+                allowed.append(("Access-Control-Allow-Headers", asked))
+        return allowed
+
+
+MARK = {1: re.compile(rb'["{}\[\]:,]'), 2: re.compile(rb'["{}\[\]]')}  # at an object's top level, and below it
+
+
+def _string_end(data, start):
+    """Return where the JSON string that begins at start, behind its quote, ends: its closing quote, or -1."""
+    end = start
+    for _ in range(SCAN_STEPS):
+        end = data.find(b'"', end)
+        if end < 0 or data[end - 1:end] != b"\\":
+            return end
+        run = re.compile(rb"\\*").match(data[start:end][::-1]).end()  # an odd run of backslashes escapes the quote
+        if run % 2 == 0:
+            return end
+        end += 1
+    return -1
+
+
+def named_model(data):
+    """Return the model that Ollama will read in a JSON body, "" if there is none: the last of its top-level keys
+    "model" or "name", in any case (encoding/json), found without building the object, in a bounded number of steps."""
+    depth, at, key, value, found = 0, 0, None, False, {}
+    for _ in range(SCAN_STEPS):
+        match = MARK[1 if depth <= 1 else 2].search(data, at)
+        if match is None:
+            break
+        mark, at = match[0], match.end()
+        if mark == b'"':
+            start, at = at, _string_end(data, at) + 1
+            if not at:
+                break
+            if depth == 1 and at - start <= 1024:
+                text = _json_string(data[start - 1:at])
+                if value and key in ("model", "name"):
+                    found[key] = text
+                key = key if value else text.lower()
+        elif mark in b"{[":
+            depth += 1
+        elif mark in b"}]":
+            depth -= 1
+            if depth <= 0:
+                break
+        else:
+            value = mark == b":"
+    return found.get("model") or found.get("name", "")
+
+
+def _json_string(quoted):
+    try:
+        return json.loads(quoted)
+    except ValueError:
+        return ""
+
+
+# == Authenticate =============================================================
+
+BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)  # RFC 6750 2.1; RFC 9110 11.1: the scheme's case is free
+
+
+def secret_of(request):
+    """Return the secret that a request shows, "" for none; raise Refusal for more than one."""
+    if request.repeated & {"authorization", "x-api-key"}:
+        raise Refusal("malformed", "there are two credentials of one kind")
+    shown = []
+    if "authorization" in request.fields:
+        bearer = BEARER.fullmatch(request.fields["authorization"])
+        shown.append(bearer[1] if bearer else "")
+    if "x-api-key" in request.fields:
+        shown.append(request.fields["x-api-key"])
+    if request.path_secret is not None:
+        if shown:
+            raise Refusal("malformed", "there is a token in the path and another credential beside it")
+        return request.path_secret
+    if len(set(shown)) > 1:
+        raise Refusal("malformed", "Authorization and x-api-key differ")
+    return shown[0].encode("latin-1").decode("utf-8", "surrogateescape") if shown else ""
+
+
+class Authenticator:
+    """Tells whose token a request shows."""
+
+    def __init__(self, tokens, clock=time.time):
+        self._tokens, self._clock = tokens, clock
+
+    def identify(self, request):
+        """Return the request's token; raise Refusal if there is none that is valid now."""
+        token = self._tokens.find(secret_of(request))
+        if token is not None and (token.expires_at is None or self._clock() < token.expires_at):
+            return token
+        text = 'no valid token: send "Authorization: Bearer TOKEN" or "x-api-key: TOKEN", or ask for a new one'
+        if request.path_secret is not None:  # the ollama command shows the text of a 403, and hides a 401's
+            raise Refusal("forbidden", text)
+        raise Refusal("unauthorized", text, [("WWW-Authenticate", "Bearer")])
+
+    def close(self):
+        self._tokens.close()
+
+
+# == Forward ==================================================================
+
+STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")  # RFC 9112 4
+
+
+class SpokeEarly(Exception):
+    """The upstream answers, or hangs up, before it has the whole request."""
+
+
+class UpstreamWire(Wire):
+    """A connection to the upstream; watched, it tells when the upstream will not wait for more."""
+
+    reused = False
+
+    def stirred(self):
+        raise SpokeEarly
+
+
+class Exchange(urllib.request.Request):
+    """A request as it goes up. Its URL is known in parts, so what Request would parse from it is told instead."""
+
+    full_url = data = fragment = None  # in place of Request's properties
+
+    def __init__(self, base, method, path, fields, body, watched=None):
+        self.full_url = base.geturl() + path
+        self.type, self.host, self.selector = base.scheme, base.netloc, base.path + path
+        self.method, self.headers, self.body, self.watched = method, {}, body, watched
+        self.head = (f"{method} {self.selector} HTTP/1.1\r\nHost: {self.host}\r\nAccept-Encoding: identity\r\n"
+                     f"{fields}{body.framing}\r\n").encode("latin-1")
+
+
+class Reply:
+    """The upstream's answer: its head at once, its body piece by piece; leaving its with block frees the connection."""
+
+    def __init__(self, line, block, exchange, wire, pool, stall):
+        match = STATUS_LINE.fullmatch(line)
+        if not match or match[2] == b"101":
+            raise Malformed("its answer has no status line")
+        self.status, self.phrase = int(match[2]), (match[3] or b"").decode("latin-1")
+        fields = parse_fields(block)
+        named = {}
+        for name, value in fields:
+            name = name.lower()
+            if name in named and name in FRAMING:
+                raise Malformed(f"its answer has two {name} headers")
+            named[name] = f"{named[name]}, {value}" if name in named else value
+        hop = {name.strip() for name in named.get("connection", "").lower().split(",")}
+        self.fields = [(name, value) for name, value in fields if name.lower() not in hop and passes_on(name.lower())]
+        self.length = None
+        self._body = self._framed(named, exchange.method)
+        self._keep = match[1] == b"1" and "close" not in hop
+        self._wire, self._pool, self._stall, self._watched = wire, pool, stall, exchange.watched
+
+    def _framed(self, named, method):
+        """Return the decoder of the body (RFC 9112 6.3)."""
+        if "content-length" in named:
+            self.length = content_length(named["content-length"])
+        if "transfer-encoding" in named and (self.length is not None or named["transfer-encoding"].lower() != "chunked"):
+            raise Malformed("its answer's framing is ambiguous")
+        if method == "HEAD" or self.status in (204, 304):
+            return LengthBody(0)
+        if "transfer-encoding" in named:
+            return ChunkedBody()
+        return OpenBody() if self.length is None else LengthBody(self.length)
+
+    @property
+    def complete(self):
+        return self._body.complete
+
+    @property
+    def waiting(self):
+        """Tell whether `read` may have to wait."""
+        return not self._wire.buffer and not self._body.complete
+
+    def read(self):
+        """Return the body's next piece as soon as it is there, b"" only at its end; raise Refusal if it breaks off."""
+        deadline = Deadline(self._stall)
+        try:
+            while True:
+                piece, self._wire.buffer = self._body.decode(self._wire.buffer)
+                if piece or self._body.complete:
+                    return piece
+                if not self._wire.fill(deadline, self._watched):
+                    self._body.end()
+        except ClientLeft:
+            raise
+        except TimeoutError:
+            text = f"Ollama sent nothing for {self._stall:g} s (--stall-timeout)"
+        except (OSError, Malformed) as error:
+            text = f"Ollama broke off its answer: {error}"
+        raise Refusal("upstream_failed", text)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._body.complete and self._keep and not self._wire.buffer:  # surplus bytes: nobody knows of what
+            self._pool.give_back(self._wire)
+        else:
+            self._wire.close()
+
+
+def passes_on(name):
+    """Tell whether a field of the upstream's answer goes to the client: not the connection's, not ours to say."""
+    return name not in HOP_BY_HOP and name not in ("content-length", "x-request-id", "x-accel-buffering") \
+        and not name.startswith("access-control-")
+
+
+class Pool:
+    """Connections to the upstream, kept alive, the last used first."""
+
+    def __init__(self, url, connect_timeout):
+        self._host, self._port = url.hostname, url.port or (443 if url.scheme == "https" else 80)
+        self._tls = ssl.create_default_context() if url.scheme == "https" else None
+        self._connect_timeout = connect_timeout
+        self._idle = deque()
+
+    def lease(self, watched=None):
+        """Return a live connection, kept or new; one that died idle is found out here, or by who uses it."""
+        while self._idle:
+            with contextlib.suppress(IndexError):
+                wire = self._idle.pop()
+                if wire.alive() and not wire.buffer:
+                    wire.reused = True
+                    return wire
+                wire.close()
+        return self.connect(watched)
+
+    def connect(self, watched=None):
+        """Return a new connection; raise ConnectionError."""
+        deadline = Deadline(self._connect_timeout)
+        trouble = "no address"
+        try:
+            for family, kind, protocol, _, address in socket.getaddrinfo(self._host, self._port,
+                                                                         type=socket.SOCK_STREAM):
+                wire = UpstreamWire(socket.socket(family, kind, protocol))
+                try:
+                    return self._greet(wire, address, deadline, watched)
+                except BaseException as error:
+                    wire.close()
+                    trouble = error
+                    if isinstance(error, (ClientLeft, TimeoutError)) or not isinstance(error, OSError):
+                        raise
+        except TimeoutError:
+            trouble = f"no connection within {self._connect_timeout:g} s (--connect-timeout)"
+        except socket.gaierror as error:
+            trouble = error
+        raise ConnectionError(getattr(trouble, "strerror", None) or str(trouble))
+
+    def _greet(self, wire, address, deadline, watched):
+        try:
+            wire.sock.connect(address)
+        except BlockingIOError:
+            wire.wait(WRITABLE, deadline, watched)
+            error = wire.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error:
+                raise OSError(error, os.strerror(error)) from None
+        if self._tls:
+            wire.secure(self._tls, deadline, server_hostname=self._host)
+        return wire
+
+    def give_back(self, wire):
+        if len(self._idle) < POOL_SIZE:
+            self._idle.append(wire)
+        else:
+            wire.close()
+
+    def clear(self):
+        while self._idle:
+            with contextlib.suppress(IndexError):
+                self._idle.pop().close()
+
+
+class PooledHandler(urllib.request.BaseHandler):
+    """What urllib's opener asks to open an upstream URL: a pooled connection below, no redirects and no proxies above."""
+
+    def __init__(self, pool, stall_timeout):
+        self._pool, self._stall_timeout = pool, stall_timeout
+
+    def http_open(self, exchange):
+        """Send the exchange and return the Reply; its timeout is for the answer's head.
+
+        A kept connection may die as we use it: when not a byte of an answer came, and the body can be sent again, it is,
+        once, on a new connection; all other kept ones are as old, and are dropped.
+        """
+        wire = self._pool.lease(exchange.watched)
+        try:
+            return self._converse(wire, exchange)
+        except (Malformed, ConnectionError) as error:
+            if isinstance(error, ClientLeft) or not wire.reused or wire.buffer or not exchange.body.replayable:
+                raise
+        self._pool.clear()
+        return self._converse(self._pool.connect(exchange.watched), exchange)
+
+    https_open = http_open
+
+    def _converse(self, wire, exchange):
+        try:
+            whole = self._send(wire, exchange)
+            deadline = Deadline(exchange.timeout)
+            while True:
+                line, block = wire.read_head(deadline, exchange.watched)
+                reply = Reply(line, block, exchange, wire, self._pool, self._stall_timeout)
+                if reply.status >= 200:
+                    reply._keep = reply._keep and whole
+                    return reply
+        except BaseException:
+            wire.close()
+            raise
+
+    def _send(self, wire, exchange):
+        """Send head and body; return whether all of it went: an upstream may answer, and stop reading, before."""
+        head = exchange.head
+        try:
+            for piece in exchange.body.pieces(wire):
+                wire.send(head + piece, Deadline(self._stall_timeout), exchange.watched)
+                head = b""
+            if head:
+                wire.send(head, Deadline(self._stall_timeout), exchange.watched)
+            return True
+        except ClientLeft:
+            raise
+        except (SpokeEarly, ConnectionError):
+            return False
+
+
+class Upstream:
+    """Ollama, as the gateway sees it."""
+
+    def __init__(self, url, connect_timeout, first_byte_timeout, stall_timeout):
+        self._url, self._first_byte_timeout = url, first_byte_timeout
+        self._pool = Pool(url, connect_timeout)
+        self._opener = urllib.request.OpenerDirector()
+        self._opener.add_handler(PooledHandler(self._pool, stall_timeout))
+        self._asked, self._asking = {}, threading.Lock()    # path: (when, answer); one asks, the others wait for it
+
+    def open(self, method, path, request, body, request_id, watched):
+        """Pass a request on and return the Reply; raise Refusal if none comes. Leaving, the watched client ends it."""
+        exchange = Exchange(self._url, method, path + request.query, forwarded_fields(request, request_id), body, watched)
+        try:
+            return self._opener.open(exchange, timeout=self._first_byte_timeout)
+        except ClientLeft:
+            raise
+        except Malformed as error:
+            raise Refusal("upstream_failed", f"Ollama does not talk HTTP: {error}") from None
+        except TimeoutError:
+            raise Refusal("upstream_silent", f"Ollama did not begin its answer within {self._first_byte_timeout:g} s "
+                                             "(--first-byte-timeout)") from None
+        except OSError as error:
+            raise Refusal("upstream_failed", f"Ollama cannot be reached: {error}") from None
+
+    def ask(self, path, max_age=0):
+        """Return the JSON object that Ollama answers to GET path, from the last max_age seconds or now; None for none."""
+        with self._asking:
+            when, answer = self._asked.get(path, (None, None))
+            if when is None or time.monotonic() - when > max_age:
+                answer = self._fetch(path)
+                self._asked[path] = time.monotonic(), answer
+            return answer
+
+    def _fetch(self, path):
+        try:
+            with self._opener.open(Exchange(self._url, "GET", path, "", NO_BODY), timeout=PROBE_SECONDS) as reply:
+                answer = json.loads(b"".join(iter(reply.read, b"")))
+                return answer if reply.status == 200 and isinstance(answer, dict) else None
+        except (OSError, Malformed, Refusal, ValueError):
+            return None
+
+    def close(self):
+        self._pool.clear()
+
+
+def forwarded_fields(request, request_id):
+    """Return, as a head's lines, the client's fields that go up: no credential, no cookie, nothing of its connection."""
+    dropped = request.fields.get("connection", "").lower()
+    lines = [f"X-Request-Id: {request_id}\r\n"]
+    for name, value in request.fields.items():
+        if name in FORWARDED or name.startswith(FORWARDED_PREFIXES):
+            if not dropped or name not in re.split(r"[ \t]*,[ \t]*", dropped):
+                lines.append(f"{name}: {value}\r\n")
+    return "".join(lines)
+
+
+# == Relay ====================================================================
+
+
+def relay(reply, client):
+    """Pass the answer on, each piece when it comes; while the client does not read, nothing is read for it."""
+    client.start(reply.status, reply.phrase, reply.fields, reply.length)
+    while not client.finished:
+        if reply.waiting:
+            client.flush()
+        piece = reply.read()
+        client.write(piece, last=reply.complete)
+
+
+# == Record ===================================================================
+
+
+def log_value(value):
+    """Return a value for a log line: as it is if it is plain, else quoted, control characters escaped."""
+    text = "-" if value in (None, "") else str(value)
+    return text if re.fullmatch(r"[!#-<>-\[\]-~]+", text) else json.dumps(text)
+
+
+def log_line(record):
+    """Return what there is to say of a finished request: never a secret, never a prompt."""
+    def since(moment):
+        return None if moment is None else f"{moment - record.began:.3f}"
+
+    token = record.token and f"{record.token.user}/{record.token.name}"
+    told = [("id", record.id), ("peer", record.peer), ("token", token), ("method", record.method),
+            ("path", record.path), ("model", record.model), ("status", record.status), ("bytes", record.sent),
+            ("first", since(record.answered)), ("total", since(record.ended))]
+    told += [(name, value) for name, value in (("outcome", record.outcome), ("why", record.why)) if value]
+    return " ".join(f"{name}={log_value(value)}" for name, value in told)
+
+
+class Journal:
+    """Writes down finished requests in a thread of its own: a log line each, and in batches their tokens' last use."""
+
+    def __init__(self, store, log, clock=time.time):
+        self._store, self._log, self._clock = store, log, clock
+        self._records, self._uses = deque(), {}
+        self._complained = False
+        self._stirred, self._closing = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self._thread.start()
+
+    def write(self, record):
+        """Take a record to be written soon."""
+        record.ended = time.monotonic()
+        self._records.append(record)
+        if not self._stirred.is_set():
+            self._stirred.set()
+
+    def _run(self):
+        stored = time.monotonic()
+        while not self._closing.is_set():
+            self._stirred.wait(USED_SECONDS if self._uses else None)
+            self._closing.wait(JOURNAL_SECONDS)  # gather: a wake-up for each request would cost it more than the line
+            self._stirred.clear()
+            self._write_lines()
+            if time.monotonic() - stored >= USED_SECONDS:
+                stored = time.monotonic()
+                self._store_uses()
+        self._write_lines()
+        self._store_uses()
+
+    def _write_lines(self):
+        while self._records:
+            record = self._records.popleft()
+            self._log(log_line(record))
+            if record.token:
+                self._uses[record.token.id] = int(self._clock())
+
+    def _store_uses(self):
+        if not self._uses or not self._store.writable:
+            return self._uses.clear()
+        uses, self._uses = self._uses, {}
+        try:
+            self._store.touch(uses)
+            self._complained = False
+        except Failure as error:
+            self._uses = uses
+            if not self._complained:
+                logging.getLogger(__name__).warning("last uses of tokens are not stored for now: %s", error)
+            self._complained = True
+
+    def close(self):
+        """Write what there is and stop."""
+        self._closing.set()
+        self._stirred.set()
+        self._thread.join()
+
+
+# == Pages ====================================================================
+
+
+def banner_page(_):
+    """Answer as Ollama itself does: its clients ask for this first."""
+    return 200, "text/plain; charset=utf-8", b"Ollama is running"
+
+
+def preflight_page(_):
+    return 204, "", b""
+
+
+def health_page(upstream):
+    """Return the page that tells, without a token, whether the gateway and Ollama are there."""
+    def page(_):
+        up = upstream.ask("/api/version", HEALTH_SECONDS) is not None
+        told = {"status": "ok", "upstream": "up" if up else "down", "version": VERSION}
+        return 200, "application/json", json.dumps(told).encode() + b"\n", [("Cache-Control", "no-store")]
+    return page
+
+
+# == Assembly =================================================================
+
+
+def server_tls(settings):
+    """Return the TLS context of the settings' certificate, None without one; raise Failure if it cannot be used."""
+    if not settings.tls_cert:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    load_certificate(context, settings)
+    return context
+
+
+def load_certificate(context, settings):
+    """Read the certificate and its key, again if need be; raise Failure."""
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
+    except (OSError, ValueError) as error:
+        raise Failure(f"cannot use the certificate {settings.tls_cert} with the key "
+                      f"{settings.tls_key or settings.tls_cert}: {error}") from None
+
+
+def build_server(settings, store, log=None):
+    """Return the gateway's server, bound and ready to serve; `log` takes each finished request's line."""
+    tls = server_tls(settings)
+    upstream = Upstream(settings.ollama_url, settings.connect_timeout, settings.first_byte_timeout,
+                        settings.stall_timeout)
+    gateway = Gateway(
+        router=Router(settings.base_path, settings.path_tokens, settings.cors_origins),
+        authenticator=Authenticator(TokenTable(store)),
+        upstream=upstream,
+        relay=relay,
+        journal=Journal(store, log or logging.getLogger(__name__).info),
+        pages={"banner": banner_page, "health": health_page(upstream), "preflight": preflight_page})
+    try:
+        return GatewayServer(settings.host, settings.port, Handler, gateway, tls)
+    except OSError as error:
+        gateway.close()
+        raise Failure(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}; "
+                      "choose another with --host and --port") from None
+
+
+# == Commands =================================================================
+
+PROGRAM = "python3 ollama_gateway.py"
+EXPORT_VERSION = 1
+DEFUSED = ("=", "+", "-", "@", "\t", "'")  # a spreadsheet takes a cell that starts so for a formula, or for a quote
+
+
+def cmd_serve(args):
+    """Run the gateway until it is told to stop."""
+    settings = load_settings(vars(args), os.environ, args.env_file)
+    configure_logging(settings)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with open_store(settings.db, create=True) as store:
+        server = build_server(settings, store)
+        try:
+            announce(settings, server, store)
+            if server.tls and hasattr(signal, "SIGHUP"):
+                signal.signal(signal.SIGHUP, lambda *_: reload_certificate(server.tls, settings))
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            server.server_close()
+
+
+def configure_logging(settings):
+    """Log to stderr and, if the settings name one, to a file that is rotated by size; times are UTC."""
+    handlers = [(logging.StreamHandler(), settings.log_level)]
+    if settings.log_file:
+        from logging.handlers import RotatingFileHandler
+        try:
+            os.close(os.open(settings.log_file, os.O_WRONLY | os.O_CREAT, 0o600))
+            file = RotatingFileHandler(settings.log_file, maxBytes=10_000_000, backupCount=5, encoding="utf-8")
+        except OSError as error:
+            raise Failure(f"cannot write the log file {settings.log_file}: {error.strerror}") from None
+        handlers.append((file, settings.log_file_level))
+    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+    formatter.converter = time.gmtime
+    logger = logging.getLogger(__name__)
+    logger.propagate = False
+    for old in list(logger.handlers):
+        logger.removeHandler(old)
+        old.close()
+    for handler, level in handlers:
+        handler.setLevel(level)
+        handler.setFormatter(formatter)
+        logger.addHandler(handler)
+    logger.setLevel(min(level for _, level in handlers))
+
+
+def reload_certificate(context, settings):
+    """Take up a renewed certificate; with a bad one the old one stays."""
+    try:
+        load_certificate(context, settings)
+        logging.getLogger(__name__).info("the certificate %s was read again", settings.tls_cert)
+    except Failure as error:
+        logging.getLogger(__name__).error("the old certificate stays: %s", error)
+
+
+def announce(settings, server, store):
+    """Say on stderr where the gateway is, what stands behind it, and what the owner should mind."""
+    host, port = server.server_address[:2]
+    address = f"{'https' if server.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+    listed = server.gateway.ask_upstream("/api/tags")
+    models = len(listed.get("models") or ()) if listed else 0
+    state = f"which has {models} model{'' if models == 1 else 's'}" if listed else "which DOES NOT ANSWER yet"
+    tokens = len(store.list())
+    say(f"ollama_gateway {VERSION} at {address}, before {settings.ollama_url.geturl()}, {state}; "
+        f"{tokens} token{'' if tokens == 1 else 's'} in {store.path}", sys.stderr)
+    if not tokens:
+        say(f"Nobody gets in without a token. Make one: {PROGRAM} token create USER NAME --db {store.path}", sys.stderr)
+    if not store.writable:
+        say("The database is read-only: a change of tokens counts from the next start.", sys.stderr)
+    if not server.tls and not is_loopback(host):
+        say(f"Warning: {host} can be reached from the network, and without TLS tokens travel in clear: "
+            "use --tls-cert, or a proxy that speaks HTTPS, and --host 127.0.0.1.", sys.stderr)
+
+
+def is_loopback(host):
+    return host == "::1" or host.startswith("127.")
+
+
+def cmd_token_create(args):
+    with open_command_store(args, create=True) as store:
+        token, secret = store.create(args.user, args.name, read_expiry(getattr(args, "expires", "none")),
+                                     getattr(args, "admin", False))
+        show_secret(args, store, "Created", token, secret)
+
+
+def cmd_token_rotate(args):
+    with open_command_store(args) as store:
+        token, secret = store.rotate(args.user, args.name)
+        show_secret(args, store, "Gave a new secret to", token, secret)
+
+
+def cmd_token_list(args):
+    with open_command_store(args) as store:
+        tokens = store.list(getattr(args, "user", None))
+        if args.json:
+            return say(json.dumps([as_json(token) for token in tokens], indent=2))
+        if not tokens:
+            return say(f"No tokens in {store.path}.")
+        heads = ("USER", "NAME", "SECRET", "CREATED", "EXPIRES", "LAST USED", "")
+        rows = [(token.user, token.name, token.hint + "…", day(token.created_at, ""),
+                 ("expired " if is_expired(token) else "") + day(token.expires_at, "never"),
+                 minute(token.last_used_at, "never"), "admin" if token.admin else "") for token in tokens]
+        for line in table([heads] + rows, shutil.get_terminal_size().columns):
+            say(line)
+
+
+def cmd_token_update(args):
+    changes = {}
+    if hasattr(args, "expires"):
+        changes["expires_at"] = read_expiry(args.expires)
+    if hasattr(args, "admin"):
+        changes["admin"] = args.admin
+    if not changes:
+        raise UsageError("token update: say what to change: --expires, --admin or --no-admin")
+    with open_command_store(args) as store:
+        say(f"Changed {describe(store.update(args.user, args.name, **changes))}, in {store.path}")
+
+
+def cmd_token_delete(args):
+    with open_command_store(args) as store:
+        token = store.delete(args.user, args.name)
+        say(f'Deleted the token "{token.user}/{token.name}" from {store.path}: it stops at its next request.')
+
+
+def cmd_token_export(args):
+    form = getattr(args, "format", None) or ("json" if args.file == "-" else args.file.rpartition(".")[2].lower())
+    if form not in ("csv", "json"):
+        raise UsageError(f'token export: "{args.file}" ends neither in .csv nor in .json: add --format csv or json')
+    with open_command_store(args) as store:
+        rows = [dict(row, **{key: show_instant(row[key]) for key in row if key.endswith("_at")},
+                     admin=bool(row["admin"])) for row in store.export_rows()]
+        text = export_csv(rows) if form == "csv" else json.dumps({"version": EXPORT_VERSION, "tokens": rows}, indent=2)
+        if args.file == "-":
+            return say(text.rstrip("\n"))
+        replace_file(args.file, text.rstrip("\n") + "\n")
+        say(f"Exported {len(rows)} token{'' if len(rows) == 1 else 's'} from {store.path} to {args.file}")
+
+
+def export_csv(rows):
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(("version",) + TokenStore.EXPORTED)
+    for row in rows:
+        cells = ["" if row[key] is None else str(row[key]) for key in TokenStore.EXPORTED]
+        writer.writerow([EXPORT_VERSION] + ["'" + cell if cell.startswith(DEFUSED) else cell for cell in cells])
+    return file.getvalue()
+
+
+def replace_file(path, text):
+    """Put text in the place of a file at once, readable by its owner alone."""
+    temporary = f"{path}.{os.getpid()}.new"
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise Failure(f"cannot write {path}: {error.strerror}") from None
+
+
+def cmd_token_import(args):
+    try:
+        with contextlib.ExitStack() as stack:
+            file = sys.stdin if args.file == "-" else stack.enter_context(open(args.file, encoding="utf-8-sig"))
+            text = file.read()
+        rows = [imported_row(row, number) for number, row in enumerate(exported_rows(text.lstrip("\ufeff")), 1)]
+    except (OSError, UnicodeDecodeError) as error:
+        raise Failure(f"cannot read {args.file}: {getattr(error, 'strerror', None) or error}") from None
+    except (ValueError, csv.Error) as error:
+        raise Failure(f'{args.file} is no file of "token export": {error}; nothing was imported') from None
+    with open_command_store(args, create=True) as store:
+        added = store.import_rows(rows)
+        say(f"Imported {added} token{'' if added == 1 else 's'} into {store.path}; "
+            f"{len(rows) - added} were there already")
+
+
+def exported_rows(text):
+    """Return the rows of an exported file, either format, as dictionaries of what stands in it; raise ValueError."""
+    if text.lstrip().startswith("{"):
+        whole = json.loads(text)
+        version, rows = whole.get("version"), whole.get("tokens")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("it has no list of tokens")
+        versions = {version}
+    else:
+        rows = [{key: cell[1:] if cell and cell.startswith("'") else cell for key, cell in row.items() if key}
+                for row in csv.DictReader(io.StringIO(text, newline=""), restkey="", restval=None)]
+        versions = {row.pop("version", None) for row in rows} if rows else {text.strip()[:7] == "version"}
+    if versions - {EXPORT_VERSION, str(EXPORT_VERSION), True}:
+        raise ValueError(f"its version is {', '.join(map(str, versions))}, this program reads {EXPORT_VERSION}")
+    return rows
+
+
+def imported_row(row, number):
+    """Return an exported row as the store takes it; raise ValueError naming the row and what is wrong with it."""
+    missing = [key for key in TokenStore.EXPORTED if row.get(key) is None and not key.endswith("_at")]
+    if missing:
+        raise ValueError(f"row {number} has no {missing[0]}")
+    try:
+        if not re.fullmatch("[0-9a-f]{64}", row["digest"]) or len(row["hint"]) > HINT_LENGTH:
+            raise ValueError("its digest is no SHA-256, or its hint too long")
+        times = {key: instant(row[key]) if row.get(key) else None for key in TokenStore.EXPORTED if key.endswith("_at")}
+        if times["created_at"] is None:
+            raise ValueError("it has no created_at")
+        return dict({key: row[key] for key in TokenStore.EXPORTED}, **times, admin=int(switch(str(row["admin"]))),
+                    user=check_name("user", row["user"]), name=check_name("name", row["name"]))
+    except (ValueError, UsageError, TypeError) as error:
+        raise ValueError(f"row {number}: {error}") from None
+
+
+def open_command_store(args, create=False):
+    """Open the database that flag, environment or .env name for a command."""
+    settings = load_settings(vars(args), os.environ, args.env_file, (DATABASE_OPTION,))
+    return open_store(settings.db, create)
+
+
+def read_expiry(text):
+    """Read "30d", a date or a time as Unix seconds to come; "none" is None."""
+    if text == "none":
+        return None
+    now = int(time.time())
+    try:
+        moment = now + int(duration(text)) if re.fullmatch(r"[0-9.]+[a-z]", text) else instant(text)
+    except ValueError as error:
+        raise UsageError(f'--expires: "{text}" {error}, nor "none" or a duration like 30d') from None
+    if moment <= now:
+        raise UsageError(f'--expires: "{text}" is in the past')
+    if moment > 253402300799:
+        raise UsageError(f'--expires: "{text}" is after the year 9999: say "none"')
+    return moment
+
+
+def show_secret(args, store, done, token, secret):
+    """Show a new secret, this once: alone, as JSON, or with how to use it."""
+    if args.quiet:
+        return say(secret)
+    if args.json:
+        return say(json.dumps(dict(as_json(token), token=secret), indent=2))
+    say(f"{done} {describe(token)}, in {store.path}\n\n    {secret}\n\n"
+        "It is shown only now; keep it like a password. To use it:\n\n"
+        f'    curl -H "Authorization: Bearer {secret}" http://127.0.0.1:8000/api/tags')
+
+
+def as_json(token):
+    return {"id": token.id, "user": token.user, "name": token.name, "hint": token.hint,
+            "created_at": show_instant(token.created_at), "expires_at": show_instant(token.expires_at),
+            "last_used_at": show_instant(token.last_used_at), "expired": is_expired(token), "admin": bool(token.admin)}
+
+
+def describe(token):
+    return (f'the {"admin " if token.admin else ""}token "{token.user}/{token.name}", which '
+            + (f"expires {show_instant(token.expires_at)}" if token.expires_at else "does not expire"))
+
+
+def is_expired(token):
+    return token.expires_at is not None and token.expires_at <= time.time()
+
+
+def day(seconds, otherwise):
+    return otherwise if seconds is None else show_instant(seconds)[:10]
+
+
+def minute(seconds, otherwise):
+    return otherwise if seconds is None else show_instant(seconds)[:16].replace("T", " ")
+
+
+def table(rows, width):
+    """Return rows as aligned lines; what is too wide for the terminal is taken from the widest columns."""
+    widths = [max(map(text_width, column)) for column in zip(*rows)]
+    while sum(widths) + 2 * len(widths) - 2 > width and max(widths) > 8:
+        widths[widths.index(max(widths))] -= 1
+    return ["  ".join(fit(cell, columns) for cell, columns in zip(row, widths)).rstrip() for row in rows]
+
+
+def text_width(text):
+    """Return how many columns of a terminal a text takes."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def fit(text, columns):
+    """Return a text cut or padded to so many columns."""
+    if text_width(text) > columns:
+        while text_width(text) >= columns:
+            text = text[:-1]
+        text += "…"
+    return text + " " * (columns - text_width(text))
+
+
+def say(text, file=None):
+    print(text, file=file or sys.stdout, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, with help that ends in examples."""
+
+    def __init__(self, **how):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **how)
+
+
+def build_parser():
+    """Return the parser of the whole command line."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--db", metavar="FILE", default=argparse.SUPPRESS, help=DATABASE_OPTION.help)
+    common.add_argument("--env-file", metavar="FILE", default=argparse.SUPPRESS, help="read settings from FILE, not .env")
+    parser = Parser(prog="ollama_gateway.py", parents=[common], description=__doc__.split("\n")[0],
+                    epilog=f"example:\n  {PROGRAM} serve --port 8000")
+    parser.add_argument("--version", action="version", version=f"ollama_gateway {VERSION}")
+    parser.set_defaults(env_file=None, json=False, quiet=False)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    add_serve(commands, common)
+    token = commands.add_parser("token", parents=[common], help="make and manage tokens",
+                                description="Make and manage tokens.",
+                                epilog=f"example:\n  {PROGRAM} token create ada laptop --expires 90d")
+    tokens = token.add_subparsers(metavar="ACTION", required=True)
+    for add in add_create, add_list, add_update, add_rotate, add_delete, add_export, add_import:
+        add(tokens, common)
+    return parser
+
+
+def add_command(commands, common, name, run, text, example):
+    parser = commands.add_parser(name, parents=[common], help=text, description=f"{text[0].upper()}{text[1:]}.",
+                                 epilog=f"example:\n  {PROGRAM} {example}")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_serve(commands, common):
+    parser = add_command(commands, common, "serve", cmd_serve, "run the gateway", "serve --host 0.0.0.0 --tls-cert box.pem")
+    for option in OPTIONS:
+        if option is DATABASE_OPTION:
+            continue
+        text = f"{option.help} ({option.variable}{', default ' + option.default if option.default else ''})"
+        how = dict(action="store_const", const="on") if option.convert is switch else dict(metavar=option.metavar)
+        parser.add_argument(option.flag, default=argparse.SUPPRESS, help=text, **how)
+
+
+def add_names(parser):
+    parser.add_argument("user", metavar="USER", help="whose token: a person")
+    parser.add_argument("name", metavar="NAME", help="which of theirs: a device, a program")
+
+
+def add_limits(parser, lift):
+    parser.add_argument("--expires", metavar="WHEN", default=argparse.SUPPRESS,
+                        help=f"30d, 2027-01-31 (00:00 UTC) or 2027-01-31T18:00:00Z; {lift}")
+    parser.add_argument("--admin", action="store_true", default=argparse.SUPPRESS,
+                        help="may change models, and act as the owner's ollama.com account")
+
+
+def add_secret_form(parser):
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="print the secret alone")
+    form.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the token as JSON")
+
+
+def add_create(commands, common):
+    parser = add_command(commands, common, "create", cmd_token_create, "make a token and show its secret, once",
+                         "token create ada laptop --expires 90d")
+    add_names(parser)
+    add_limits(parser, "none (default): never")
+    add_secret_form(parser)
+
+
+def add_list(commands, common):
+    parser = add_command(commands, common, "list", cmd_token_list, "list the tokens", "token list --user ada")
+    parser.add_argument("--user", metavar="USER", default=argparse.SUPPRESS, help="only this user's")
+    parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print a JSON list")
+
+
+def add_update(commands, common):
+    parser = add_command(commands, common, "update", cmd_token_update, "change what a token may do, from its next request",
+                         "token update ada laptop --expires none")
+    add_names(parser)
+    add_limits(parser, '"none" lifts it')
+    parser.add_argument("--no-admin", dest="admin", action="store_false", default=argparse.SUPPRESS,
+                        help="may no longer do what takes an admin token")
+
+
+def add_rotate(commands, common):
+    parser = add_command(commands, common, "rotate", cmd_token_rotate, "give a token a new secret, and nothing else",
+                         "token rotate ada laptop")
+    add_names(parser)
+    add_secret_form(parser)
+
+
+def add_delete(commands, common):
+    add_names(add_command(commands, common, "delete", cmd_token_delete, "delete a token: it stops at its next request",
+                          "token delete ada laptop"))
+
+
+def add_export(commands, common):
+    parser = add_command(commands, common, "export", cmd_token_export,
+                         "write all tokens to a file: digests, never secrets", "token export tokens.csv")
+    parser.add_argument("file", metavar="FILE", help='a .csv or .json file; "-" is JSON on stdout')
+    parser.add_argument("--format", choices=("csv", "json"), default=argparse.SUPPRESS, help="whatever the file's name")
+
+
+def add_import(commands, common):
+    parser = add_command(commands, common, "import", cmd_token_import,
+                         "add the tokens of an exported file, all or none", "token import tokens.csv")
+    parser.add_argument("file", metavar="FILE", help='what "token export" wrote; "-" is stdin')
+
+
+# == Main =====================================================================
+
+
+def main(argv=None):
+    """Run a command; return 0 when it is done, 1 when it could not be done, 2 for a wrong flag, value or setting."""
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
+    try:
+        args = build_parser().parse_args(argv)
+        return args.run(args) or 0
+    except SystemExit as stop:  # argparse has spoken
+        return stop.code or 0
+    except UsageError as error:
+        say(f"ollama_gateway: {error}", sys.stderr)
+        return 2
+    except Failure as error:
+        say(f"ollama_gateway: {error}", sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain of it again
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
