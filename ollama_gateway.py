@@ -161,10 +161,6 @@ def show_instant(seconds):
     return None if seconds is None else (datetime(1970, 1, 1) + timedelta(seconds=seconds)).isoformat() + "Z"
 
 
-def text_value(text):
-    return text
-
-
 def switch(text):
     if text.lower() in ("1", "true", "yes", "on"):
         return True
@@ -202,7 +198,7 @@ def upstream_url(text):
 
 def base_path(text):
     """Read where /api is to be found, as "/path" or, for the root, ""."""
-    path = "/".join(part for part in text.strip("/").split("/"))
+    path = text.strip("/")
     if path and not re.fullmatch(r"[A-Za-z0-9_~-][A-Za-z0-9._~-]*(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*", path):
         raise ValueError("is no path of letters, digits, '.', '_', '~' and '-'")
     if path.split("/")[0] in ("v1", "t", "docs", "openapi.json", "admin", "health", "me", "metrics"):
@@ -237,11 +233,11 @@ class Option(NamedTuple):
 OPTIONS = (
     Option("--ollama-url", "OLLAMA_BASE_URL", "http://localhost:11434", upstream_url, "URL", "the Ollama to guard"),
     Option("--base-path", "BASE_PATH", "/api", base_path, "PATH", "where clients find Ollama's /api"),
-    Option("--db", "TOKEN_DB_PATH", "tokens.db", text_value, "FILE", "the database of tokens"),
-    Option("--host", "GATEWAY_HOST", "127.0.0.1", text_value, "ADDRESS", "the address to listen on; :: for all"),
+    Option("--db", "TOKEN_DB_PATH", "tokens.db", str, "FILE", "the database of tokens"),
+    Option("--host", "GATEWAY_HOST", "127.0.0.1", str, "ADDRESS", "the address to listen on; :: for all"),
     Option("--port", "GATEWAY_PORT", "8000", port_number, "PORT", "the port to listen on"),
-    Option("--tls-cert", "GATEWAY_TLS_CERT", None, text_value, "FILE", "serve HTTPS with this certificate chain"),
-    Option("--tls-key", "GATEWAY_TLS_KEY", None, text_value, "FILE", "its private key, if not in the same file"),
+    Option("--tls-cert", "GATEWAY_TLS_CERT", None, str, "FILE", "serve HTTPS with this certificate chain"),
+    Option("--tls-key", "GATEWAY_TLS_KEY", None, str, "FILE", "its private key, if not in the same file"),
     Option("--cors-origins", "GATEWAY_CORS_ORIGINS", "", origins, "LIST", "web pages that may call: origins, or *"),
     Option("--path-tokens", "GATEWAY_PATH_TOKENS", "off", switch, "", "accept /t/SECRET before any path"),
     Option("--connect-timeout", "GATEWAY_CONNECT_TIMEOUT", "5s", timeout, "TIME", "to connect to Ollama"),
@@ -250,7 +246,7 @@ OPTIONS = (
     Option("--stall-timeout", "GATEWAY_STALL_TIMEOUT", "300s", timeout, "TIME", "for the next piece of an answer"),
     Option("--log-level", "LOG_LEVEL", "INFO", log_level, "LEVEL", "what goes to stderr"),
     Option("--log-file-level", "LOG_FILE_LEVEL", "INFO", log_level, "LEVEL", "what goes to the log file"),
-    Option("--log-file", "GATEWAY_LOG_FILE", None, text_value, "FILE",
+    Option("--log-file", "GATEWAY_LOG_FILE", None, str, "FILE",
            "a log file, rotated at 10 MB; app.log if LOG_FILE_LEVEL is set"),
 )
 DATABASE_OPTION = next(option for option in OPTIONS if option.flag == "--db")
@@ -401,12 +397,12 @@ class Token(NamedTuple):
 class Request:
     """A request's head, parsed: field names in lower case, a repeated field's values joined by commas."""
 
-    __slots__ = ("method", "path", "query", "version", "fields", "repeated", "id", "keep_alive", "path_secret")
+    __slots__ = ("method", "path", "query", "version", "fields", "repeated", "path_secret")
 
     def __init__(self, method, path, query, version, fields, repeated):
         self.method, self.path, self.query, self.version = method, path, query, version
         self.fields, self.repeated = fields, repeated
-        self.path_secret = None
+        self.path_secret = None     # what stood behind /t/, once it is taken out of the path
 
 
 class Route(NamedTuple):
@@ -470,7 +466,7 @@ def poll(wants, seconds):
 
 
 class Wire:
-    """A non-blocking socket and what was read from it too early; each wait has a deadline, and may watch another wire."""
+    """A non-blocking socket, and what was read from it too early; a wait has a deadline, and may watch another wire."""
 
     def __init__(self, sock):
         sock.setblocking(False)
@@ -564,6 +560,8 @@ class Wire:
                 raise Malformed("a line does not end in CR LF")
             searched = max(len(self.buffer) - 3, 0)
             if not self.fill(deadline, watched):
+                if not self.buffer:
+                    raise ConnectionError("it hung up without a word")
                 raise Malformed("the headers end early")
 
     def hang_up(self):
@@ -574,6 +572,13 @@ class Wire:
     def close(self):
         with contextlib.suppress(OSError):
             self.sock.close()
+
+    def part(self):
+        """Close in TLS's own manner first, which tells the peer that nothing was cut off."""
+        if isinstance(self.sock, ssl.SSLSocket):
+            with contextlib.suppress(OSError, ValueError):
+                self.sock.unwrap()
+        self.close()
 
     def reset(self):
         """Close so that the peer sees an error, not an end."""
@@ -586,7 +591,7 @@ FIELD_BLOCK = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff
 
 
 def parse_fields(block):
-    """Return a head's field lines as (name, value) pairs of text (RFC 9112 5): no folding, no space before the colon."""
+    """Return a head's field lines as (name, value) pairs (RFC 9112 5): no folding, no space before the colon."""
     if not FIELD_BLOCK.fullmatch(block):
         raise Malformed("a header is malformed")
     lines = block.decode("latin-1").split("\r\n")[:-1]
@@ -835,7 +840,7 @@ def _check_version(db, path):
 
 
 def _make_private(path, create):
-    """Make sure that the file exists, if it may be made, and that only its owner can read it, before it holds a byte."""
+    """Make sure that the file is there, if it may be made, and its owner's alone before it holds a byte."""
     if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path)):
         raise Failure(f"the database {path} cannot be there: " + (
             "that is a folder" if os.path.isdir(path) else f"there is no folder {os.path.dirname(path)}"))
@@ -860,7 +865,7 @@ def open_store(path, create=False, now=None):
         db = _connect(path, writable)
         version = _check_version(db, path)
         if version < len(MIGRATIONS) and not writable:
-            raise Failure(f"the database {path} must be upgraded, but cannot be written: make it and its folder writable")
+            raise Failure(f"the database {path} must be upgraded and is read-only: make it and its folder writable")
         if writable:
             _use_wal(db)
             if version < len(MIGRATIONS):
@@ -1044,6 +1049,15 @@ class TokenTable:
 # == Accept ===================================================================
 
 
+class ClientWire(Wire):
+    """A client's connection; watched, it tells when the client has left."""
+
+    def stirred(self):
+        """Raise ClientLeft if it hung up, fully or half; a pipelined request is kept for later."""
+        if len(self.buffer) >= READ_BYTES or not self.alive():
+            raise ClientLeft("the client hung up")
+
+
 class GatewayServer(http.server.ThreadingHTTPServer):
     """Listens; a thread for each connection does the rest, from the TLS handshake on."""
 
@@ -1101,18 +1115,10 @@ class GatewayServer(http.server.ThreadingHTTPServer):
         self.gateway.close()
 
 
-class ClientWire(Wire):
-    """A client's connection; watched, it tells when the client has left."""
-
-    def stirred(self):
-        """Raise ClientLeft if it hung up, fully or half; a pipelined request is kept for later."""
-        if len(self.buffer) >= READ_BYTES or not self.alive():
-            raise ClientLeft("the client hung up")
-
-
 # == Parse ====================================================================
 
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])")  # RFC 9112 3
+HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")  # RFC 9110 7.2, RFC 3986 3.2.2
 ABSOLUTE = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
 
@@ -1136,8 +1142,11 @@ def parse_request(line, block):
         raise Malformed(f"there are two {repeated.intersection(FRAMING).pop()} headers")
     if version == "1.1" and "host" not in fields:
         raise Malformed("there is no Host header")
+    host = fields.get("host", "")
+    if not HOST.fullmatch(host):
+        raise Malformed("the Host header is malformed")
     absolute = ABSOLUTE.fullmatch(target)
-    if absolute and absolute[1] == fields.get("host"):
+    if absolute and absolute[1].lower() == host.lower():
         target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
     if not target.startswith("/"):
         raise Malformed("the request's target is no path")
@@ -1146,7 +1155,7 @@ def parse_request(line, block):
 
 
 def request_body_framing(request):
-    """Return the decoder of a request's body (RFC 9112 6); raise Malformed for what two readers could read in two ways."""
+    """Return the decoder of a request's body (RFC 9112 6); raise Malformed where two readers could differ."""
     coding, length = request.fields.get("transfer-encoding"), request.fields.get("content-length")
     if coding is None:
         return LengthBody(content_length(length) if length is not None else 0)
@@ -1438,7 +1447,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wire = self.request
 
     def finish(self):
-        pass
+        self.wire.part()
 
     def handle_one_request(self):
         """Wait for a request and have it served; an idle connection ends without a word."""
@@ -1773,11 +1782,12 @@ class Reply:
         """Return the decoder of the body (RFC 9112 6.3)."""
         if "content-length" in named:
             self.length = content_length(named["content-length"])
-        if "transfer-encoding" in named and (self.length is not None or named["transfer-encoding"].lower() != "chunked"):
+        coding = named.get("transfer-encoding")
+        if coding is not None and (self.length is not None or coding.lower() != "chunked"):
             raise Malformed("its answer's framing is ambiguous")
         if method == "HEAD" or self.status in (204, 304):
             return LengthBody(0)
-        if "transfer-encoding" in named:
+        if coding is not None:
             return ChunkedBody()
         return OpenBody() if self.length is None else LengthBody(self.length)
 
@@ -1845,25 +1855,21 @@ class Pool:
         return self.connect(watched)
 
     def connect(self, watched=None):
-        """Return a new connection; raise ConnectionError."""
+        """Return a new connection; raise OSError."""
         deadline = Deadline(self._connect_timeout)
-        trouble = "no address"
-        try:
-            for family, kind, protocol, _, address in socket.getaddrinfo(self._host, self._port,
-                                                                         type=socket.SOCK_STREAM):
-                wire = UpstreamWire(socket.socket(family, kind, protocol))
-                try:
-                    return self._greet(wire, address, deadline, watched)
-                except BaseException as error:
-                    wire.close()
-                    trouble = error
-                    if isinstance(error, (ClientLeft, TimeoutError)) or not isinstance(error, OSError):
-                        raise
-        except TimeoutError:
-            trouble = f"no connection within {self._connect_timeout:g} s (--connect-timeout)"
-        except socket.gaierror as error:
-            trouble = error
-        raise ConnectionError(getattr(trouble, "strerror", None) or str(trouble))
+        trouble = OSError("its name has no address")
+        for family, kind, protocol, _, address in socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM):
+            wire = UpstreamWire(socket.socket(family, kind, protocol))
+            try:
+                return self._greet(wire, address, deadline, watched)
+            except OSError as error:
+                wire.close()
+                if isinstance(error, ClientLeft):
+                    raise
+                trouble = error
+        if isinstance(trouble, TimeoutError):
+            raise ConnectionError(f"no connection within {self._connect_timeout:g} s (--connect-timeout)")
+        raise ConnectionError(trouble.strerror or str(trouble))
 
     def _greet(self, wire, address, deadline, watched):
         try:
@@ -1890,7 +1896,7 @@ class Pool:
 
 
 class PooledHandler(urllib.request.BaseHandler):
-    """What urllib's opener asks to open an upstream URL: a pooled connection below, no redirects and no proxies above."""
+    """What urllib's opener asks to open a URL: pooled connections below, no redirects and no proxies above."""
 
     def __init__(self, pool, stall_timeout):
         self._pool, self._stall_timeout = pool, stall_timeout
@@ -1898,13 +1904,13 @@ class PooledHandler(urllib.request.BaseHandler):
     def http_open(self, exchange):
         """Send the exchange and return the Reply; its timeout is for the answer's head.
 
-        A kept connection may die as we use it: when not a byte of an answer came, and the body can be sent again, it is,
-        once, on a new connection; all other kept ones are as old, and are dropped.
+        A kept connection may die as we use it: when not a byte of an answer came, and the body can be sent again, it
+        is, once, on a new connection; all other kept ones are as old, and are dropped.
         """
         wire = self._pool.lease(exchange.watched)
         try:
             return self._converse(wire, exchange)
-        except (Malformed, ConnectionError) as error:
+        except ConnectionError as error:
             if isinstance(error, ClientLeft) or not wire.reused or wire.buffer or not exchange.body.replayable:
                 raise
         self._pool.clear()
@@ -1918,6 +1924,7 @@ class PooledHandler(urllib.request.BaseHandler):
             deadline = Deadline(exchange.timeout)
             while True:
                 line, block = wire.read_head(deadline, exchange.watched)
+                wire.reused = False  # it has proved to be alive: what fails from here on is not tried again
                 reply = Reply(line, block, exchange, wire, self._pool, self._stall_timeout)
                 if reply.status >= 200:
                     reply._keep = reply._keep and whole
@@ -1954,7 +1961,8 @@ class Upstream:
 
     def open(self, method, path, request, body, request_id, watched):
         """Pass a request on and return the Reply; raise Refusal if none comes. Leaving, the watched client ends it."""
-        exchange = Exchange(self._url, method, path + request.query, forwarded_fields(request, request_id), body, watched)
+        fields = forwarded_fields(request, request_id)
+        exchange = Exchange(self._url, method, path + request.query, fields, body, watched)
         try:
             return self._opener.open(exchange, timeout=self._first_byte_timeout)
         except ClientLeft:
@@ -1968,7 +1976,7 @@ class Upstream:
             raise Refusal("upstream_failed", f"Ollama cannot be reached: {error}") from None
 
     def ask(self, path, max_age=0):
-        """Return the JSON object that Ollama answers to GET path, from the last max_age seconds or now; None for none."""
+        """Return the JSON object that Ollama answers to GET path, None for none; at most max_age seconds old."""
         with self._asking:
             when, answer = self._asked.get(path, (None, None))
             if when is None or time.monotonic() - when > max_age:
@@ -1989,7 +1997,7 @@ class Upstream:
 
 
 def forwarded_fields(request, request_id):
-    """Return, as a head's lines, the client's fields that go up: no credential, no cookie, nothing of its connection."""
+    """Return, as a head's lines, the client's fields that go up: no credential, no cookie, nothing hop-by-hop."""
     dropped = request.fields.get("connection", "").lower()
     lines = [f"X-Request-Id: {request_id}\r\n"]
     for name, value in request.fields.items():
@@ -2166,6 +2174,7 @@ DEFUSED = ("=", "+", "-", "@", "\t", "'")  # a spreadsheet takes a cell that sta
 def cmd_serve(args):
     """Run the gateway until it is told to stop."""
     settings = load_settings(vars(args), os.environ, args.env_file)
+    os.umask(0o077)  # logs and what SQLite puts beside the database are the owner's alone, too
     configure_logging(settings)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with open_store(settings.db, create=True) as store:
@@ -2218,7 +2227,8 @@ def reload_certificate(context, settings):
 def announce(settings, server, store):
     """Say on stderr where the gateway is, what stands behind it, and what the owner should mind."""
     host, port = server.server_address[:2]
-    address = f"{'https' if server.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+    shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    address = f"{'https' if server.tls else 'http'}://{shown}:{port}"
     listed = server.gateway.ask_upstream("/api/tags")
     models = len(listed.get("models") or ()) if listed else 0
     state = f"which has {models} model{'' if models == 1 else 's'}" if listed else "which DOES NOT ANSWER yet"
@@ -2343,16 +2353,18 @@ def exported_rows(text):
     """Return the rows of an exported file, either format, as dictionaries of what stands in it; raise ValueError."""
     if text.lstrip().startswith("{"):
         whole = json.loads(text)
-        version, rows = whole.get("version"), whole.get("tokens")
+        rows = whole.get("tokens")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError("it has no list of tokens")
-        versions = {version}
+        versions = {str(whole.get("version"))}
     else:
-        rows = [{key: cell[1:] if cell and cell.startswith("'") else cell for key, cell in row.items() if key}
-                for row in csv.DictReader(io.StringIO(text, newline=""), restkey="", restval=None)]
-        versions = {row.pop("version", None) for row in rows} if rows else {text.strip()[:7] == "version"}
-    if versions - {EXPORT_VERSION, str(EXPORT_VERSION), True}:
-        raise ValueError(f"its version is {', '.join(map(str, versions))}, this program reads {EXPORT_VERSION}")
+        reader = csv.DictReader(io.StringIO(text, newline=""), restkey="", restval="")
+        rows = [{key: cell[1:] if cell.startswith("'") else cell for key, cell in row.items() if key} for row in reader]
+        if "version" not in (reader.fieldnames or ()):
+            raise ValueError("its first line does not name the columns")
+        versions = {row["version"] for row in rows}
+    if versions - {str(EXPORT_VERSION)}:
+        raise ValueError(f"its version is {' and '.join(sorted(versions))}, this program reads {EXPORT_VERSION}")
     return rows
 
 
@@ -2466,7 +2478,7 @@ def build_parser():
     """Return the parser of the whole command line."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--db", metavar="FILE", default=argparse.SUPPRESS, help=DATABASE_OPTION.help)
-    common.add_argument("--env-file", metavar="FILE", default=argparse.SUPPRESS, help="read settings from FILE, not .env")
+    common.add_argument("--env-file", metavar="FILE", default=argparse.SUPPRESS, help="settings in place of .env")
     parser = Parser(prog="ollama_gateway.py", parents=[common], description=__doc__.split("\n")[0],
                     epilog=f"example:\n  {PROGRAM} serve --port 8000")
     parser.add_argument("--version", action="version", version=f"ollama_gateway {VERSION}")
@@ -2490,7 +2502,8 @@ def add_command(commands, common, name, run, text, example):
 
 
 def add_serve(commands, common):
-    parser = add_command(commands, common, "serve", cmd_serve, "run the gateway", "serve --host 0.0.0.0 --tls-cert box.pem")
+    parser = add_command(commands, common, "serve", cmd_serve, "run the gateway",
+                         "serve --host 0.0.0.0 --tls-cert box.pem")
     for option in OPTIONS:
         if option is DATABASE_OPTION:
             continue
@@ -2532,8 +2545,8 @@ def add_list(commands, common):
 
 
 def add_update(commands, common):
-    parser = add_command(commands, common, "update", cmd_token_update, "change what a token may do, from its next request",
-                         "token update ada laptop --expires none")
+    parser = add_command(commands, common, "update", cmd_token_update,
+                         "change what a token may do, from its next request", "token update ada laptop --expires none")
     add_names(parser)
     add_limits(parser, '"none" lifts it')
     parser.add_argument("--no-admin", dest="admin", action="store_false", default=argparse.SUPPRESS,
