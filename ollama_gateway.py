@@ -450,6 +450,7 @@ class Deadline:
 
 READABLE, WRITABLE = getattr(select, "POLLIN", 1), getattr(select, "POLLOUT", 4)
 HUNG_UP = getattr(select, "POLLRDHUP", 0)  # Linux tells a half-closed peer without a read; others cannot
+BARE_LF = re.compile(rb"(?<!\r)\n")
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError)
 
 
@@ -556,7 +557,7 @@ class Wire:
             if end >= 0:
                 head, self.buffer = self.buffer[:end + 2], self.buffer[end + 4:]
                 return head[:line], head[line + 2:]
-            if re.search(rb"(?<!\r)\n", self.buffer[max(searched - 1, 0):]):
+            if BARE_LF.search(self.buffer, searched):
                 raise Malformed("a line does not end in CR LF")
             searched = max(len(self.buffer) - 3, 0)
             if not self.fill(deadline, watched):
@@ -679,8 +680,8 @@ class ChunkedBody:
     def _trailers(self, data):
         end = 0 if data.startswith(b"\r\n") else data.find(b"\r\n\r\n") + 2
         if end == 1:  # not found
-            if len(data) > TRAILER_BYTES:
-                raise Malformed("the trailers are too large", "head_too_large")
+            if len(data) > TRAILER_BYTES or BARE_LF.search(data):
+                raise Malformed("the trailers are too large, or have a line that does not end in CR LF")
             return data
         for name, _ in parse_fields(data[:end]):
             if name.lower() in FORBIDDEN_TRAILERS:
@@ -853,34 +854,6 @@ def _make_private(path, create):
         os.chmod(path, 0o600)
 
 
-def open_store(path, create=False, now=None):
-    """Open the database of tokens, upgrading it if it is old; `create` allows a missing or empty file.
-
-    Raises Failure, naming the file and what is wrong; then nothing in it has been touched.
-    """
-    path, db = os.path.abspath(path), None
-    try:
-        _make_private(path, create)
-        writable = os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK)
-        db = _connect(path, writable)
-        version = _check_version(db, path)
-        if version < len(MIGRATIONS) and not writable:
-            raise Failure(f"the database {path} must be upgraded and is read-only: make it and its folder writable")
-        if writable:
-            _use_wal(db)
-            if version < len(MIGRATIONS):
-                _migrate(db, path, int(time.time() if now is None else now))
-            if db.execute("SELECT scrub_owed FROM state").fetchone()[0]:
-                _scrub(db)
-        return TokenStore(path, db, writable)
-    except BaseException as error:
-        if db is not None:
-            db.close()
-        if isinstance(error, (sqlite3.Error, OSError)):
-            raise Failure(f"cannot use the database {path}: {error}") from None
-        raise
-
-
 class TokenStore:
     """The tokens on disk; safe to share between threads, and with other processes."""
 
@@ -1006,6 +979,34 @@ class TokenStore:
         return added
 
 
+def open_store(path, create=False, now=None):
+    """Open the database of tokens, upgrading it if it is old; `create` allows a missing or empty file.
+
+    Raises Failure, naming the file and what is wrong; then nothing in it has been touched.
+    """
+    path, db = os.path.abspath(path), None
+    try:
+        _make_private(path, create)
+        writable = os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK)
+        db = _connect(path, writable)
+        version = _check_version(db, path)
+        if version < len(MIGRATIONS) and not writable:
+            raise Failure(f"the database {path} must be upgraded and is read-only: make it and its folder writable")
+        if writable:
+            _use_wal(db)
+            if version < len(MIGRATIONS):
+                _migrate(db, path, int(time.time() if now is None else now))
+            if db.execute("SELECT scrub_owed FROM state").fetchone()[0]:
+                _scrub(db)
+        return TokenStore(path, db, writable)
+    except BaseException as error:
+        if db is not None:
+            db.close()
+        if isinstance(error, (sqlite3.Error, OSError)):
+            raise Failure(f"cannot use the database {path}: {error}") from None
+        raise
+
+
 class TokenTable:
     """All tokens by digest, in memory: what a request asks. It is as new as the last commit of anyone.
 
@@ -1080,6 +1081,13 @@ class GatewayServer(http.server.ThreadingHTTPServer):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
+
+    @property
+    def url(self):
+        """Return the address to use, as seen from other machines if it is open to them."""
+        host, port = self.server_address[:2]
+        shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+        return f"{'https' if self.tls else 'http'}://{shown}:{port}"
 
     def process_request_thread(self, request, client_address):
         """Serve a connection, in its own thread, until it ends."""
@@ -1551,6 +1559,60 @@ SEGMENTS = {
 }
 
 
+PATH_TOKEN = re.compile("/t/([^/]+)(/.*)")
+MARK = {1: re.compile(rb'["{}\[\]:,]'), 2: re.compile(rb'["{}\[\]]')}  # at an object's top level, and below it
+
+
+def _string_end(data, start):
+    """Return where the JSON string that begins at start, behind its quote, ends: its closing quote, or -1."""
+    end = start
+    for _ in range(SCAN_STEPS):
+        end = data.find(b'"', end)
+        if end < 0 or data[end - 1:end] != b"\\":
+            return end
+        run = re.compile(rb"\\*").match(data[start:end][::-1]).end()  # an odd run of backslashes escapes the quote
+        if run % 2 == 0:
+            return end
+        end += 1
+    return -1
+
+
+def _json_string(quoted):
+    try:
+        return json.loads(quoted)
+    except ValueError:
+        return ""
+
+
+def named_model(data):
+    """Return the model that Ollama will read in a JSON body, "" if there is none: the last of its top-level keys
+    "model" or "name", in any case (encoding/json), found without building the object, in a bounded number of steps."""
+    depth, at, key, value, found = 0, 0, None, False, {}
+    for _ in range(SCAN_STEPS):
+        match = MARK[1 if depth <= 1 else 2].search(data, at)
+        if match is None:
+            break
+        mark, at = match[0], match.end()
+        if mark == b'"':
+            start, at = at, _string_end(data, at) + 1
+            if not at:
+                break
+            if depth == 1 and at - start <= 1024:
+                text = _json_string(data[start - 1:at])
+                if value and key in ("model", "name"):
+                    found[key] = text
+                key = key if value else text.lower()
+        elif mark in b"{[":
+            depth += 1
+        elif mark in b"}]":
+            depth -= 1
+            if depth <= 0:
+                break
+        else:
+            value = mark == b":"
+    return found.get("model") or found.get("name", "")
+
+
 class Router:
     """Finds a request's route: what the table does not name is denied, paths are compared as sent."""
 
@@ -1576,10 +1638,10 @@ class Router:
     def match(self, request):
         """Return the request's route and its path upstream; raise Refusal. A path token is moved out of the path."""
         exact, patterns = self._plain
-        if self._path_tokens and request.path.startswith("/t/"):
+        behind_token = PATH_TOKEN.fullmatch(request.path) if self._path_tokens else None
+        if behind_token:
             exact, patterns = self._behind_token
-            request.path_secret, _, rest = request.path[len("/t/"):].partition("/")
-            request.path = "/" + rest
+            request.path_secret, request.path = behind_token.groups()
         if request.method == "OPTIONS":
             return PREFLIGHT, ""
         methods, segment = exact.get(request.path), ""
@@ -1626,59 +1688,6 @@ class Router:
             if asked:  # any may be sent: only those that Ollama needs go further
                 allowed.append(("Access-Control-Allow-Headers", asked))
         return allowed
-
-
-MARK = {1: re.compile(rb'["{}\[\]:,]'), 2: re.compile(rb'["{}\[\]]')}  # at an object's top level, and below it
-
-
-def _string_end(data, start):
-    """Return where the JSON string that begins at start, behind its quote, ends: its closing quote, or -1."""
-    end = start
-    for _ in range(SCAN_STEPS):
-        end = data.find(b'"', end)
-        if end < 0 or data[end - 1:end] != b"\\":
-            return end
-        run = re.compile(rb"\\*").match(data[start:end][::-1]).end()  # an odd run of backslashes escapes the quote
-        if run % 2 == 0:
-            return end
-        end += 1
-    return -1
-
-
-def named_model(data):
-    """Return the model that Ollama will read in a JSON body, "" if there is none: the last of its top-level keys
-    "model" or "name", in any case (encoding/json), found without building the object, in a bounded number of steps."""
-    depth, at, key, value, found = 0, 0, None, False, {}
-    for _ in range(SCAN_STEPS):
-        match = MARK[1 if depth <= 1 else 2].search(data, at)
-        if match is None:
-            break
-        mark, at = match[0], match.end()
-        if mark == b'"':
-            start, at = at, _string_end(data, at) + 1
-            if not at:
-                break
-            if depth == 1 and at - start <= 1024:
-                text = _json_string(data[start - 1:at])
-                if value and key in ("model", "name"):
-                    found[key] = text
-                key = key if value else text.lower()
-        elif mark in b"{[":
-            depth += 1
-        elif mark in b"}]":
-            depth -= 1
-            if depth <= 0:
-                break
-        else:
-            value = mark == b":"
-    return found.get("model") or found.get("name", "")
-
-
-def _json_string(quoted):
-    try:
-        return json.loads(quoted)
-    except ValueError:
-        return ""
 
 
 # == Authenticate =============================================================
@@ -1756,6 +1765,73 @@ class Exchange(urllib.request.Request):
                      f"{fields}{body.framing}\r\n").encode("latin-1")
 
 
+def passes_on(name):
+    """Tell whether a field of the upstream's answer goes to the client: not the connection's, not ours to say."""
+    return name not in HOP_BY_HOP and name not in ("content-length", "x-request-id", "x-accel-buffering") \
+        and not name.startswith("access-control-")
+
+
+class Pool:
+    """Connections to the upstream, kept alive, the last used first."""
+
+    def __init__(self, url, connect_timeout):
+        self._host, self._port = url.hostname, url.port or (443 if url.scheme == "https" else 80)
+        self._tls = ssl.create_default_context() if url.scheme == "https" else None
+        self._connect_timeout = connect_timeout
+        self._idle = deque()
+
+    def lease(self, watched=None):
+        """Return a live connection, kept or new; one that died idle is found out here, or by who uses it."""
+        while self._idle:
+            with contextlib.suppress(IndexError):
+                wire = self._idle.pop()
+                if wire.alive() and not wire.buffer:
+                    wire.reused = True
+                    return wire
+                wire.close()
+        return self.connect(watched)
+
+    def connect(self, watched=None):
+        """Return a new connection; raise OSError."""
+        deadline = Deadline(self._connect_timeout)
+        trouble = OSError("its name has no address")
+        for family, kind, protocol, _, address in socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM):
+            wire = UpstreamWire(socket.socket(family, kind, protocol))
+            try:
+                return self._greet(wire, address, deadline, watched)
+            except OSError as error:
+                wire.close()
+                if isinstance(error, ClientLeft):
+                    raise
+                trouble = error
+        if isinstance(trouble, TimeoutError):
+            raise ConnectionError(f"no connection within {self._connect_timeout:g} s (--connect-timeout)")
+        raise ConnectionError(trouble.strerror or str(trouble))
+
+    def _greet(self, wire, address, deadline, watched):
+        try:
+            wire.sock.connect(address)
+        except BlockingIOError:
+            wire.wait(WRITABLE, deadline, watched)
+            error = wire.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error:
+                raise OSError(error, os.strerror(error)) from None
+        if self._tls:
+            wire.secure(self._tls, deadline, server_hostname=self._host)
+        return wire
+
+    def give_back(self, wire):
+        if len(self._idle) < POOL_SIZE:
+            self._idle.append(wire)
+        else:
+            wire.close()
+
+    def clear(self):
+        while self._idle:
+            with contextlib.suppress(IndexError):
+                self._idle.pop().close()
+
+
 class Reply:
     """The upstream's answer: its head at once, its body piece by piece; leaving its with block frees the connection."""
 
@@ -1828,73 +1904,6 @@ class Reply:
             self._wire.close()
 
 
-def passes_on(name):
-    """Tell whether a field of the upstream's answer goes to the client: not the connection's, not ours to say."""
-    return name not in HOP_BY_HOP and name not in ("content-length", "x-request-id", "x-accel-buffering") \
-        and not name.startswith("access-control-")
-
-
-class Pool:
-    """Connections to the upstream, kept alive, the last used first."""
-
-    def __init__(self, url, connect_timeout):
-        self._host, self._port = url.hostname, url.port or (443 if url.scheme == "https" else 80)
-        self._tls = ssl.create_default_context() if url.scheme == "https" else None
-        self._connect_timeout = connect_timeout
-        self._idle = deque()
-
-    def lease(self, watched=None):
-        """Return a live connection, kept or new; one that died idle is found out here, or by who uses it."""
-        while self._idle:
-            with contextlib.suppress(IndexError):
-                wire = self._idle.pop()
-                if wire.alive() and not wire.buffer:
-                    wire.reused = True
-                    return wire
-                wire.close()
-        return self.connect(watched)
-
-    def connect(self, watched=None):
-        """Return a new connection; raise OSError."""
-        deadline = Deadline(self._connect_timeout)
-        trouble = OSError("its name has no address")
-        for family, kind, protocol, _, address in socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM):
-            wire = UpstreamWire(socket.socket(family, kind, protocol))
-            try:
-                return self._greet(wire, address, deadline, watched)
-            except OSError as error:
-                wire.close()
-                if isinstance(error, ClientLeft):
-                    raise
-                trouble = error
-        if isinstance(trouble, TimeoutError):
-            raise ConnectionError(f"no connection within {self._connect_timeout:g} s (--connect-timeout)")
-        raise ConnectionError(trouble.strerror or str(trouble))
-
-    def _greet(self, wire, address, deadline, watched):
-        try:
-            wire.sock.connect(address)
-        except BlockingIOError:
-            wire.wait(WRITABLE, deadline, watched)
-            error = wire.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if error:
-                raise OSError(error, os.strerror(error)) from None
-        if self._tls:
-            wire.secure(self._tls, deadline, server_hostname=self._host)
-        return wire
-
-    def give_back(self, wire):
-        if len(self._idle) < POOL_SIZE:
-            self._idle.append(wire)
-        else:
-            wire.close()
-
-    def clear(self):
-        while self._idle:
-            with contextlib.suppress(IndexError):
-                self._idle.pop().close()
-
-
 class PooledHandler(urllib.request.BaseHandler):
     """What urllib's opener asks to open a URL: pooled connections below, no redirects and no proxies above."""
 
@@ -1949,6 +1958,17 @@ class PooledHandler(urllib.request.BaseHandler):
             return False
 
 
+def forwarded_fields(request, request_id):
+    """Return, as a head's lines, the client's fields that go up: no credential, no cookie, nothing hop-by-hop."""
+    dropped = request.fields.get("connection", "").lower()
+    lines = [f"X-Request-Id: {request_id}\r\n"]
+    for name, value in request.fields.items():
+        if name in FORWARDED or name.startswith(FORWARDED_PREFIXES):
+            if not dropped or name not in re.split(r"[ \t]*,[ \t]*", dropped):
+                lines.append(f"{name}: {value}\r\n")
+    return "".join(lines)
+
+
 class Upstream:
     """Ollama, as the gateway sees it."""
 
@@ -1994,17 +2014,6 @@ class Upstream:
 
     def close(self):
         self._pool.clear()
-
-
-def forwarded_fields(request, request_id):
-    """Return, as a head's lines, the client's fields that go up: no credential, no cookie, nothing hop-by-hop."""
-    dropped = request.fields.get("connection", "").lower()
-    lines = [f"X-Request-Id: {request_id}\r\n"]
-    for name, value in request.fields.items():
-        if name in FORWARDED or name.startswith(FORWARDED_PREFIXES):
-            if not dropped or name not in re.split(r"[ \t]*,[ \t]*", dropped):
-                lines.append(f"{name}: {value}\r\n")
-    return "".join(lines)
 
 
 # == Relay ====================================================================
@@ -2123,6 +2132,14 @@ def health_page(upstream):
 
 # == Assembly =================================================================
 
+def load_certificate(context, settings):
+    """Read the certificate and its key, again if need be; raise Failure."""
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
+    except (OSError, ValueError) as error:
+        raise Failure(f"cannot use the certificate {settings.tls_cert} with the key "
+                      f"{settings.tls_key or settings.tls_cert}: {error}") from None
+
 
 def server_tls(settings):
     """Return the TLS context of the settings' certificate, None without one; raise Failure if it cannot be used."""
@@ -2133,15 +2150,6 @@ def server_tls(settings):
     context.set_alpn_protocols(["http/1.1"])
     load_certificate(context, settings)
     return context
-
-
-def load_certificate(context, settings):
-    """Read the certificate and its key, again if need be; raise Failure."""
-    try:
-        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
-    except (OSError, ValueError) as error:
-        raise Failure(f"cannot use the certificate {settings.tls_cert} with the key "
-                      f"{settings.tls_key or settings.tls_cert}: {error}") from None
 
 
 def build_server(settings, store, log=None):
@@ -2171,81 +2179,86 @@ EXPORT_VERSION = 1
 DEFUSED = ("=", "+", "-", "@", "\t", "'")  # a spreadsheet takes a cell that starts so for a formula, or for a quote
 
 
-def cmd_serve(args):
-    """Run the gateway until it is told to stop."""
-    settings = load_settings(vars(args), os.environ, args.env_file)
-    os.umask(0o077)  # logs and what SQLite puts beside the database are the owner's alone, too
-    configure_logging(settings)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with open_store(settings.db, create=True) as store:
-        server = build_server(settings, store)
-        try:
-            announce(settings, server, store)
-            if server.tls and hasattr(signal, "SIGHUP"):
-                signal.signal(signal.SIGHUP, lambda *_: reload_certificate(server.tls, settings))
-            server.serve_forever()
-        except KeyboardInterrupt:
-            return 0
-        finally:
-            server.server_close()
+def say(text, file=None):
+    print(text, file=file or sys.stdout, flush=True)
 
 
-def configure_logging(settings):
-    """Log to stderr and, if the settings name one, to a file that is rotated by size; times are UTC."""
-    handlers = [(logging.StreamHandler(), settings.log_level)]
-    if settings.log_file:
-        from logging.handlers import RotatingFileHandler
-        try:
-            os.close(os.open(settings.log_file, os.O_WRONLY | os.O_CREAT, 0o600))
-            file = RotatingFileHandler(settings.log_file, maxBytes=10_000_000, backupCount=5, encoding="utf-8")
-        except OSError as error:
-            raise Failure(f"cannot write the log file {settings.log_file}: {error.strerror}") from None
-        handlers.append((file, settings.log_file_level))
-    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
-    formatter.converter = time.gmtime
-    logger = logging.getLogger(__name__)
-    logger.propagate = False
-    for old in list(logger.handlers):
-        logger.removeHandler(old)
-        old.close()
-    for handler, level in handlers:
-        handler.setLevel(level)
-        handler.setFormatter(formatter)
-        logger.addHandler(handler)
-    logger.setLevel(min(level for _, level in handlers))
+def day(seconds, otherwise):
+    return otherwise if seconds is None else show_instant(seconds)[:10]
 
 
-def reload_certificate(context, settings):
-    """Take up a renewed certificate; with a bad one the old one stays."""
+def minute(seconds, otherwise):
+    return otherwise if seconds is None else show_instant(seconds)[:16].replace("T", " ")
+
+
+def text_width(text):
+    """Return how many columns of a terminal a text takes."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def fit(text, columns):
+    """Return a text cut or padded to so many columns."""
+    if text_width(text) > columns:
+        while text_width(text) >= columns:
+            text = text[:-1]
+        text += "…"
+    return text + " " * (columns - text_width(text))
+
+
+def table(rows, width):
+    """Return rows as aligned lines; what is too wide for the terminal is taken from the widest columns."""
+    widths = [max(map(text_width, column)) for column in zip(*rows)]
+    while sum(widths) + 2 * len(widths) - 2 > width and max(widths) > 8:
+        widths[widths.index(max(widths))] -= 1
+    return ["  ".join(fit(cell, columns) for cell, columns in zip(row, widths)).rstrip() for row in rows]
+
+
+def is_expired(token):
+    return token.expires_at is not None and token.expires_at <= time.time()
+
+
+def as_json(token):
+    return {"id": token.id, "user": token.user, "name": token.name, "hint": token.hint,
+            "created_at": show_instant(token.created_at), "expires_at": show_instant(token.expires_at),
+            "last_used_at": show_instant(token.last_used_at), "expired": is_expired(token), "admin": bool(token.admin)}
+
+
+def describe(token):
+    return (f'the {"admin " if token.admin else ""}token "{token.user}/{token.name}", which '
+            + (f"expires {show_instant(token.expires_at)}" if token.expires_at else "does not expire"))
+
+
+def read_expiry(text):
+    """Read "30d", a date or a time as Unix seconds to come; "none" is None."""
+    if text == "none":
+        return None
+    now = int(time.time())
     try:
-        load_certificate(context, settings)
-        logging.getLogger(__name__).info("the certificate %s was read again", settings.tls_cert)
-    except Failure as error:
-        logging.getLogger(__name__).error("the old certificate stays: %s", error)
+        moment = now + int(duration(text)) if re.fullmatch(r"[0-9.]+[a-z]", text) else instant(text)
+    except ValueError as error:
+        raise UsageError(f'--expires: "{text}" {error}, nor "none" or a duration like 30d') from None
+    if moment <= now:
+        raise UsageError(f'--expires: "{text}" is in the past')
+    if moment > 253402300799:
+        raise UsageError(f'--expires: "{text}" is after the year 9999: say "none"')
+    return moment
 
 
-def announce(settings, server, store):
-    """Say on stderr where the gateway is, what stands behind it, and what the owner should mind."""
-    host, port = server.server_address[:2]
-    shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    address = f"{'https' if server.tls else 'http'}://{shown}:{port}"
-    listed = server.gateway.ask_upstream("/api/tags")
-    models = len(listed.get("models") or ()) if listed else 0
-    state = f"which has {models} model{'' if models == 1 else 's'}" if listed else "which DOES NOT ANSWER yet"
-    tokens = len(store.list())
-    say(f"ollama_gateway {VERSION} at {address}, before {settings.ollama_url.geturl()}, {state}; "
-        f"{tokens} token{'' if tokens == 1 else 's'} in {store.path}", sys.stderr)
-    if not tokens:
-        say(f"Nobody gets in without a token. Make one: {PROGRAM} token create USER NAME --db {store.path}", sys.stderr)
-    if not store.writable:
-        say("The database is read-only: a change of tokens counts from the next start.", sys.stderr)
-    if not server.tls and not is_loopback(host):
-        say(f"Warning: {host} can be reached from the network, and without TLS tokens travel in clear: "
-            "use --tls-cert, or a proxy that speaks HTTPS, and --host 127.0.0.1.", sys.stderr)
+def open_command_store(args, create=False):
+    """Open the database that flag, environment or .env name for a command."""
+    settings = load_settings(vars(args), os.environ, args.env_file, (DATABASE_OPTION,))
+    return open_store(settings.db, create)
 
 
-def is_loopback(host):
-    return host == "::1" or host.startswith("127.")
+def show_secret(args, store, done, token, secret):
+    """Show a new secret, this once: alone, as JSON, or with how to use it."""
+    if args.quiet:
+        return say(secret)
+    if args.json:
+        return say(json.dumps(dict(as_json(token), token=secret), indent=2))
+    say(f"{done} {describe(token)}, in {store.path}\n\n    {secret}\n\n"
+        "It is shown only now; keep it like a password. To use it:\n\n"
+        f'    curl -H "Authorization: Bearer {secret}" http://127.0.0.1:8000/api/tags')
 
 
 def cmd_token_create(args):
@@ -2294,20 +2307,6 @@ def cmd_token_delete(args):
         say(f'Deleted the token "{token.user}/{token.name}" from {store.path}: it stops at its next request.')
 
 
-def cmd_token_export(args):
-    form = getattr(args, "format", None) or ("json" if args.file == "-" else args.file.rpartition(".")[2].lower())
-    if form not in ("csv", "json"):
-        raise UsageError(f'token export: "{args.file}" ends neither in .csv nor in .json: add --format csv or json')
-    with open_command_store(args) as store:
-        rows = [dict(row, **{key: show_instant(row[key]) for key in row if key.endswith("_at")},
-                     admin=bool(row["admin"])) for row in store.export_rows()]
-        text = export_csv(rows) if form == "csv" else json.dumps({"version": EXPORT_VERSION, "tokens": rows}, indent=2)
-        if args.file == "-":
-            return say(text.rstrip("\n"))
-        replace_file(args.file, text.rstrip("\n") + "\n")
-        say(f"Exported {len(rows)} token{'' if len(rows) == 1 else 's'} from {store.path} to {args.file}")
-
-
 def export_csv(rows):
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -2333,20 +2332,18 @@ def replace_file(path, text):
         raise Failure(f"cannot write {path}: {error.strerror}") from None
 
 
-def cmd_token_import(args):
-    try:
-        with contextlib.ExitStack() as stack:
-            file = sys.stdin if args.file == "-" else stack.enter_context(open(args.file, encoding="utf-8-sig"))
-            text = file.read()
-        rows = [imported_row(row, number) for number, row in enumerate(exported_rows(text.lstrip("\ufeff")), 1)]
-    except (OSError, UnicodeDecodeError) as error:
-        raise Failure(f"cannot read {args.file}: {getattr(error, 'strerror', None) or error}") from None
-    except (ValueError, csv.Error) as error:
-        raise Failure(f'{args.file} is no file of "token export": {error}; nothing was imported') from None
-    with open_command_store(args, create=True) as store:
-        added = store.import_rows(rows)
-        say(f"Imported {added} token{'' if added == 1 else 's'} into {store.path}; "
-            f"{len(rows) - added} were there already")
+def cmd_token_export(args):
+    form = getattr(args, "format", None) or ("json" if args.file == "-" else args.file.rpartition(".")[2].lower())
+    if form not in ("csv", "json"):
+        raise UsageError(f'token export: "{args.file}" ends neither in .csv nor in .json: add --format csv or json')
+    with open_command_store(args) as store:
+        rows = [dict(row, **{key: show_instant(row[key]) for key in row if key.endswith("_at")},
+                     admin=bool(row["admin"])) for row in store.export_rows()]
+        text = export_csv(rows) if form == "csv" else json.dumps({"version": EXPORT_VERSION, "tokens": rows}, indent=2)
+        if args.file == "-":
+            return say(text.rstrip("\n"))
+        replace_file(args.file, text.rstrip("\n") + "\n")
+        say(f"Exported {len(rows)} token{'' if len(rows) == 1 else 's'} from {store.path} to {args.file}")
 
 
 def exported_rows(text):
@@ -2385,86 +2382,95 @@ def imported_row(row, number):
         raise ValueError(f"row {number}: {error}") from None
 
 
-def open_command_store(args, create=False):
-    """Open the database that flag, environment or .env name for a command."""
-    settings = load_settings(vars(args), os.environ, args.env_file, (DATABASE_OPTION,))
-    return open_store(settings.db, create)
-
-
-def read_expiry(text):
-    """Read "30d", a date or a time as Unix seconds to come; "none" is None."""
-    if text == "none":
-        return None
-    now = int(time.time())
+def cmd_token_import(args):
     try:
-        moment = now + int(duration(text)) if re.fullmatch(r"[0-9.]+[a-z]", text) else instant(text)
-    except ValueError as error:
-        raise UsageError(f'--expires: "{text}" {error}, nor "none" or a duration like 30d') from None
-    if moment <= now:
-        raise UsageError(f'--expires: "{text}" is in the past')
-    if moment > 253402300799:
-        raise UsageError(f'--expires: "{text}" is after the year 9999: say "none"')
-    return moment
+        with contextlib.ExitStack() as stack:
+            file = sys.stdin if args.file == "-" else stack.enter_context(open(args.file, encoding="utf-8-sig"))
+            text = file.read()
+        rows = [imported_row(row, number) for number, row in enumerate(exported_rows(text.lstrip("\ufeff")), 1)]
+    except (OSError, UnicodeDecodeError) as error:
+        raise Failure(f"cannot read {args.file}: {getattr(error, 'strerror', None) or error}") from None
+    except (ValueError, csv.Error) as error:
+        raise Failure(f'{args.file} is no file of "token export": {error}; nothing was imported') from None
+    with open_command_store(args, create=True) as store:
+        added = store.import_rows(rows)
+        say(f"Imported {added} token{'' if added == 1 else 's'} into {store.path}; "
+            f"{len(rows) - added} were there already")
 
 
-def show_secret(args, store, done, token, secret):
-    """Show a new secret, this once: alone, as JSON, or with how to use it."""
-    if args.quiet:
-        return say(secret)
-    if args.json:
-        return say(json.dumps(dict(as_json(token), token=secret), indent=2))
-    say(f"{done} {describe(token)}, in {store.path}\n\n    {secret}\n\n"
-        "It is shown only now; keep it like a password. To use it:\n\n"
-        f'    curl -H "Authorization: Bearer {secret}" http://127.0.0.1:8000/api/tags')
+def configure_logging(settings):
+    """Log to stderr and, if the settings name one, to a file that is rotated by size; times are UTC."""
+    handlers = [(logging.StreamHandler(), settings.log_level)]
+    if settings.log_file:
+        from logging.handlers import RotatingFileHandler
+        try:
+            os.close(os.open(settings.log_file, os.O_WRONLY | os.O_CREAT, 0o600))
+            file = RotatingFileHandler(settings.log_file, maxBytes=10_000_000, backupCount=5, encoding="utf-8")
+        except OSError as error:
+            raise Failure(f"cannot write the log file {settings.log_file}: {error.strerror}") from None
+        handlers.append((file, settings.log_file_level))
+    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+    formatter.converter = time.gmtime
+    logger = logging.getLogger(__name__)
+    logger.propagate = False
+    for old in list(logger.handlers):
+        logger.removeHandler(old)
+        old.close()
+    for handler, level in handlers:
+        handler.setLevel(level)
+        handler.setFormatter(formatter)
+        logger.addHandler(handler)
+    logger.setLevel(min(level for _, level in handlers))
 
 
-def as_json(token):
-    return {"id": token.id, "user": token.user, "name": token.name, "hint": token.hint,
-            "created_at": show_instant(token.created_at), "expires_at": show_instant(token.expires_at),
-            "last_used_at": show_instant(token.last_used_at), "expired": is_expired(token), "admin": bool(token.admin)}
+def reload_certificate(context, settings):
+    """Take up a renewed certificate; with a bad one the old one stays."""
+    try:
+        load_certificate(context, settings)
+        logging.getLogger(__name__).info("the certificate %s was read again", settings.tls_cert)
+    except Failure as error:
+        logging.getLogger(__name__).error("the old certificate stays: %s", error)
 
 
-def describe(token):
-    return (f'the {"admin " if token.admin else ""}token "{token.user}/{token.name}", which '
-            + (f"expires {show_instant(token.expires_at)}" if token.expires_at else "does not expire"))
+def is_loopback(host):
+    return host == "::1" or host.startswith("127.")
 
 
-def is_expired(token):
-    return token.expires_at is not None and token.expires_at <= time.time()
+def announce(settings, server, store):
+    """Say on stderr where the gateway is, what stands behind it, and what the owner should mind."""
+    host = server.server_address[0]
+    listed = server.gateway.ask_upstream("/api/tags")
+    models = len(listed.get("models") or ()) if listed else 0
+    state = f"which has {models} model{'' if models == 1 else 's'}" if listed else "which DOES NOT ANSWER yet"
+    tokens = len(store.list())
+    say(f"ollama_gateway {VERSION} at {server.url}, before {settings.ollama_url.geturl()}, {state}; "
+        f"{tokens} token{'' if tokens == 1 else 's'} in {store.path}", sys.stderr)
+    if not tokens:
+        say(f"Nobody gets in without a token. Make one: {PROGRAM} token create USER NAME --db {store.path}", sys.stderr)
+    if not store.writable:
+        say("The database is read-only: a change of tokens counts from the next start.", sys.stderr)
+    if not server.tls and not is_loopback(host):
+        say(f"Warning: {host} can be reached from the network, and without TLS tokens travel in clear: "
+            "use --tls-cert, or a proxy that speaks HTTPS, and --host 127.0.0.1.", sys.stderr)
 
 
-def day(seconds, otherwise):
-    return otherwise if seconds is None else show_instant(seconds)[:10]
-
-
-def minute(seconds, otherwise):
-    return otherwise if seconds is None else show_instant(seconds)[:16].replace("T", " ")
-
-
-def table(rows, width):
-    """Return rows as aligned lines; what is too wide for the terminal is taken from the widest columns."""
-    widths = [max(map(text_width, column)) for column in zip(*rows)]
-    while sum(widths) + 2 * len(widths) - 2 > width and max(widths) > 8:
-        widths[widths.index(max(widths))] -= 1
-    return ["  ".join(fit(cell, columns) for cell, columns in zip(row, widths)).rstrip() for row in rows]
-
-
-def text_width(text):
-    """Return how many columns of a terminal a text takes."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def fit(text, columns):
-    """Return a text cut or padded to so many columns."""
-    if text_width(text) > columns:
-        while text_width(text) >= columns:
-            text = text[:-1]
-        text += "…"
-    return text + " " * (columns - text_width(text))
-
-
-def say(text, file=None):
-    print(text, file=file or sys.stdout, flush=True)
+def cmd_serve(args):
+    """Run the gateway until it is told to stop."""
+    settings = load_settings(vars(args), os.environ, args.env_file)
+    os.umask(0o077)  # logs and what SQLite puts beside the database are the owner's alone, too
+    configure_logging(settings)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with open_store(settings.db, create=True) as store:
+        server = build_server(settings, store)
+        try:
+            announce(settings, server, store)
+            if server.tls and hasattr(signal, "SIGHUP"):
+                signal.signal(signal.SIGHUP, lambda *_: reload_certificate(server.tls, settings))
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            server.server_close()
 
 
 class Parser(argparse.ArgumentParser):
@@ -2472,26 +2478,6 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **how):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **how)
-
-
-def build_parser():
-    """Return the parser of the whole command line."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--db", metavar="FILE", default=argparse.SUPPRESS, help=DATABASE_OPTION.help)
-    common.add_argument("--env-file", metavar="FILE", default=argparse.SUPPRESS, help="settings in place of .env")
-    parser = Parser(prog="ollama_gateway.py", parents=[common], description=__doc__.split("\n")[0],
-                    epilog=f"example:\n  {PROGRAM} serve --port 8000")
-    parser.add_argument("--version", action="version", version=f"ollama_gateway {VERSION}")
-    parser.set_defaults(env_file=None, json=False, quiet=False)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    add_serve(commands, common)
-    token = commands.add_parser("token", parents=[common], help="make and manage tokens",
-                                description="Make and manage tokens.",
-                                epilog=f"example:\n  {PROGRAM} token create ada laptop --expires 90d")
-    tokens = token.add_subparsers(metavar="ACTION", required=True)
-    for add in add_create, add_list, add_update, add_rotate, add_delete, add_export, add_import:
-        add(tokens, common)
-    return parser
 
 
 def add_command(commands, common, name, run, text, example):
@@ -2576,6 +2562,26 @@ def add_import(commands, common):
     parser = add_command(commands, common, "import", cmd_token_import,
                          "add the tokens of an exported file, all or none", "token import tokens.csv")
     parser.add_argument("file", metavar="FILE", help='what "token export" wrote; "-" is stdin')
+
+
+def build_parser():
+    """Return the parser of the whole command line."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--db", metavar="FILE", default=argparse.SUPPRESS, help=DATABASE_OPTION.help)
+    common.add_argument("--env-file", metavar="FILE", default=argparse.SUPPRESS, help="settings in place of .env")
+    parser = Parser(prog="ollama_gateway.py", parents=[common], description=__doc__.split("\n")[0],
+                    epilog=f"example:\n  {PROGRAM} serve --port 8000")
+    parser.add_argument("--version", action="version", version=f"ollama_gateway {VERSION}")
+    parser.set_defaults(env_file=None, json=False, quiet=False)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    add_serve(commands, common)
+    token = commands.add_parser("token", parents=[common], help="make and manage tokens",
+                                description="Make and manage tokens.",
+                                epilog=f"example:\n  {PROGRAM} token create ada laptop --expires 90d")
+    tokens = token.add_subparsers(metavar="ACTION", required=True)
+    for add in add_create, add_list, add_update, add_rotate, add_delete, add_export, add_import:
+        add(tokens, common)
+    return parser
 
 
 # == Main =====================================================================
