@@ -65,6 +65,8 @@ from collections import deque
 from datetime import datetime, timedelta, timezone
 from typing import NamedTuple, Optional
 
+LOG = logging.getLogger(__name__)  # `serve` alone gives it handlers
+
 # == Constants ================================================================
 
 VERSION = "1.0.0"
@@ -91,6 +93,7 @@ BODY_SECONDS = 60           # without a byte of a request body that was promised
 SEND_SECONDS = 60           # for a piece of at most 64 KiB to a client that reads slowly
 DRAIN_SECONDS = 3
 HEALTH_SECONDS = 10         # how old the upstream's state in /health may be
+PROBE_BYTES = 4 * MIB       # of a list of models, when the gateway itself asks for it
 PROBE_SECONDS = 2           # how long the upstream may take to say its version
 JOURNAL_SECONDS = 0.05      # how long finished requests gather before they are written
 USED_SECONDS = 1            # how long a token's last use gathers before it is stored
@@ -121,6 +124,7 @@ class Failure(Exception):
     """Something that could not be done: exit status 1."""
 
 
+LAST_SECOND = 253402300799  # of the year 9999
 SECONDS_IN = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
@@ -140,6 +144,13 @@ def timeout(text):
 INSTANT = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d):(\d\d)(?:\.\d+)?(Z|[+-]\d\d:?\d\d)?)?", re.ASCII)
 
 
+def possible_instant(seconds):
+    """Return Unix seconds as they are; raise ValueError for those that no date can be written for."""
+    if not 0 <= seconds <= LAST_SECOND:
+        raise ValueError("is no time from 1970 to 9999")
+    return seconds
+
+
 def instant(text, naive_is_utc=False):
     """Read a date (its first moment in UTC) or an ISO 8601 time as Unix seconds."""
     match = INSTANT.fullmatch(text)
@@ -153,7 +164,7 @@ def instant(text, naive_is_utc=False):
     offset = timedelta()
     if zone and zone != "Z":
         offset = timedelta(hours=int(zone[1:3]), minutes=int(zone[-2:])) * (-1 if zone[0] == "-" else 1)
-    return int(moment.timestamp() - offset.total_seconds())
+    return possible_instant(int(moment.timestamp() - offset.total_seconds()))
 
 
 def show_instant(seconds):
@@ -161,7 +172,7 @@ def show_instant(seconds):
     return None if seconds is None else (datetime(1970, 1, 1) + timedelta(seconds=seconds)).isoformat() + "Z"
 
 
-def switch(text):
+def boolean(text):
     if text.lower() in ("1", "true", "yes", "on"):
         return True
     if text.lower() in ("0", "false", "no", "off"):
@@ -239,7 +250,7 @@ OPTIONS = (
     Option("--tls-cert", "GATEWAY_TLS_CERT", None, str, "FILE", "serve HTTPS with this certificate chain"),
     Option("--tls-key", "GATEWAY_TLS_KEY", None, str, "FILE", "its private key, if not in the same file"),
     Option("--cors-origins", "GATEWAY_CORS_ORIGINS", "", origins, "LIST", "web pages that may call: origins, or *"),
-    Option("--path-tokens", "GATEWAY_PATH_TOKENS", "off", switch, "", "accept /t/SECRET before any path"),
+    Option("--path-tokens", "GATEWAY_PATH_TOKENS", "off", boolean, "", "accept /t/SECRET before any path"),
     Option("--connect-timeout", "GATEWAY_CONNECT_TIMEOUT", "5s", timeout, "TIME", "to connect to Ollama"),
     Option("--first-byte-timeout", "GATEWAY_FIRST_BYTE_TIMEOUT", "600s", timeout, "TIME",
            "for Ollama's answer to begin: a model loads, queues, thinks"),
@@ -250,10 +261,6 @@ OPTIONS = (
            "a log file, rotated at 10 MB; app.log if LOG_FILE_LEVEL is set"),
 )
 DATABASE_OPTION = next(option for option in OPTIONS if option.flag == "--db")
-
-
-class Settings(types.SimpleNamespace):
-    """One attribute for each option, by its name, converted."""
 
 
 ENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=(.*)")
@@ -283,28 +290,28 @@ def read_env_file(path):
 
 
 def load_settings(flags, environ, env_file=None, options=OPTIONS):
-    """Settle every option: its flag beats the environment, that the .env file, that the default. An empty one is unset.
+    """Settle options: a flag beats the environment, that the .env file, that the default; an empty value is none.
 
-    flags: what was typed, by option name. Raises UsageError naming the flag or variable, the value and the file.
+    Returns one attribute for each option, by its name, converted. flags: what was typed, by option name. Raises
+    UsageError naming the flag or variable, the value and the file.
     """
-    file = read_env_file(env_file)
-    settings = Settings()
+    file, settings, given = read_env_file(env_file), types.SimpleNamespace(), set()
     for option in options:
         for source, raw in ((option.flag, flags.get(option.name)), (option.variable, environ.get(option.variable)),
-                            (f'{option.variable} in {env_file or ".env"}', file.get(option.variable)),
-                            ("default", option.default)):
+                            (f'{option.variable} in {env_file or ".env"}', file.get(option.variable))):
             if raw:
+                given.add(option.name)
                 break
+        else:
+            source, raw = "default", option.default
         try:
             setattr(settings, option.name, None if raw is None else option.convert(raw))
         except ValueError as error:
             raise UsageError(f'{source}: "{raw}" {error}') from None
-    if options is OPTIONS:
-        if not settings.log_file and (environ.get("LOG_FILE_LEVEL") or file.get("LOG_FILE_LEVEL")
-                                      or flags.get("log_file_level")):
-            settings.log_file = "app.log"
-        if settings.tls_key and not settings.tls_cert:
-            raise UsageError("--tls-key: it needs the certificate too: --tls-cert FILE")
+    if "log_file_level" in given and "log_file" not in given:
+        settings.log_file = "app.log"  # as the replaced system had it
+    if "tls_key" in given and "tls_cert" not in given:
+        raise UsageError("--tls-key: it needs the certificate too: --tls-cert FILE")
     return settings
 
 
@@ -349,15 +356,15 @@ REFUSALS = {
 class Refusal(Exception):
     """The end of a request: raised from any depth, answered in one place."""
 
-    def __init__(self, code, message, fields=()):
-        super().__init__(message)
+    def __init__(self, code, message="", fields=()):
+        super().__init__(message or REFUSALS[code].meaning)
         self.code, self.reason, self.fields = code, REFUSALS[code], tuple(fields)
 
     @property
     def status(self):
         return self.reason.status
 
-    def told_to(self, dialect):
+    def body_for(self, dialect):
         """Return the error object as clients of "ollama", "openai" or "anthropic" expect it."""
         if dialect == "openai":
             return {"error": {"message": str(self), "type": self.reason.openai_type, "param": None, "code": self.code}}
@@ -374,7 +381,7 @@ class Malformed(Exception):
         self.code = code
 
 
-class ClientLeft(ConnectionError):
+class ClientLeft(Exception):
     """The client hung up, or stopped reading: there is nobody to answer."""
 
 
@@ -413,7 +420,7 @@ class Route(NamedTuple):
     access: str             # "public", "token" or "admin"
     kind: str               # "page", "read", "inference", "model" or "account"
     page: str = ""          # which of our own pages answers
-    streams_up: bool = False  # the request's body is passed on unheld
+    streamed: bool = False  # the request's body is passed on unheld
 
 
 class Record:
@@ -433,21 +440,22 @@ class Record:
 
 
 class Deadline:
-    """A moment by which something must have happened."""
+    """A moment by which something must have happened, and which flag can put it off."""
 
-    __slots__ = ("_at",)
+    __slots__ = ("_at", "_seconds", "_flag")
 
-    def __init__(self, seconds):
-        self._at = time.monotonic() + seconds
+    def __init__(self, seconds, flag=""):
+        self._at, self._seconds, self._flag = time.monotonic() + seconds, seconds, flag
 
     def left(self):
         """Return the seconds left; raise TimeoutError when there are none."""
         seconds = self._at - time.monotonic()
         if seconds <= 0:
-            raise TimeoutError("the time is up")
+            raise TimeoutError(f"nothing came for {self._seconds:g} s" + (f" ({self._flag})" if self._flag else ""))
         return seconds
 
 
+POLL_LIMIT = 2 ** 31 - 1    # milliseconds that fit poll's argument
 READABLE, WRITABLE = getattr(select, "POLLIN", 1), getattr(select, "POLLOUT", 4)
 HUNG_UP = getattr(select, "POLLRDHUP", 0)  # Linux tells a half-closed peer without a read; others cannot
 BARE_LF = re.compile(rb"(?<!\r)\n")
@@ -460,7 +468,7 @@ def poll(wants, seconds):
         poller = select.poll()
         for descriptor, events in wants.items():
             poller.register(descriptor, events)
-        return {descriptor for descriptor, _ in poller.poll(int(seconds * 1000) + 1)}
+        return {descriptor for descriptor, _ in poller.poll(min(int(seconds * 1000) + 1, POLL_LIMIT))}
     ready = select.select([fd for fd, events in wants.items() if events & READABLE],  # Windows
                           [fd for fd, events in wants.items() if events & WRITABLE], [], seconds)
     return set(ready[0]) | set(ready[1])
@@ -488,7 +496,7 @@ class Wire:
     def wait(self, events, deadline, watched=None):
         """Wait for events here; when the watched wire stirs first, it decides what that means.
 
-        Raises TimeoutError, and whatever `watched.stirred()` raises.
+        Raises TimeoutError, and whatever `watched.on_readable()` raises.
         """
         while True:
             wants = {self.descriptor: events}
@@ -496,7 +504,7 @@ class Wire:
                 wants[watched.descriptor] = watched.watched_events()
             ready = poll(wants, deadline.left())
             if watched is not None and watched.descriptor in ready:
-                watched.stirred()
+                watched.on_readable()
             if self.descriptor in ready:
                 return
 
@@ -537,9 +545,12 @@ class Wire:
             try:
                 view = view[self.sock.send(view):]
             except (BlockingIOError, ssl.SSLWantWriteError):
-                self.wait(WRITABLE, deadline, watched)
+                self.until_writable(deadline, watched)
             except ssl.SSLWantReadError:
                 self.wait(READABLE, deadline, watched)
+
+    def until_writable(self, deadline, watched):
+        self.wait(WRITABLE, deadline, watched)
 
     def read_head(self, deadline, watched=None):
         """Read a message's head; return its first line and its block of field lines, both as bytes.
@@ -565,17 +576,26 @@ class Wire:
                     raise ConnectionError("it hung up without a word")
                 raise Malformed("the headers end early")
 
-    def hang_up(self):
+    def shut_down(self):
         """End the connection from another thread: whoever waits on it wakes up."""
         with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # SSLSocket's own would go on in clear first
+
+    def read_piece(self, body, deadline, watched=None):
+        """Return a body's next piece as soon as it is there, b"" only at its end; raise Malformed if that is early."""
+        while True:
+            piece, self.buffer = body.decode(self.buffer)
+            if piece or body.complete:
+                return piece
+            if not self.fill(deadline, watched):
+                body.end()
 
     def close(self):
         with contextlib.suppress(OSError):
             self.sock.close()
 
-    def part(self):
-        """Close in TLS's own manner first, which tells the peer that nothing was cut off."""
+    def close_notify(self):
+        """Close, under TLS with the word that nothing was cut off (RFC 8446 6.1)."""
         if isinstance(self.sock, ssl.SSLSocket):
             with contextlib.suppress(OSError, ValueError):
                 self.sock.unwrap()
@@ -599,6 +619,30 @@ def parse_fields(block):
     if len(lines) > FIELD_COUNT:
         raise Malformed(f"there are more than {FIELD_COUNT} headers", "head_too_large")
     return [(name, value.strip(" \t")) for name, _, value in (line.partition(":") for line in lines)]
+
+
+def combine(pairs):
+    """Return fields by their names in lower case, values of equal ones joined (RFC 9110 5.3), and which were equal."""
+    fields, repeated = {}, set()
+    for name, value in pairs:
+        name = name.lower()
+        if name in fields:
+            repeated.add(name)
+            value = f"{fields[name]}, {value}"
+        fields[name] = value
+    if repeated & FRAMING:
+        raise Malformed(f"there are two {min(repeated & FRAMING)} headers")
+    return fields, repeated
+
+
+def list_members(value):
+    """Return the members of a comma list, in lower case (RFC 9110 5.6.1)."""
+    return {member.strip(" \t") for member in value.lower().split(",")}
+
+
+def chunk(piece, last=False):
+    """Write a piece as a chunk (RFC 9112 7.1), nothing as none, and behind the last one the end."""
+    return (b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b"") + (b"0\r\n\r\n" if last else b"")
 
 
 def content_length(value):
@@ -629,7 +673,7 @@ class LengthBody:
         raise Malformed(f"the body ends {self.left} bytes early")
 
 
-class OpenBody(LengthBody):
+class CloseDelimitedBody(LengthBody):
     """Decodes a body that lasts until its connection ends (RFC 9112 6.3, the last rule)."""
 
     def __init__(self):
@@ -651,7 +695,7 @@ class ChunkedBody:
 
     def __init__(self):
         self.complete = False
-        self._left = 0          # of the chunk that is being read
+        self.left = 0           # of the chunk that is being read
         self._size_line = self.FIRST
         self._ending = False    # the last chunk was seen: trailers follow
 
@@ -659,12 +703,12 @@ class ChunkedBody:
         """Split data into the body's next piece, of as many chunks as there are, and what is not of it."""
         pieces, at = [], 0
         while not self._ending:
-            if self._left:
-                piece = data[at:at + self._left]
+            if self.left:
+                piece = data[at:at + self.left]
                 pieces.append(piece)
                 at += len(piece)
-                self._left -= len(piece)
-                if self._left:
+                self.left -= len(piece)
+                if self.left:
                     return b"".join(pieces), b""
             match = self._size_line.match(data, at)
             if not match:
@@ -673,8 +717,8 @@ class ChunkedBody:
                 return b"".join(pieces), data[at:]
             self._size_line = self.NEXT
             at = match.end()
-            self._left = int(match[1], 16)
-            self._ending = not self._left
+            self.left = int(match[1], 16)
+            self._ending = not self.left
         return b"".join(pieces), self._trailers(data[at:])
 
     def _trailers(self, data):
@@ -730,9 +774,15 @@ def _tame_name(text, taken, user=None):
 def _replaced_instant(value, otherwise):
     """Read a time of the replaced system: ISO text, in UTC where it names no zone, or Unix seconds."""
     try:
-        return int(value) if isinstance(value, (int, float)) else instant(str(value).strip(), naive_is_utc=True)
+        if isinstance(value, (int, float)):
+            return possible_instant(int(value))
+        return instant(str(value).strip(), naive_is_utc=True)
     except (ValueError, OverflowError):
         return otherwise
+
+
+def _insert(db, **row):
+    db.execute(f"INSERT INTO tokens ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", list(row.values()))
 
 
 def _create_tokens(db, now):
@@ -750,8 +800,8 @@ def _create_tokens(db, now):
     # generation: the server looks at it to learn whether its copy of the tokens is old; last_used_at does not count
     db.execute("CREATE TABLE state (generation INTEGER NOT NULL, scrub_owed INTEGER NOT NULL)")
     db.execute("INSERT INTO state VALUES (1, ?)", (bool(replaced),))
-    for event in "INSERT", "UPDATE OF user, name, digest, hint, created_at, expires_at, admin", "DELETE":
-        db.execute(f"CREATE TRIGGER tokens_{event.split()[0].lower()} AFTER {event} ON tokens "
+    for event, when in ("INSERT", ""), ("UPDATE", "WHEN OLD.last_used_at IS NEW.last_used_at"), ("DELETE", ""):
+        db.execute(f"CREATE TRIGGER tokens_{event.lower()} AFTER {event} ON tokens {when} "
                    "BEGIN UPDATE state SET generation = generation + 1; END")
     taken, digests = set(), set()
     for user_id, user, name, secret, created_at, expires_at in rows:
@@ -763,8 +813,8 @@ def _create_tokens(db, now):
         name = _tame_name(name, taken, user)
         taken.add((user, name))
         expires_at = None if expires_at in (None, "") else _replaced_instant(expires_at, now)  # unreadable: expired
-        db.execute("INSERT INTO tokens (user, name, digest, hint, created_at, expires_at) VALUES (?, ?, ?, ?, ?, ?)",
-                   (user, name, digest, hint_of(str(secret)), _replaced_instant(created_at, now), expires_at))
+        _insert(db, user=user, name=name, digest=digest, hint=hint_of(str(secret)),
+                created_at=_replaced_instant(created_at, now), expires_at=expires_at)
 
 
 MIGRATIONS = (_create_tokens,)  # the n-th makes version n of its predecessor; each is applied once
@@ -780,7 +830,7 @@ def _scrub(db):
             db.execute("UPDATE state SET scrub_owed = 0")
 
 
-def _migrate(db, path, now):
+def _migrate(db, now):
     """Bring the database to the newest version, step by step, whoever else is doing the same."""
     db.execute("BEGIN IMMEDIATE")
     try:
@@ -840,8 +890,8 @@ def _check_version(db, path):
     return version
 
 
-def _make_private(path, create):
-    """Make sure that the file is there, if it may be made, and its owner's alone before it holds a byte."""
+def _find_file(path, create):
+    """Make sure that there is a file; one that is made is its owner's alone before it holds a byte."""
     if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path)):
         raise Failure(f"the database {path} cannot be there: " + (
             "that is a folder" if os.path.isdir(path) else f"there is no folder {os.path.dirname(path)}"))
@@ -850,8 +900,6 @@ def _make_private(path, create):
         raise Failure(f'there is no database at {path} yet: "token create" makes one, or name another with --db')
     if not os.path.exists(path):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    elif os.name == "posix" and os.access(path, os.W_OK) and os.stat(path).st_mode & 0o077:
-        os.chmod(path, 0o600)
 
 
 class TokenStore:
@@ -872,6 +920,10 @@ class TokenStore:
 
     def close(self):
         self._db.close()
+
+    def wait_at_most(self, seconds):
+        """Give up on a locked database sooner than a command does."""
+        self._db.execute(f"PRAGMA busy_timeout = {int(seconds * 1000)}")
 
     @contextlib.contextmanager
     def _access(self, begin="BEGIN"):
@@ -905,9 +957,8 @@ class TokenStore:
         with self._writing() as db:
             if db.execute("SELECT 1 FROM tokens WHERE user = ? AND name = ?", (user, name)).fetchone():
                 raise Failure(f'the token "{user}/{name}" exists already: choose another name, or "token rotate" it')
-            db.execute("INSERT INTO tokens (user, name, digest, hint, created_at, expires_at, admin) "
-                       "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                       (user, name, digest_of(secret), hint_of(secret), int(self._clock()), expires_at, bool(admin)))
+            _insert(db, user=user, name=name, digest=digest_of(secret), hint=hint_of(secret),
+                    created_at=int(self._clock()), expires_at=expires_at, admin=bool(admin))
             return self._get(db, user, name), secret
 
     def rotate(self, user, name):
@@ -942,12 +993,6 @@ class TokenStore:
                               (user or "",)).fetchall()
         return [Token(*row) for row in rows]
 
-    def find(self, secret):
-        """Return the token of a secret, expired or not, or None."""
-        with self._access() as db:
-            row = db.execute(f"SELECT {self.COLUMNS} FROM tokens WHERE digest = ?", (digest_of(secret),)).fetchone()
-        return row and Token(*row)
-
     def touch(self, uses):
         """Note when tokens were last used: {id: Unix seconds}."""
         with self._writing() as db:
@@ -973,8 +1018,7 @@ class TokenStore:
                     raise Failure(f'the token "{row["user"]}/{row["name"]}" clashes with one in {self.path}: '
                                   "nothing was imported; delete or rename one of them first")
                 if not known:
-                    db.execute(f"INSERT INTO tokens ({', '.join(self.EXPORTED)}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                               [row[column] for column in self.EXPORTED])
+                    _insert(db, **row)
                     added += 1
         return added
 
@@ -986,16 +1030,18 @@ def open_store(path, create=False, now=None):
     """
     path, db = os.path.abspath(path), None
     try:
-        _make_private(path, create)
+        _find_file(path, create)
         writable = os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK)
         db = _connect(path, writable)
         version = _check_version(db, path)
+        if writable and os.name == "posix" and os.stat(path).st_mode & 0o077:
+            os.chmod(path, 0o600)
         if version < len(MIGRATIONS) and not writable:
             raise Failure(f"the database {path} must be upgraded and is read-only: make it and its folder writable")
         if writable:
             _use_wal(db)
             if version < len(MIGRATIONS):
-                _migrate(db, path, int(time.time() if now is None else now))
+                _migrate(db, int(time.time() if now is None else now))
             if db.execute("SELECT scrub_owed FROM state").fetchone()[0]:
                 _scrub(db)
         return TokenStore(path, db, writable)
@@ -1017,10 +1063,10 @@ class TokenTable:
 
     def __init__(self, store):
         self._db = _connect(store.path, store.writable)
-        self._db.execute("PRAGMA busy_timeout = 0")
         self._lock = threading.Lock()
         self._seen = self._generation = None
-        self._tokens = {}
+        self._refresh()
+        self._db.execute("PRAGMA busy_timeout = 0")
 
     def find(self, secret):
         """Return the token of a secret, expired or not, or None."""
@@ -1053,7 +1099,7 @@ class TokenTable:
 class ClientWire(Wire):
     """A client's connection; watched, it tells when the client has left."""
 
-    def stirred(self):
+    def on_readable(self):
         """Raise ClientLeft if it hung up, fully or half; a pipelined request is kept for later."""
         if len(self.buffer) >= READ_BYTES or not self.alive():
             raise ClientLeft("the client hung up")
@@ -1091,10 +1137,17 @@ class GatewayServer(http.server.ThreadingHTTPServer):
 
     def process_request_thread(self, request, client_address):
         """Serve a connection, in its own thread, until it ends."""
-        with self._counted(ClientWire(request)) as wire:
-            if self.tls:
-                wire.secure(self.tls, Deadline(HEADER_SECONDS), server_side=True)
-            self.RequestHandlerClass(wire, client_address, self)
+        try:
+            with self._counted(ClientWire(request)) as wire:
+                if self.tls:
+                    wire.secure(self.tls, Deadline(HEADER_SECONDS), server_side=True)
+                self.RequestHandlerClass(wire, client_address, self)
+        except OSError:
+            pass  # left, or never came to speak: there was no request to answer
+        except Exception:  # as socketserver has it: a connection's failure is told, and is no other's
+            self.handle_error(request, client_address)
+        finally:
+            request.close()
 
     @contextlib.contextmanager
     def _counted(self, wire):
@@ -1102,8 +1155,6 @@ class GatewayServer(http.server.ThreadingHTTPServer):
             self._wires.add(wire)
         try:
             yield wire
-        except OSError:
-            pass  # left, or never came to speak: there was no request to answer
         finally:
             with self._changed:
                 self._wires.remove(wire)
@@ -1111,14 +1162,14 @@ class GatewayServer(http.server.ThreadingHTTPServer):
             wire.close()
 
     def handle_error(self, request, client_address):
-        logging.getLogger(__name__).exception("the connection from %s failed", client_address[0])
+        LOG.exception("the connection from %s failed", client_address[0])
 
     def server_close(self):
         """Stop listening, cut what is open, wait for its threads, and stop what works behind the requests."""
         super().server_close()
         with self._changed:
             for wire in self._wires:
-                wire.hang_up()
+                wire.shut_down()
             self._changed.wait_for(lambda: not self._wires, CLOSE_SECONDS)
         self.gateway.close()
 
@@ -1128,6 +1179,7 @@ class GatewayServer(http.server.ThreadingHTTPServer):
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])")  # RFC 9112 3
 HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")  # RFC 9110 7.2, RFC 3986 3.2.2
 ABSOLUTE = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
+SECRET_IN_PATH = re.compile(rf"(?<=/t/)[^/]+|{SECRET_PREFIX}[\w-]+")
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
 
 
@@ -1139,15 +1191,7 @@ def parse_request(line, block):
     method, target, version = (part.decode("ascii") for part in match.groups())
     if version not in ("1.0", "1.1"):
         raise Malformed(f"HTTP/{version} is not spoken here, HTTP/1.1 is", "unknown_version")
-    fields, repeated = {}, set()
-    for name, value in parse_fields(block):
-        name = name.lower()
-        if name in fields:
-            repeated.add(name)
-            value = f"{fields[name]}, {value}"
-        fields[name] = value
-    if repeated & FRAMING:
-        raise Malformed(f"there are two {repeated.intersection(FRAMING).pop()} headers")
+    fields, repeated = combine(parse_fields(block))
     if version == "1.1" and "host" not in fields:
         raise Malformed("there is no Host header")
     host = fields.get("host", "")
@@ -1188,22 +1232,33 @@ class HeldBody:
 
     replayable = True
 
-    def __init__(self, data, file=None, declared=True):
-        self.data, self._file = data, file
-        self.framing = f"content-length: {len(data)}\r\n" if declared else ""
+    def __init__(self, data=b"", file=None, size=0, declared=True):
+        self._data, self._file, self._size = data, file, size or len(data)
+        self.framing = f"content-length: {self._size}\r\n" if declared else ""
 
     def pieces(self, _=None):
         """Yield the bytes as they go on the wire."""
-        for at in range(0, len(self.data), MIB):
-            yield self.data[at:at + MIB]
+        if self._file is None:
+            yield self._data
+        else:
+            self._file.seek(0)
+            yield from iter(lambda: self._file.read(READ_BYTES), b"")
+
+    @contextlib.contextmanager
+    def view(self):
+        """Hold the bytes, to be searched, for the with block; of a file only those in sight take memory."""
+        if self._file is None:
+            yield self._data
+        else:
+            with mmap.mmap(self._file.fileno(), self._size, access=mmap.ACCESS_READ) as view:
+                yield view
 
     def close(self):
-        if self._file:
-            self.data.close()
+        if self._file is not None:
             self._file.close()
 
 
-NO_BODY = HeldBody(b"", declared=False)
+NO_BODY = HeldBody(declared=False)
 
 
 class LiveBody:
@@ -1220,11 +1275,20 @@ class LiveBody:
         """Yield the bytes as they go on the wire; the upstream is watched while the client is silent."""
         while not self._client.body.complete:
             piece = self._client.read_body(upstream)
-            if self._chunked:
-                piece = b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b""
-                if self._client.body.complete:
-                    piece += b"0\r\n\r\n"
-            yield piece
+            yield chunk(piece, self._client.body.complete) if self._chunked else piece
+
+
+@contextlib.contextmanager
+def client_errors(late):
+    """Turn what goes wrong in reading from a client into its refusal, or into the news that it left."""
+    try:
+        yield
+    except Malformed as error:
+        raise Refusal(error.code, str(error)) from None
+    except TimeoutError:
+        raise Refusal("too_slow", late) from None
+    except OSError as error:
+        raise ClientLeft(str(error)) from None
 
 
 class ClientStream:
@@ -1232,7 +1296,7 @@ class ClientStream:
 
     def __init__(self, wire, peer):
         self.wire, self.request = wire, None
-        self.body = OpenBody()      # until the head tells better, all that comes is of this request
+        self.body = CloseDelimitedBody()      # until the head tells better, all that comes is of this request
         self.record = Record(peer, time.monotonic())
         self.record.id = secrets.token_hex(8)
         self.extra = []             # fields that every answer carries
@@ -1249,19 +1313,12 @@ class ClientStream:
 
     def read_request(self):
         """Read and parse the request's head; raise Refusal."""
-        try:
+        with client_errors(f"the headers took longer than {HEADER_SECONDS} s"):
             line, block = self.wire.read_head(Deadline(HEADER_SECONDS))
             self.request = request = parse_request(line, block)
             self._note(request)
             self.body = request_body_framing(request)
-        except Malformed as error:
-            raise Refusal(error.code, str(error)) from None
-        except TimeoutError:
-            raise Refusal("too_slow", f"the headers took longer than {HEADER_SECONDS} s") from None
-        except OSError as error:
-            raise ClientLeft(str(error)) from None
-        connection = request.fields.get("connection", "").lower()
-        self._keep = request.version == "1.1" and "close" not in re.split(r"[ \t]*,[ \t]*", connection)
+        self._keep = request.version == "1.1" and "close" not in list_members(request.fields.get("connection", ""))
         if "expect" in request.fields and request.version == "1.1":
             if request.fields["expect"].lower() != "100-continue":
                 raise Refusal("unknown_expectation", "only 100-continue can be expected here")
@@ -1273,27 +1330,15 @@ class ClientStream:
         if REQUEST_ID.fullmatch(given):
             self.record.id = given
         self.record.method = request.method
-        self.record.path = re.sub(r"^/t/[^/]*", "/t/*", re.sub(SECRET_PREFIX + r"[\w-]+", "*", request.path))
+        self.record.path = SECRET_IN_PATH.sub("*", request.path)
 
     def read_body(self, watched=None):
         """Return the next piece of the request's body, b"" only at its end; raise Refusal if it is not as promised."""
         if self._expects and not self.body.complete and not self.wire.buffer:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._expects = False
-        deadline = Deadline(BODY_SECONDS)
-        try:
-            while True:
-                piece, self.wire.buffer = self.body.decode(self.wire.buffer)
-                if piece or self.body.complete:
-                    return piece
-                if not self.wire.fill(deadline, watched):
-                    self.body.end()
-        except Malformed as error:
-            raise Refusal(error.code, str(error)) from None
-        except TimeoutError:
-            raise Refusal("too_slow", f"nothing of the body came for {BODY_SECONDS} s") from None
-        except OSError as error:
-            raise ClientLeft(str(error)) from None
+        with client_errors(f"nothing of the body came for {BODY_SECONDS} s"):
+            return self.wire.read_piece(self.body, Deadline(BODY_SECONDS), watched)
 
     @contextlib.contextmanager
     def take_body(self, live):
@@ -1309,35 +1354,33 @@ class ClientStream:
 
     def _hold_body(self):
         if self.body.complete:
-            return HeldBody(b"") if "content-length" in self.request.fields else NO_BODY
-        too_large = Refusal("body_too_large", f"the body is larger than {BODY_BYTES // MIB} MiB")
-        if getattr(self.body, "left", 0) > BODY_BYTES:
-            raise too_large
+            return HeldBody(declared="content-length" in self.request.fields)
         data = bytearray()
+        self._bound_body(self.body.left)
         while not self.body.complete:
             data += self.read_body()
             if len(data) > SPOOL_BYTES:
-                return self._spool_body(data, too_large)
+                return self._spool_body(data)
         return HeldBody(bytes(data))
 
-    def _spool_body(self, data, too_large):
+    def _spool_body(self, data):
         import tempfile  # few requests need it, and every start would wait for it
         try:
             with contextlib.ExitStack() as stack:
-                file = stack.enter_context(tempfile.TemporaryFile())
+                file = stack.enter_context(tempfile.TemporaryFile(buffering=0))
                 size = file.write(data)
                 while not self.body.complete:
                     size += file.write(self.read_body())
-                    if size > BODY_BYTES:
-                        raise too_large
-                file.flush()
-                body = HeldBody(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), file)
+                    self._bound_body(size)
                 stack.pop_all()
-                return body
-        except ClientLeft:
-            raise
+                return HeldBody(file=file, size=size)
         except OSError as error:
-            raise Refusal("no_room", f"the body cannot be kept: {error.strerror}", (("Retry-After", "10"),)) from None
+            raise Refusal("no_room", f"the body cannot be kept: {error.strerror}", [("Retry-After", "10")]) from None
+
+    @staticmethod
+    def _bound_body(size):
+        if size > BODY_BYTES:
+            raise Refusal("body_too_large", f"the body is larger than {BODY_BYTES // MIB} MiB")
 
     # -- out
 
@@ -1372,12 +1415,9 @@ class ClientStream:
         """Send a piece of the answer at once; the last one ends it."""
         data, self._pending = self._pending, b""
         if self._framing != "none":
-            if piece:
-                data += b"%x\r\n%b\r\n" % (len(piece), piece) if self._framing == "chunked" else piece
-                self._tail = (self._tail + piece[-2:])[-2:]
-                self.record.sent += len(piece)
-            if last and self._framing == "chunked":
-                data += b"0\r\n\r\n"
+            data += chunk(piece, last) if self._framing == "chunked" else piece
+            self._tail = (self._tail + piece[-2:])[-2:]
+            self.record.sent += len(piece)
         if data:
             self._send(data)
             self.started = True
@@ -1401,7 +1441,7 @@ class ClientStream:
     def refuse(self, refusal):
         """Answer with the refusal or, if an answer has begun, end that one so that nobody takes it for whole."""
         dialect = dialect_of(self.request.path) if self.request else "ollama"
-        told = json.dumps(refusal.told_to(dialect)).encode()
+        told = json.dumps(refusal.body_for(dialect)).encode()
         try:
             if not self.started:
                 return self.answer(refusal.status, "application/json", told + b"\n", refusal.fields)
@@ -1455,7 +1495,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wire = self.request
 
     def finish(self):
-        self.wire.part()
+        self.wire.close_notify()
 
     def handle_one_request(self):
         """Wait for a request and have it served; an idle connection ends without a word."""
@@ -1484,14 +1524,15 @@ class Gateway:
         record = client.record
         try:
             request = client.read_request()
-            client.extra = self._router.cors_fields(request)
+            client.extra += self._router.cors_fields(request)
             route, path = self._router.match(request)
             if route.kind == "page":
                 return client.answer(*self._pages[route.page](request))
             record.token = self._authenticator.identify(request)
             self._router.permit(route, record.token)
-            with client.take_body(route.streams_up) as body:
+            with client.take_body(route.streamed) as body:
                 record.model = self._router.model_of(path, body)
+                self._router.permit_model(record.model, record.token)
                 with self._upstream.open(route.method, path, request, body, record.id, client.wire) as reply:
                     self._relay(reply, client)
         except Refusal as refusal:
@@ -1501,7 +1542,7 @@ class Gateway:
             record.outcome, record.why = "left", str(error)
             client.abort()
         except Exception:  # a fault of ours must end one request, not the connection's thread without a word
-            logging.getLogger(__name__).exception("request %s met a fault of the gateway", record.id)
+            LOG.exception("request %s met a fault of the gateway", record.id)
             client.refuse(Refusal("internal", f"the gateway failed: its log tells more under {record.id}"))
         finally:
             self._journal.write(record)
@@ -1543,7 +1584,7 @@ ROUTES = (
     Route("POST", "/api/create", "admin", "model"),
     Route("POST", "/api/copy", "admin", "model"),
     Route("DELETE", "/api/delete", "admin", "model"),
-    Route("POST", "/api/blobs/{digest}", "admin", "model", streams_up=True),
+    Route("POST", "/api/blobs/{digest}", "admin", "model", streamed=True),
     Route("HEAD", "/api/blobs/{digest}", "admin", "model"),
     Route("POST", "/api/me", "admin", "account"),
     Route("POST", "/api/signout", "admin", "account"),
@@ -1560,48 +1601,50 @@ SEGMENTS = {
 
 
 PATH_TOKEN = re.compile("/t/([^/]+)(/.*)")
-MARK = {1: re.compile(rb'["{}\[\]:,]'), 2: re.compile(rb'["{}\[\]]')}  # at an object's top level, and below it
+TOP_LEVEL = re.compile(rb'"(?:[^"\\]{0,256}")?|[{}\[\]:,]')  # a short plain string whole, of others the quote
+BELOW = re.compile(rb'"(?:[^"\\]{0,256}")?|[{}\[\]]')
 
 
-def _string_end(data, start):
-    """Return where the JSON string that begins at start, behind its quote, ends: its closing quote, or -1."""
-    end = start
-    for _ in range(SCAN_STEPS):
-        end = data.find(b'"', end)
-        if end < 0 or data[end - 1:end] != b"\\":
-            return end
-        run = re.compile(rb"\\*").match(data[start:end][::-1]).end()  # an odd run of backslashes escapes the quote
-        if run % 2 == 0:
-            return end
-        end += 1
-    return -1
+def _string_end(data, at, steps):
+    """Return where the JSON string ends whose inside at lies in; 0 if the data or the steps run out before."""
+    for _ in steps:
+        quote = data.find(b'"', at)
+        run = data[at:quote] if quote > at and data[quote - 1:quote] == b"\\" else b""
+        if quote < 0 or (len(run) - len(run.rstrip(b"\\"))) % 2 == 0:  # an odd run of backslashes escapes the quote
+            return quote + 1
+        at = quote + 1
+    return 0
 
 
 def _json_string(quoted):
     try:
-        return json.loads(quoted)
+        return json.loads(quoted) if b"\\" in quoted else quoted[1:-1].decode()
     except ValueError:
         return ""
 
 
 def named_model(data):
-    """Return the model that Ollama will read in a JSON body, "" if there is none: the last of its top-level keys
-    "model" or "name", in any case (encoding/json), found without building the object, in a bounded number of steps."""
-    depth, at, key, value, found = 0, 0, None, False, {}
-    for _ in range(SCAN_STEPS):
-        match = MARK[1 if depth <= 1 else 2].search(data, at)
+    """Return the model that Ollama will read in a JSON body, "" if there is none.
+
+    That is the last of its top-level keys "model", or else "name", in any case (encoding/json). The object is never
+    built: a hundred thousand brackets and strings are looked at, and none is read but short ones at the top level.
+    """
+    depth, at, key, value, found = 0, 0, "", False, {}
+    steps = iter(range(SCAN_STEPS))
+    for _ in steps:
+        match = (TOP_LEVEL if depth < 2 else BELOW).search(data, at)
         if match is None:
             break
         mark, at = match[0], match.end()
-        if mark == b'"':
-            start, at = at, _string_end(data, at) + 1
+        if mark.startswith(b'"'):
+            if len(mark) == 1:
+                at = _string_end(data, at, steps)
             if not at:
                 break
-            if depth == 1 and at - start <= 1024:
-                text = _json_string(data[start - 1:at])
-                if value and key in ("model", "name"):
-                    found[key] = text
-                key = key if value else text.lower()
+            if depth == 1 and at - match.start() <= KIB and not value:
+                key = _json_string(data[match.start():at]).lower()
+            elif depth == 1 and at - match.start() <= KIB and key in ("model", "name"):
+                found[key] = _json_string(data[match.start():at])
         elif mark in b"{[":
             depth += 1
         elif mark in b"}]":
@@ -1650,7 +1693,7 @@ class Router:
             if found:
                 methods, segment = candidates, found[1]
         if methods is None:
-            raise Refusal("unknown_route", "the gateway has no such path")
+            raise Refusal("unknown_route")
         method = "GET" if request.method == "HEAD" and "HEAD" not in methods else request.method
         if method not in methods:
             allowed = sorted(set(methods) | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set()))
@@ -1670,13 +1713,22 @@ class Router:
         """Return the name of the model that a request means, "" if it names none."""
         if path.startswith("/v1/models/"):
             return urllib.parse.unquote(path[len("/v1/models/"):])
-        return named_model(body.data) if body.replayable and body.data else ""
+        if not body.replayable:
+            return ""
+        with body.view() as data:
+            return named_model(data)
+
+    @staticmethod
+    def permit_model(model, token):
+        """Refuse a model that runs on the owner's ollama.com account (internal/modelref), unless an admin asks."""
+        if model.lower().endswith((":cloud", "-cloud")) and not token.admin:
+            raise Refusal("forbidden", f"{model} runs on the owner's ollama.com account: it takes an admin token")
 
     def cors_fields(self, request):
         """Return the fields that let a configured origin's page read the answer (Fetch 3.2)."""
-        origin = request.fields.get("origin")
-        if not self._cors_origins or origin is None:
+        if not self._cors_origins:
             return []
+        origin = request.fields.get("origin")
         if "*" not in self._cors_origins and origin not in self._cors_origins:
             return [("Vary", "Origin")]
         allowed = [("Access-Control-Allow-Origin", "*" if "*" in self._cors_origins else origin), ("Vary", "Origin"),
@@ -1722,7 +1774,8 @@ class Authenticator:
 
     def identify(self, request):
         """Return the request's token; raise Refusal if there is none that is valid now."""
-        token = self._tokens.find(secret_of(request))
+        secret = secret_of(request)
+        token = self._tokens.find(secret) if secret else None
         if token is not None and (token.expires_at is None or self._clock() < token.expires_at):
             return token
         text = 'no valid token: send "Authorization: Bearer TOKEN" or "x-api-key: TOKEN", or ask for a new one'
@@ -1739,7 +1792,7 @@ class Authenticator:
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")  # RFC 9112 4
 
 
-class SpokeEarly(Exception):
+class EarlyResponse(Exception):
     """The upstream answers, or hangs up, before it has the whole request."""
 
 
@@ -1748,8 +1801,22 @@ class UpstreamWire(Wire):
 
     reused = False
 
-    def stirred(self):
-        raise SpokeEarly
+    def on_readable(self):
+        """Raise EarlyResponse; a word of TLS's own, a session ticket say, is none."""
+        if not self.alive() or self.buffer:
+            raise EarlyResponse
+
+    def until_writable(self, deadline, watched):
+        """Wait to send more of a request, and meanwhile for an answer that does not wait for it."""
+        self.wait(WRITABLE | READABLE, deadline, watched)
+        self.on_readable()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind:
+            self.close()
 
 
 class Exchange(urllib.request.Request):
@@ -1780,35 +1847,32 @@ class Pool:
         self._connect_timeout = connect_timeout
         self._idle = deque()
 
-    def lease(self, watched=None):
-        """Return a live connection, kept or new; one that died idle is found out here, or by who uses it."""
-        while self._idle:
+    def lease(self, watched=None, fresh=False):
+        """Return a live connection, a kept one unless it must be fresh; raise OSError if there is none to be had.
+
+        A kept one that died idle is found out here, or by who uses it.
+        """
+        while self._idle and not fresh:
             with contextlib.suppress(IndexError):
                 wire = self._idle.pop()
                 if wire.alive() and not wire.buffer:
                     wire.reused = True
                     return wire
                 wire.close()
-        return self.connect(watched)
+        return self._connect(watched)
 
-    def connect(self, watched=None):
-        """Return a new connection; raise OSError."""
-        deadline = Deadline(self._connect_timeout)
+    def _connect(self, watched):
+        deadline = Deadline(self._connect_timeout, "--connect-timeout")
         trouble = OSError("its name has no address")
         for family, kind, protocol, _, address in socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM):
-            wire = UpstreamWire(socket.socket(family, kind, protocol))
             try:
-                return self._greet(wire, address, deadline, watched)
+                with UpstreamWire(socket.socket(family, kind, protocol)) as wire:
+                    return self._establish(wire, address, deadline, watched)
             except OSError as error:
-                wire.close()
-                if isinstance(error, ClientLeft):
-                    raise
                 trouble = error
-        if isinstance(trouble, TimeoutError):
-            raise ConnectionError(f"no connection within {self._connect_timeout:g} s (--connect-timeout)")
         raise ConnectionError(trouble.strerror or str(trouble))
 
-    def _greet(self, wire, address, deadline, watched):
+    def _establish(self, wire, address, deadline, watched):
         try:
             wire.sock.connect(address)
         except BlockingIOError:
@@ -1820,7 +1884,7 @@ class Pool:
             wire.secure(self._tls, deadline, server_hostname=self._host)
         return wire
 
-    def give_back(self, wire):
+    def release(self, wire):
         if len(self._idle) < POOL_SIZE:
             self._idle.append(wire)
         else:
@@ -1835,24 +1899,20 @@ class Pool:
 class Reply:
     """The upstream's answer: its head at once, its body piece by piece; leaving its with block frees the connection."""
 
-    def __init__(self, line, block, exchange, wire, pool, stall):
+    def __init__(self, line, block, exchange, wire, pool, stall_timeout):
         match = STATUS_LINE.fullmatch(line)
         if not match or match[2] == b"101":
             raise Malformed("its answer has no status line")
         self.status, self.phrase = int(match[2]), (match[3] or b"").decode("latin-1")
         fields = parse_fields(block)
-        named = {}
-        for name, value in fields:
-            name = name.lower()
-            if name in named and name in FRAMING:
-                raise Malformed(f"its answer has two {name} headers")
-            named[name] = f"{named[name]}, {value}" if name in named else value
-        hop = {name.strip() for name in named.get("connection", "").lower().split(",")}
+        named, _ = combine(fields)
+        hop = list_members(named.get("connection", ""))
         self.fields = [(name, value) for name, value in fields if name.lower() not in hop and passes_on(name.lower())]
         self.length = None
         self._body = self._framed(named, exchange.method)
-        self._keep = match[1] == b"1" and "close" not in hop
-        self._wire, self._pool, self._stall, self._watched = wire, pool, stall, exchange.watched
+        self.reusable = match[1] == b"1" and "close" not in hop
+        self._wire, self._pool, self._watched = wire, pool, exchange.watched
+        self._stall_timeout = stall_timeout
 
     def _framed(self, named, method):
         """Return the decoder of the body (RFC 9112 6.3)."""
@@ -1865,7 +1925,7 @@ class Reply:
             return LengthBody(0)
         if coding is not None:
             return ChunkedBody()
-        return OpenBody() if self.length is None else LengthBody(self.length)
+        return CloseDelimitedBody() if self.length is None else LengthBody(self.length)
 
     @property
     def complete(self):
@@ -1876,30 +1936,20 @@ class Reply:
         """Tell whether `read` may have to wait."""
         return not self._wire.buffer and not self._body.complete
 
-    def read(self):
+    def read(self, deadline=None):
         """Return the body's next piece as soon as it is there, b"" only at its end; raise Refusal if it breaks off."""
-        deadline = Deadline(self._stall)
+        deadline = deadline or Deadline(self._stall_timeout, "--stall-timeout")
         try:
-            while True:
-                piece, self._wire.buffer = self._body.decode(self._wire.buffer)
-                if piece or self._body.complete:
-                    return piece
-                if not self._wire.fill(deadline, self._watched):
-                    self._body.end()
-        except ClientLeft:
-            raise
-        except TimeoutError:
-            text = f"Ollama sent nothing for {self._stall:g} s (--stall-timeout)"
+            return self._wire.read_piece(self._body, deadline, self._watched)
         except (OSError, Malformed) as error:
-            text = f"Ollama broke off its answer: {error}"
-        raise Refusal("upstream_failed", text)
+            raise Refusal("upstream_failed", f"Ollama broke off its answer: {error}") from None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        if self._body.complete and self._keep and not self._wire.buffer:  # surplus bytes: nobody knows of what
-            self._pool.give_back(self._wire)
+        if self._body.complete and self.reusable and not self._wire.buffer:  # surplus bytes: nobody knows of what
+            self._pool.release(self._wire)
         else:
             self._wire.close()
 
@@ -1916,56 +1966,51 @@ class PooledHandler(urllib.request.BaseHandler):
         A kept connection may die as we use it: when not a byte of an answer came, and the body can be sent again, it
         is, once, on a new connection; all other kept ones are as old, and are dropped.
         """
-        wire = self._pool.lease(exchange.watched)
+        wire = self._pool.lease(exchange.watched, fresh=not exchange.body.replayable)
         try:
-            return self._converse(wire, exchange)
-        except ConnectionError as error:
-            if isinstance(error, ClientLeft) or not wire.reused or wire.buffer or not exchange.body.replayable:
+            return self._exchange(wire, exchange)
+        except OSError as error:
+            if isinstance(error, TimeoutError) or not wire.reused or wire.buffer:
                 raise
         self._pool.clear()
-        return self._converse(self._pool.connect(exchange.watched), exchange)
+        return self._exchange(self._pool.lease(exchange.watched, fresh=True), exchange)
 
     https_open = http_open
 
-    def _converse(self, wire, exchange):
-        try:
+    def _exchange(self, wire, exchange):
+        with wire:
             whole = self._send(wire, exchange)
-            deadline = Deadline(exchange.timeout)
+            deadline = Deadline(exchange.timeout, "--first-byte-timeout")
             while True:
                 line, block = wire.read_head(deadline, exchange.watched)
                 wire.reused = False  # it has proved to be alive: what fails from here on is not tried again
                 reply = Reply(line, block, exchange, wire, self._pool, self._stall_timeout)
                 if reply.status >= 200:
-                    reply._keep = reply._keep and whole
+                    reply.reusable = reply.reusable and whole
                     return reply
-        except BaseException:
-            wire.close()
-            raise
 
     def _send(self, wire, exchange):
         """Send head and body; return whether all of it went: an upstream may answer, and stop reading, before."""
         head = exchange.head
         try:
             for piece in exchange.body.pieces(wire):
-                wire.send(head + piece, Deadline(self._stall_timeout), exchange.watched)
+                wire.send(head + piece, Deadline(self._stall_timeout, "--stall-timeout"), exchange.watched)
                 head = b""
-            if head:
-                wire.send(head, Deadline(self._stall_timeout), exchange.watched)
+            wire.send(head, Deadline(self._stall_timeout, "--stall-timeout"), exchange.watched)
             return True
-        except ClientLeft:
+        except TimeoutError:
             raise
-        except (SpokeEarly, ConnectionError):
+        except (EarlyResponse, OSError):
             return False
 
 
 def forwarded_fields(request, request_id):
     """Return, as a head's lines, the client's fields that go up: no credential, no cookie, nothing hop-by-hop."""
-    dropped = request.fields.get("connection", "").lower()
+    dropped = list_members(request.fields.get("connection", ""))
     lines = [f"X-Request-Id: {request_id}\r\n"]
     for name, value in request.fields.items():
-        if name in FORWARDED or name.startswith(FORWARDED_PREFIXES):
-            if not dropped or name not in re.split(r"[ \t]*,[ \t]*", dropped):
-                lines.append(f"{name}: {value}\r\n")
+        if (name in FORWARDED or name.startswith(FORWARDED_PREFIXES)) and name not in dropped:
+            lines.append(f"{name}: {value}\r\n")
     return "".join(lines)
 
 
@@ -1985,13 +2030,10 @@ class Upstream:
         exchange = Exchange(self._url, method, path + request.query, fields, body, watched)
         try:
             return self._opener.open(exchange, timeout=self._first_byte_timeout)
-        except ClientLeft:
-            raise
         except Malformed as error:
             raise Refusal("upstream_failed", f"Ollama does not talk HTTP: {error}") from None
-        except TimeoutError:
-            raise Refusal("upstream_silent", f"Ollama did not begin its answer within {self._first_byte_timeout:g} s "
-                                             "(--first-byte-timeout)") from None
+        except TimeoutError as error:
+            raise Refusal("upstream_silent", f"Ollama did not answer: {error}") from None
         except OSError as error:
             raise Refusal("upstream_failed", f"Ollama cannot be reached: {error}") from None
 
@@ -2005,10 +2047,13 @@ class Upstream:
             return answer
 
     def _fetch(self, path):
+        deadline, data = Deadline(PROBE_SECONDS), bytearray()
         try:
             with self._opener.open(Exchange(self._url, "GET", path, "", NO_BODY), timeout=PROBE_SECONDS) as reply:
-                answer = json.loads(b"".join(iter(reply.read, b"")))
-                return answer if reply.status == 200 and isinstance(answer, dict) else None
+                while not reply.complete and len(data) < PROBE_BYTES:
+                    data += reply.read(deadline)
+            answer = json.loads(bytes(data))
+            return answer if reply.status == 200 and isinstance(answer, dict) else None
         except (OSError, Malformed, Refusal, ValueError):
             return None
 
@@ -2056,6 +2101,7 @@ class Journal:
 
     def __init__(self, store, log, clock=time.time):
         self._store, self._log, self._clock = store, log, clock
+        store.wait_at_most(USED_SECONDS)  # while the database is locked, log lines are still to be written
         self._records, self._uses = deque(), {}
         self._complained = False
         self._stirred, self._closing = threading.Event(), threading.Event()
@@ -2085,7 +2131,10 @@ class Journal:
     def _write_lines(self):
         while self._records:
             record = self._records.popleft()
-            self._log(log_line(record))
+            try:
+                self._log(log_line(record))
+            except Exception:  # a line that cannot be written must not end the writing of all others
+                LOG.exception("request %s could not be logged", record.id)
             if record.token:
                 self._uses[record.token.id] = int(self._clock())
 
@@ -2099,7 +2148,7 @@ class Journal:
         except Failure as error:
             self._uses = uses
             if not self._complained:
-                logging.getLogger(__name__).warning("last uses of tokens are not stored for now: %s", error)
+                LOG.warning("last uses of tokens are not stored for now: %s", error)
             self._complained = True
 
     def close(self):
@@ -2162,12 +2211,11 @@ def build_server(settings, store, log=None):
         authenticator=Authenticator(TokenTable(store)),
         upstream=upstream,
         relay=relay,
-        journal=Journal(store, log or logging.getLogger(__name__).info),
+        journal=Journal(store, log or LOG.info),
         pages={"banner": banner_page, "health": health_page(upstream), "preflight": preflight_page})
     try:
         return GatewayServer(settings.host, settings.port, Handler, gateway, tls)
-    except OSError as error:
-        gateway.close()
+    except OSError as error:  # socketserver has closed it, and the gateway with it
         raise Failure(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}; "
                       "choose another with --host and --port") from None
 
@@ -2175,6 +2223,8 @@ def build_server(settings, store, log=None):
 # == Commands =================================================================
 
 PROGRAM = "python3 ollama_gateway.py"
+ABOUT = "A gateway that lets people share an Ollama server: a token for each person\nand device, in one file."
+UNTYPED = dict(env_file=None, json=False, quiet=False, format=None)  # what commands ask for whether typed or not
 EXPORT_VERSION = 1
 DEFUSED = ("=", "+", "-", "@", "\t", "'")  # a spreadsheet takes a cell that starts so for a formula, or for a quote
 
@@ -2234,13 +2284,12 @@ def read_expiry(text):
         return None
     now = int(time.time())
     try:
-        moment = now + int(duration(text)) if re.fullmatch(r"[0-9.]+[a-z]", text) else instant(text)
+        lasts = re.fullmatch(r"[0-9.]+[a-z]", text)
+        moment = possible_instant(now + int(duration(text))) if lasts else instant(text)
     except ValueError as error:
         raise UsageError(f'--expires: "{text}" {error}, nor "none" or a duration like 30d') from None
     if moment <= now:
         raise UsageError(f'--expires: "{text}" is in the past')
-    if moment > 253402300799:
-        raise UsageError(f'--expires: "{text}" is after the year 9999: say "none"')
     return moment
 
 
@@ -2333,7 +2382,7 @@ def replace_file(path, text):
 
 
 def cmd_token_export(args):
-    form = getattr(args, "format", None) or ("json" if args.file == "-" else args.file.rpartition(".")[2].lower())
+    form = args.format or ("json" if args.file == "-" else args.file.rpartition(".")[2].lower())
     if form not in ("csv", "json"):
         raise UsageError(f'token export: "{args.file}" ends neither in .csv nor in .json: add --format csv or json')
     with open_command_store(args) as store:
@@ -2376,7 +2425,7 @@ def imported_row(row, number):
         times = {key: instant(row[key]) if row.get(key) else None for key in TokenStore.EXPORTED if key.endswith("_at")}
         if times["created_at"] is None:
             raise ValueError("it has no created_at")
-        return dict({key: row[key] for key in TokenStore.EXPORTED}, **times, admin=int(switch(str(row["admin"]))),
+        return dict({key: row[key] for key in TokenStore.EXPORTED}, **times, admin=int(boolean(str(row["admin"]))),
                     user=check_name("user", row["user"]), name=check_name("name", row["name"]))
     except (ValueError, UsageError, TypeError) as error:
         raise ValueError(f"row {number}: {error}") from None
@@ -2390,7 +2439,7 @@ def cmd_token_import(args):
         rows = [imported_row(row, number) for number, row in enumerate(exported_rows(text.lstrip("\ufeff")), 1)]
     except (OSError, UnicodeDecodeError) as error:
         raise Failure(f"cannot read {args.file}: {getattr(error, 'strerror', None) or error}") from None
-    except (ValueError, csv.Error) as error:
+    except (ValueError, csv.Error, RecursionError) as error:
         raise Failure(f'{args.file} is no file of "token export": {error}; nothing was imported') from None
     with open_command_store(args, create=True) as store:
         added = store.import_rows(rows)
@@ -2411,25 +2460,24 @@ def configure_logging(settings):
         handlers.append((file, settings.log_file_level))
     formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
-    logger = logging.getLogger(__name__)
-    logger.propagate = False
-    for old in list(logger.handlers):
-        logger.removeHandler(old)
+    LOG.propagate = False
+    for old in list(LOG.handlers):
+        LOG.removeHandler(old)
         old.close()
     for handler, level in handlers:
         handler.setLevel(level)
         handler.setFormatter(formatter)
-        logger.addHandler(handler)
-    logger.setLevel(min(level for _, level in handlers))
+        LOG.addHandler(handler)
+    LOG.setLevel(min(level for _, level in handlers))
 
 
 def reload_certificate(context, settings):
     """Take up a renewed certificate; with a bad one the old one stays."""
     try:
         load_certificate(context, settings)
-        logging.getLogger(__name__).info("the certificate %s was read again", settings.tls_cert)
+        LOG.info("the certificate %s was read again", settings.tls_cert)
     except Failure as error:
-        logging.getLogger(__name__).error("the old certificate stays: %s", error)
+        LOG.error("the old certificate stays: %s", error)
 
 
 def is_loopback(host):
@@ -2474,28 +2522,19 @@ def cmd_serve(args):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, with help that ends in examples."""
+    """argparse without abbreviations and without defaults of its own: what was not typed is not there."""
 
     def __init__(self, **how):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **how)
+        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **how)
 
 
-def add_command(commands, common, name, run, text, example):
-    parser = commands.add_parser(name, parents=[common], help=text, description=f"{text[0].upper()}{text[1:]}.",
-                                 epilog=f"example:\n  {PROGRAM} {example}")
-    parser.set_defaults(run=run)
-    return parser
-
-
-def add_serve(commands, common):
-    parser = add_command(commands, common, "serve", cmd_serve, "run the gateway",
-                         "serve --host 0.0.0.0 --tls-cert box.pem")
+def add_serve(parser):
     for option in OPTIONS:
-        if option is DATABASE_OPTION:
-            continue
-        text = f"{option.help} ({option.variable}{', default ' + option.default if option.default else ''})"
-        how = dict(action="store_const", const="on") if option.convert is switch else dict(metavar=option.metavar)
-        parser.add_argument(option.flag, default=argparse.SUPPRESS, help=text, **how)
+        if option is not DATABASE_OPTION:
+            how = dict(action="store_const", const="on") if option.convert is boolean else dict(metavar=option.metavar)
+            default = f", default {option.default}" if option.default else ""
+            parser.add_argument(option.flag, help=f"{option.help} ({option.variable}{default})", **how)
 
 
 def add_names(parser):
@@ -2503,84 +2542,80 @@ def add_names(parser):
     parser.add_argument("name", metavar="NAME", help="which of theirs: a device, a program")
 
 
-def add_limits(parser, lift):
-    parser.add_argument("--expires", metavar="WHEN", default=argparse.SUPPRESS,
-                        help=f"30d, 2027-01-31 (00:00 UTC) or 2027-01-31T18:00:00Z; {lift}")
-    parser.add_argument("--admin", action="store_true", default=argparse.SUPPRESS,
+def add_rights(parser):
+    parser.add_argument("--expires", metavar="WHEN",
+                        help='30d, 2027-01-31 (00:00 UTC), 2027-01-31T18:00:00Z, or "none": never')
+    parser.add_argument("--admin", action="store_true",
                         help="may change models, and act as the owner's ollama.com account")
+
+
+def add_no_admin(parser):
+    parser.add_argument("--no-admin", dest="admin", action="store_false", help="may no longer do that")
 
 
 def add_secret_form(parser):
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="print the secret alone")
-    form.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the token as JSON")
+    form.add_argument("--quiet", action="store_true", help="print the secret alone")
+    form.add_argument("--json", action="store_true", help="print the token as JSON")
 
 
-def add_create(commands, common):
-    parser = add_command(commands, common, "create", cmd_token_create, "make a token and show its secret, once",
-                         "token create ada laptop --expires 90d")
-    add_names(parser)
-    add_limits(parser, "none (default): never")
-    add_secret_form(parser)
+def add_list_form(parser):
+    parser.add_argument("--user", metavar="USER", help="only this user's")
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
 
 
-def add_list(commands, common):
-    parser = add_command(commands, common, "list", cmd_token_list, "list the tokens", "token list --user ada")
-    parser.add_argument("--user", metavar="USER", default=argparse.SUPPRESS, help="only this user's")
-    parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print a JSON list")
-
-
-def add_update(commands, common):
-    parser = add_command(commands, common, "update", cmd_token_update,
-                         "change what a token may do, from its next request", "token update ada laptop --expires none")
-    add_names(parser)
-    add_limits(parser, '"none" lifts it')
-    parser.add_argument("--no-admin", dest="admin", action="store_false", default=argparse.SUPPRESS,
-                        help="may no longer do what takes an admin token")
-
-
-def add_rotate(commands, common):
-    parser = add_command(commands, common, "rotate", cmd_token_rotate, "give a token a new secret, and nothing else",
-                         "token rotate ada laptop")
-    add_names(parser)
-    add_secret_form(parser)
-
-
-def add_delete(commands, common):
-    add_names(add_command(commands, common, "delete", cmd_token_delete, "delete a token: it stops at its next request",
-                          "token delete ada laptop"))
-
-
-def add_export(commands, common):
-    parser = add_command(commands, common, "export", cmd_token_export,
-                         "write all tokens to a file: digests, never secrets", "token export tokens.csv")
+def add_export_file(parser):
     parser.add_argument("file", metavar="FILE", help='a .csv or .json file; "-" is JSON on stdout')
-    parser.add_argument("--format", choices=("csv", "json"), default=argparse.SUPPRESS, help="whatever the file's name")
+    parser.add_argument("--format", choices=("csv", "json"), help="whatever the file's name")
 
 
-def add_import(commands, common):
-    parser = add_command(commands, common, "import", cmd_token_import,
-                         "add the tokens of an exported file, all or none", "token import tokens.csv")
+def add_import_file(parser):
     parser.add_argument("file", metavar="FILE", help='what "token export" wrote; "-" is stdin')
+
+
+SERVE = ("serve", cmd_serve, "run the gateway", "serve --host 0.0.0.0 --tls-cert box.pem", (add_serve,))
+TOKEN_COMMANDS = (  # name, what runs, help, example, what it takes
+    ("create", cmd_token_create, "make a token and show its secret, once", "token create ada laptop --expires 90d",
+     (add_names, add_rights, add_secret_form)),
+    ("list", cmd_token_list, "list the tokens", "token list --user ada", (add_list_form,)),
+    ("update", cmd_token_update, "change what a token may do, from its next request",
+     "token update ada laptop --expires none", (add_names, add_rights, add_no_admin)),
+    ("rotate", cmd_token_rotate, "give a token a new secret, and nothing else", "token rotate ada laptop",
+     (add_names, add_secret_form)),
+    ("delete", cmd_token_delete, "delete a token: it stops at its next request", "token delete ada laptop",
+     (add_names,)),
+    ("export", cmd_token_export, "write all tokens to a file: digests, never secrets", "token export tokens.csv",
+     (add_export_file,)),
+    ("import", cmd_token_import, "add the tokens of an exported file, all or none", "token import tokens.csv",
+     (add_import_file,)),
+)
+
+
+def add_command(commands, common, name, run, text, example, takes):
+    """Add a command to the parser of a group."""
+    parser = commands.add_parser(name, parents=[common], help=text, description=f"{text[0].upper()}{text[1:]}.",
+                                 epilog=f"example:\n  {PROGRAM} {example}")
+    parser.set_defaults(run=run)
+    for add in takes:
+        add(parser)
 
 
 def build_parser():
     """Return the parser of the whole command line."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--db", metavar="FILE", default=argparse.SUPPRESS, help=DATABASE_OPTION.help)
-    common.add_argument("--env-file", metavar="FILE", default=argparse.SUPPRESS, help="settings in place of .env")
-    parser = Parser(prog="ollama_gateway.py", parents=[common], description=__doc__.split("\n")[0],
+    common = Parser(add_help=False)
+    common.add_argument("--db", metavar="FILE", help=DATABASE_OPTION.help)
+    common.add_argument("--env-file", metavar="FILE", help="settings in place of .env")
+    parser = Parser(prog="ollama_gateway.py", parents=[common], description=ABOUT,
                     epilog=f"example:\n  {PROGRAM} serve --port 8000")
     parser.add_argument("--version", action="version", version=f"ollama_gateway {VERSION}")
-    parser.set_defaults(env_file=None, json=False, quiet=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    add_serve(commands, common)
+    add_command(commands, common, *SERVE)
     token = commands.add_parser("token", parents=[common], help="make and manage tokens",
                                 description="Make and manage tokens.",
                                 epilog=f"example:\n  {PROGRAM} token create ada laptop --expires 90d")
     tokens = token.add_subparsers(metavar="ACTION", required=True)
-    for add in add_create, add_list, add_update, add_rotate, add_delete, add_export, add_import:
-        add(tokens, common)
+    for command in TOKEN_COMMANDS:
+        add_command(tokens, common, *command)
     return parser
 
 
@@ -2593,7 +2628,7 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
     try:
-        args = build_parser().parse_args(argv)
+        args = build_parser().parse_args(argv, argparse.Namespace(**UNTYPED))
         return args.run(args) or 0
     except SystemExit as stop:  # argparse has spoken
         return stop.code or 0
