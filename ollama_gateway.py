@@ -463,15 +463,15 @@ WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError)
 
 
 def poll(wants, seconds):
-    """Wait until a descriptor of {descriptor: events} is ready, or the seconds are over; return those that are."""
+    """Wait until a descriptor of {descriptor: events} is ready or the seconds are over; return what is, likewise."""
     if hasattr(select, "poll"):
         poller = select.poll()
         for descriptor, events in wants.items():
             poller.register(descriptor, events)
-        return {descriptor for descriptor, _ in poller.poll(min(int(seconds * 1000) + 1, POLL_LIMIT))}
+        return dict(poller.poll(min(int(seconds * 1000) + 1, POLL_LIMIT)))
     ready = select.select([fd for fd, events in wants.items() if events & READABLE],  # Windows
                           [fd for fd, events in wants.items() if events & WRITABLE], [], seconds)
-    return set(ready[0]) | set(ready[1])
+    return {**dict.fromkeys(ready[0], READABLE), **dict.fromkeys(ready[1], WRITABLE)}
 
 
 class Wire:
@@ -482,19 +482,19 @@ class Wire:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or Nagle waits for delayed ACKs, 44 ms an answer
         self.sock, self.descriptor, self.buffer = sock, sock.fileno(), b""
 
-    def secure(self, context, deadline, **how):
+    def secure(self, context, deadline, watched=None, **how):
         """Speak TLS from here on; `how` goes to SSLContext.wrap_socket."""
         self.sock = context.wrap_socket(self.sock, do_handshake_on_connect=False, **how)
         while True:
             try:
                 return self.sock.do_handshake()
             except ssl.SSLWantReadError:
-                self.wait(READABLE, deadline)
+                self.wait(READABLE, deadline, watched)
             except ssl.SSLWantWriteError:
-                self.wait(WRITABLE, deadline)
+                self.wait(WRITABLE, deadline, watched)
 
     def wait(self, events, deadline, watched=None):
-        """Wait for events here; when the watched wire stirs first, it decides what that means.
+        """Wait for events here and return them; when the watched wire stirs first, it decides what that means.
 
         Raises TimeoutError, and whatever `watched.on_readable()` raises.
         """
@@ -506,7 +506,7 @@ class Wire:
             if watched is not None and watched.descriptor in ready:
                 watched.on_readable()
             if self.descriptor in ready:
-                return
+                return ready[self.descriptor]
 
     def watched_events(self):
         """Return what to watch for: with much unread already, only the hang-up."""
@@ -760,9 +760,13 @@ def check_name(what, name):
     return name
 
 
+def _printable(text):
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def _tame_name(text, taken, user=None):
     """Make any text of the replaced system's database a name that can be shown, and that is not taken."""
-    name = "".join(c if c.isprintable() else "?" for c in str(text or "")).strip().lstrip("-").strip()
+    name = _printable(text or "").strip().lstrip("-").strip()
     name = base = name[:NAME_LENGTH].strip() or "unnamed"
     number = 1
     while (user, name) in taken:
@@ -790,8 +794,8 @@ def _create_tokens(db, now):
     replaced = {row[1] for row in db.execute("PRAGMA table_info(tokens)")}
     rows = []
     if replaced:
-        rows = db.execute("SELECT user_id, user, api_name, token, created_at, expires_at FROM tokens ORDER BY id"
-                          ).fetchall()
+        rows = db.execute("""SELECT CAST(user_id AS BLOB), CAST(user AS BLOB), CAST(api_name AS BLOB),
+            CAST(token AS BLOB), created_at, expires_at FROM tokens ORDER BY id""").fetchall()  # all may be no UTF-8
         db.execute("DROP TABLE tokens")
     db.execute("""CREATE TABLE tokens (
         id INTEGER PRIMARY KEY AUTOINCREMENT, user TEXT NOT NULL, name TEXT NOT NULL,
@@ -804,8 +808,9 @@ def _create_tokens(db, now):
         db.execute(f"CREATE TRIGGER tokens_{event.lower()} AFTER {event} ON tokens {when} "
                    "BEGIN UPDATE state SET generation = generation + 1; END")
     taken, digests = set(), set()
-    for user_id, user, name, secret, created_at, expires_at in rows:
-        digest = digest_of(str(secret or ""))
+    for *texts, created_at, expires_at in rows:
+        user_id, user, name, secret = (text and text.decode("utf-8", "surrogateescape") for text in texts)
+        digest = digest_of(secret or "")
         if not secret or digest in digests:
             continue  # could never have been used, or is there already
         digests.add(digest)
@@ -813,7 +818,7 @@ def _create_tokens(db, now):
         name = _tame_name(name, taken, user)
         taken.add((user, name))
         expires_at = None if expires_at in (None, "") else _replaced_instant(expires_at, now)  # unreadable: expired
-        _insert(db, user=user, name=name, digest=digest, hint=hint_of(str(secret)),
+        _insert(db, user=user, name=name, digest=digest, hint=_printable(hint_of(secret)),
                 created_at=_replaced_instant(created_at, now), expires_at=expires_at)
 
 
@@ -822,12 +827,14 @@ MIGRATIONS = (_create_tokens,)  # the n-th makes version n of its predecessor; e
 
 def _scrub(db):
     """Rewrite the database so that no page of it, free or live, nor its WAL, remembers a clear token."""
-    with contextlib.suppress(sqlite3.OperationalError):  # another opener is in the way: the scrub stays owed
+    try:
         db.execute("PRAGMA secure_delete = ON")
         db.execute("VACUUM")
         busy, _, _ = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        if not busy:
+        if not busy:  # else another opener is in the way, and the scrub stays owed
             db.execute("UPDATE state SET scrub_owed = 0")
+    except sqlite3.OperationalError as error:
+        LOG.warning("clear tokens of the old gateway are still in the database, until it is opened again: %s", error)
 
 
 def _migrate(db, now):
@@ -878,13 +885,15 @@ def _connect(path, writable):
 
 
 def _check_version(db, path):
-    """Return whether the database is one of ours or of the replaced system, and not of the future."""
+    """Return the version of a database of ours or of the replaced system (0); raise Failure for another's."""
+    db.execute("BEGIN")  # one moment for all that is read: somebody else may be upgrading
     version = db.execute("PRAGMA user_version").fetchone()[0]
+    tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    columns = {row[1] for row in db.execute("PRAGMA table_info(tokens)")}
+    db.execute("ROLLBACK")
     if version > len(MIGRATIONS):
         raise Failure(f"the database {path} is of version {version}, this program knows up to {len(MIGRATIONS)}: "
                       "use a newer one")
-    tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    columns = {row[1] for row in db.execute("PRAGMA table_info(tokens)")}
     if version == 0 and tables and not columns >= REPLACED_COLUMNS or version and not tables >= {"tokens", "state"}:
         raise Failure(f"{path} is a database of another program: name another file with --db")
     return version
@@ -1104,6 +1113,11 @@ class ClientWire(Wire):
         if len(self.buffer) >= READ_BYTES or not self.alive():
             raise ClientLeft("the client hung up")
 
+    def until_writable(self, deadline, watched):
+        """Wait for a slow reader, unless it has left."""
+        if self.wait(WRITABLE | HUNG_UP, deadline, watched) & HUNG_UP:
+            raise ClientLeft("the client hung up")
+
 
 class GatewayServer(http.server.ThreadingHTTPServer):
     """Listens; a thread for each connection does the rest, from the TLS handshake on."""
@@ -1179,7 +1193,7 @@ class GatewayServer(http.server.ThreadingHTTPServer):
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])")  # RFC 9112 3
 HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")  # RFC 9110 7.2, RFC 3986 3.2.2
 ABSOLUTE = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
-SECRET_IN_PATH = re.compile(rf"(?<=/t/)[^/]+|{SECRET_PREFIX}[\w-]+")
+SECRET_IN_PATH = re.compile(rf"(?<=/t/)[^/]+|{SECRET_PREFIX}[\w-]+", re.IGNORECASE)
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
 
 
@@ -1200,7 +1214,7 @@ def parse_request(line, block):
     absolute = ABSOLUTE.fullmatch(target)
     if absolute and absolute[1].lower() == host.lower():
         target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
-    if not target.startswith("/"):
+    if not target.startswith("/") or "#" in target:
         raise Malformed("the request's target is no path")
     path, mark, query = target.partition("?")
     return Request(method, path, mark + query, version, fields, repeated)
@@ -1596,7 +1610,7 @@ PREFLIGHT = Route("OPTIONS", "*", "public", "page", "preflight")
 SEGMENTS = {
     "digest": "sha256[:-][0-9a-f]{64}",
     "key": "[A-Za-z0-9_=-]+",
-    "model": "(?!%2[Ff]|[.])(?:[A-Za-z0-9._:@~-]|%2[Ff]|%3[Aa])+",
+    "model": "{0}(?:%2[Ff]{0})*".format("(?![.])(?:[A-Za-z0-9._:@~-]|%3[Aa])+"),
 }
 
 
@@ -1697,7 +1711,7 @@ class Router:
         method = "GET" if request.method == "HEAD" and "HEAD" not in methods else request.method
         if method not in methods:
             allowed = sorted(set(methods) | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set()))
-            raise Refusal("wrong_method", f"{request.path} takes {', '.join(allowed)}", [("Allow", ", ".join(allowed))])
+            raise Refusal("wrong_method", f"the path takes {', '.join(allowed)}", [("Allow", ", ".join(allowed))])
         route = methods[method]
         return route, route.path.partition("{")[0] + segment
 
@@ -1881,7 +1895,7 @@ class Pool:
             if error:
                 raise OSError(error, os.strerror(error)) from None
         if self._tls:
-            wire.secure(self._tls, deadline, server_hostname=self._host)
+            wire.secure(self._tls, deadline, watched, server_hostname=self._host)
         return wire
 
     def release(self, wire):
@@ -1909,17 +1923,17 @@ class Reply:
         hop = list_members(named.get("connection", ""))
         self.fields = [(name, value) for name, value in fields if name.lower() not in hop and passes_on(name.lower())]
         self.length = None
-        self._body = self._framed(named, exchange.method)
+        self._body = self._framed(named, exchange.method, match[1] == b"1")
         self.reusable = match[1] == b"1" and "close" not in hop
         self._wire, self._pool, self._watched = wire, pool, exchange.watched
         self._stall_timeout = stall_timeout
 
-    def _framed(self, named, method):
+    def _framed(self, named, method, modern):
         """Return the decoder of the body (RFC 9112 6.3)."""
         if "content-length" in named:
             self.length = content_length(named["content-length"])
         coding = named.get("transfer-encoding")
-        if coding is not None and (self.length is not None or coding.lower() != "chunked"):
+        if coding is not None and (self.length is not None or coding.lower() != "chunked" or not modern):
             raise Malformed("its answer's framing is ambiguous")
         if method == "HEAD" or self.status in (204, 304):
             return LengthBody(0)
@@ -1988,6 +2002,8 @@ class PooledHandler(urllib.request.BaseHandler):
                 if reply.status >= 200:
                     reply.reusable = reply.reusable and whole
                     return reply
+                if not whole:
+                    raise Malformed("it interrupted the request with an interim answer")
 
     def _send(self, wire, exchange):
         """Send head and body; return whether all of it went: an upstream may answer, and stop reading, before."""
@@ -2054,7 +2070,7 @@ class Upstream:
                     data += reply.read(deadline)
             answer = json.loads(bytes(data))
             return answer if reply.status == 200 and isinstance(answer, dict) else None
-        except (OSError, Malformed, Refusal, ValueError):
+        except (OSError, Malformed, Refusal, ValueError, RecursionError):
             return None
 
     def close(self):
@@ -2215,8 +2231,10 @@ def build_server(settings, store, log=None):
         pages={"banner": banner_page, "health": health_page(upstream), "preflight": preflight_page})
     try:
         return GatewayServer(settings.host, settings.port, Handler, gateway, tls)
-    except OSError as error:  # socketserver has closed it, and the gateway with it
-        raise Failure(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}; "
+    except (OSError, UnicodeError) as error:
+        gateway.close()
+        raise Failure(f"cannot listen on {settings.host} port {settings.port}: "
+                      f"{getattr(error, 'strerror', None) or error}; "
                       "choose another with --host and --port") from None
 
 
@@ -2231,6 +2249,10 @@ DEFUSED = ("=", "+", "-", "@", "\t", "'")  # a spreadsheet takes a cell that sta
 
 def say(text, file=None):
     print(text, file=file or sys.stdout, flush=True)
+
+
+def count(number, what):
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def day(seconds, otherwise):
@@ -2392,7 +2414,7 @@ def cmd_token_export(args):
         if args.file == "-":
             return say(text.rstrip("\n"))
         replace_file(args.file, text.rstrip("\n") + "\n")
-        say(f"Exported {len(rows)} token{'' if len(rows) == 1 else 's'} from {store.path} to {args.file}")
+        say(f"Exported {count(len(rows), 'token')} from {store.path} to {args.file}")
 
 
 def exported_rows(text):
@@ -2416,18 +2438,21 @@ def exported_rows(text):
 
 def imported_row(row, number):
     """Return an exported row as the store takes it; raise ValueError naming the row and what is wrong with it."""
-    missing = [key for key in TokenStore.EXPORTED if row.get(key) is None and not key.endswith("_at")]
-    if missing:
-        raise ValueError(f"row {number} has no {missing[0]}")
+    admin = row.get("admin")
+    row = {key: row.get(key) or None for key in TokenStore.EXPORTED if key != "admin"}
     try:
-        if not re.fullmatch("[0-9a-f]{64}", row["digest"]) or len(row["hint"]) > HINT_LENGTH:
-            raise ValueError("its digest is no SHA-256, or its hint too long")
-        times = {key: instant(row[key]) if row.get(key) else None for key in TokenStore.EXPORTED if key.endswith("_at")}
-        if times["created_at"] is None:
-            raise ValueError("it has no created_at")
-        return dict({key: row[key] for key in TokenStore.EXPORTED}, **times, admin=int(boolean(str(row["admin"]))),
+        for key, value in row.items():
+            if not isinstance(value, str) and (value or key not in ("hint", "expires_at", "last_used_at")):
+                raise ValueError(f"it has no {key}")
+        row["hint"] = row["hint"] or ""
+        if not re.fullmatch("[0-9a-f]{64}", row["digest"]):
+            raise ValueError("its digest is no SHA-256")
+        if len(row["hint"]) > HINT_LENGTH or not row["hint"].isprintable():
+            raise ValueError(f"its hint is not up to {HINT_LENGTH} printable characters")
+        times = {key: instant(row[key]) if row[key] else None for key in row if key.endswith("_at")}
+        return dict(row, **times, admin=int(boolean(str(admin))),
                     user=check_name("user", row["user"]), name=check_name("name", row["name"]))
-    except (ValueError, UsageError, TypeError) as error:
+    except (ValueError, UsageError) as error:
         raise ValueError(f"row {number}: {error}") from None
 
 
@@ -2443,7 +2468,7 @@ def cmd_token_import(args):
         raise Failure(f'{args.file} is no file of "token export": {error}; nothing was imported') from None
     with open_command_store(args, create=True) as store:
         added = store.import_rows(rows)
-        say(f"Imported {added} token{'' if added == 1 else 's'} into {store.path}; "
+        say(f"Imported {count(added, 'token')} into {store.path}; "
             f"{len(rows) - added} were there already")
 
 
@@ -2455,8 +2480,9 @@ def configure_logging(settings):
         try:
             os.close(os.open(settings.log_file, os.O_WRONLY | os.O_CREAT, 0o600))
             file = RotatingFileHandler(settings.log_file, maxBytes=10_000_000, backupCount=5, encoding="utf-8")
-        except OSError as error:
-            raise Failure(f"cannot write the log file {settings.log_file}: {error.strerror}") from None
+        except (OSError, ValueError) as error:
+            raise Failure(f"cannot write the log file {settings.log_file!a}: "
+                          f"{getattr(error, 'strerror', error)}") from None
         handlers.append((file, settings.log_file_level))
     formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
@@ -2488,11 +2514,11 @@ def announce(settings, server, store):
     """Say on stderr where the gateway is, what stands behind it, and what the owner should mind."""
     host = server.server_address[0]
     listed = server.gateway.ask_upstream("/api/tags")
-    models = len(listed.get("models") or ()) if listed else 0
-    state = f"which has {models} model{'' if models == 1 else 's'}" if listed else "which DOES NOT ANSWER yet"
+    models = listed.get("models") if listed else None
+    state = f"which has {count(len(models), 'model')}" if isinstance(models, list) else "which DOES NOT ANSWER yet"
     tokens = len(store.list())
     say(f"ollama_gateway {VERSION} at {server.url}, before {settings.ollama_url.geturl()}, {state}; "
-        f"{tokens} token{'' if tokens == 1 else 's'} in {store.path}", sys.stderr)
+        f"{count(tokens, 'token')} in {store.path}", sys.stderr)
     if not tokens:
         say(f"Nobody gets in without a token. Make one: {PROGRAM} token create USER NAME --db {store.path}", sys.stderr)
     if not store.writable:

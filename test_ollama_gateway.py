@@ -1,0 +1,3677 @@
+#!/usr/bin/env python3
+"""Tests of ollama_gateway.py: real sockets on the loopback, the standard library alone, nothing slept for.
+
+    python3 test_ollama_gateway.py                                          all of them, in under half a minute
+    python3 test_ollama_gateway.py Door                                     one class
+    python3 test_ollama_gateway.py Door.test_a_deleted_token_is_refused     one test
+    python3 test_ollama_gateway.py -k leave                                 those whose name contains a word
+    ../shared/real-ollama/with-ollama.sh python3 test_ollama_gateway.py -k Live
+                                                                            those against a real Ollama, at OLLAMA_TEST_URL
+
+    python3 test_ollama_gateway.py --fake-ollama [PORT]                     no test: a stand-in Ollama on port 11434, to try the README
+
+The toolbox comes first: patience and leaks, the stand-in Ollama, a client that sees exactly what comes over the wire,
+and the cases that the tests are made of. Then the tests by capability, from the settings to the real Ollama.
+"""
+
+import ast
+import collections
+import contextlib
+import csv
+import functools
+import gc
+import hashlib
+import http.client
+import http.server
+import importlib.util
+import io
+import itertools
+import json
+import os
+import queue
+import random
+import re
+import shlex
+import shutil
+import signal
+import socket
+import socketserver
+import sqlite3
+import ssl
+import stat
+import struct
+import subprocess
+import symtable
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+import traceback
+import unittest
+import unittest.mock
+import urllib.request
+import warnings
+
+import ollama_gateway as gateway
+
+TESTS = os.path.abspath(__file__)
+HERE = os.path.dirname(TESTS)
+GATEWAY = os.path.join(HERE, "ollama_gateway.py")
+README = os.path.join(HERE, "README.md")
+GUARD = 10   # seconds until whatever hangs is a failure; nothing that works comes near it
+
+NDJSON, SSE, JSON = "application/x-ndjson", "text/event-stream", "application/json; charset=utf-8"
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+DIGEST = "sha256:" + "0" * 64
+
+# == Patience and leaks =======================================================
+
+
+def eventually(predicate, what="it"):
+    """Wait until the predicate is true and return its value; fail when the guard runs out."""
+    deadline = time.monotonic() + GUARD
+    while True:
+        value = predicate()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what} did not happen within {GUARD} s")
+        time.sleep(0.002)
+
+
+class Leaks:
+    """What destructors and threads could only mutter: here it fails the class of tests that caused it."""
+
+    def __init__(self):
+        self.found = []
+
+    def watch(self):
+        warnings.simplefilter("error", ResourceWarning)   # raised in a destructor, it arrives at the hook below
+        for module, hook in ((sys, "unraisablehook"), (threading, "excepthook")):
+            unittest.addModuleCleanup(setattr, module, hook, getattr(module, hook))
+            setattr(module, hook, self._note)
+
+    def _note(self, event):
+        self.found.append("".join(traceback.format_exception(event.exc_type, event.exc_value, event.exc_traceback)))
+
+    def check(self):
+        gc.collect()
+        found, self.found = self.found, []
+        if found:
+            raise AssertionError("leaked or died unseen:\n" + "\n".join(found))
+
+
+LEAKS = Leaks()
+
+
+def setUpModule():
+    """Keep the user's settings and .env out of the tests, and watch for leaks."""
+    LEAKS.watch()
+    for variable in {option.variable for option in gateway.OPTIONS} & set(os.environ):
+        del os.environ[variable]
+    folder = tempfile.mkdtemp()
+    unittest.addModuleCleanup(shutil.rmtree, folder)
+    unittest.addModuleCleanup(os.chdir, os.getcwd())
+    os.chdir(folder)
+
+
+@contextlib.contextmanager
+def running(server):
+    """Serve in a thread for the length of the with block, and leave nothing behind."""
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(GUARD)
+
+
+# == The stand-in Ollama ======================================================
+
+Seen = collections.namedtuple("Seen", "method path headers body")
+
+WORDS = ("The", " sky", " is", " blue", ".")
+CREATED = "2026-11-23T02:41:34.580792323Z"
+COUNTS = {"total_duration": 19151440, "load_duration": 6990370, "prompt_eval_count": 8, "prompt_eval_duration": 2024595,
+          "eval_count": len(WORDS), "eval_duration": 9733044}
+USAGE = {"prompt_tokens": 8, "completion_tokens": len(WORDS), "total_tokens": 8 + len(WORDS)}
+DETAILS = {"parent_model": "", "format": "gguf", "family": "llama", "families": ["llama"], "parameter_size": "4.18M", "quantization_level": "F16"}
+MODEL = {"name": "tiny:latest", "model": "tiny:latest", "size": 8_393_184, "digest": "cb8f39cc" * 8, "details": DETAILS}
+V1_MODEL = {"id": "tiny:latest", "object": "model", "created": 1795401614, "owned_by": "library"}
+VECTOR = [-0.1646678, -0.10103558, 0.14922705, -0.13328274]
+
+
+def compact(value):
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+class Cut(Exception):
+    """Raised by a piece: the stand-in drops the line where it is."""
+
+
+def cut(exchange):
+    """A piece that drops the line."""
+    raise Cut
+
+
+def until_hangup(exchange):
+    """A piece that says nothing until the other side is gone."""
+    while exchange.connection.recv(65536):
+        pass
+    raise ConnectionResetError("the client hung up")
+
+
+class Reply:
+    """What the stand-in says: each reply is a function of the exchange. A piece is bytes, an Event to wait for, or a function of the exchange."""
+
+    @staticmethod
+    def json(status, value, kind=JSON, **headers):
+        return Reply.body(status, compact(value), **{"Content-Type": kind, **headers})
+
+    @staticmethod
+    def body(status, data, **headers):
+        def reply(exchange):
+            exchange.start(status, {**headers, "Content-Length": str(len(data))})
+            exchange.send(data)
+        return reply
+
+    @staticmethod
+    def raw(*pieces):
+        """Exactly these bytes, then the end of the connection."""
+        def reply(exchange):
+            exchange.close_connection, exchange.framed = True, False
+            exchange.play(pieces)
+        return reply
+
+    @staticmethod
+    def stream(*pieces, kind=NDJSON, length=None, pause=0):
+        """One chunk for each piece of bytes; with a length, no chunks but so many bytes announced."""
+        def reply(exchange):
+            framing = {"Transfer-Encoding": "chunked"} if length is None else {"Content-Length": str(length)}
+            exchange.start(200, {"Content-Type": kind, **framing})
+            exchange.play(pieces, pause)
+            exchange.end()
+        return reply
+
+
+class Exchange(http.server.BaseHTTPRequestHandler):
+    """One request to the stand-in, and what it answers."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    timeout = 3 * GUARD
+    framed = False   # whether bytes go out in chunks
+
+    def answer(self):
+        seen = Seen(self.command, self.path, self.headers.items(), b"")
+        try:
+            seen = seen._replace(body=self._read_body(seen))
+            self.server.received.append(seen)
+            self.server.reply_to(seen)(self)
+        except Cut:
+            self.close_connection = True
+        except ConnectionError:
+            self.close_connection = True
+            self.server.hangups.put(self.path)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer   # noqa: N815, http.server's names
+
+    def _read_body(self, seen):
+        body = bytearray()
+        try:
+            for piece in self._body_pieces():
+                body += piece
+                self.server.arrived += len(piece)
+        except (ValueError, ConnectionError):
+            self.server.broken.append(seen._replace(body=bytes(body)))
+            raise Cut from None
+        return bytes(body)
+
+    def _body_pieces(self):
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            yield from self._exactly(int(self.headers.get("Content-Length", 0)))
+            return
+        size = 1
+        while size:
+            size = int(self.rfile.readline(), 16)
+            yield from self._exactly(size)
+            if self.rfile.readline() != b"\r\n":
+                raise ConnectionResetError("a chunk without its end")
+
+    def _exactly(self, left):
+        while left:
+            piece = self.rfile.read1(min(left, 65536))
+            if not piece:
+                raise ConnectionResetError("the body ended early")
+            left -= len(piece)
+            yield piece
+
+    def start(self, status, headers):
+        self.framed = "Transfer-Encoding" in headers
+        self.send_response_only(status)
+        for name, value in {**headers, "Date": self.date_time_string()}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+
+    def play(self, pieces, pause=0):
+        for piece in pieces:
+            if isinstance(piece, bytes):
+                self.send(piece)
+                time.sleep(pause)
+            elif isinstance(piece, threading.Event):
+                piece.wait(GUARD)
+            else:
+                piece(self)
+
+    def send(self, data):
+        if self.command != "HEAD":
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data) if self.framed else data)
+
+    def end(self):
+        if self.framed and self.command != "HEAD":
+            self.framed = False
+            self.wfile.write(b"0\r\n\r\n")
+
+    def log_message(self, *args):
+        """Say nothing."""
+
+
+class FakeOllama(http.server.ThreadingHTTPServer):
+    """An Ollama on the loopback that remembers what it saw and answers as it is told, or else as Ollama 0.9 does."""
+
+    daemon_threads = False   # closing waits for all exchanges
+    request_queue_size = 128
+
+    def __init__(self, port=0, host="127.0.0.1", pause=0):
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), Exchange)
+        self.pause = pause            # seconds between the pieces of a stream
+        self.replies = {}             # path -> a reply, or a list of them whose last one stays
+        self.received = []            # every whole request, as Seen
+        self.broken = []              # requests whose body broke off, with what had come
+        self.arrived = 0              # bytes of request bodies so far
+        self.accepted = 0             # connections so far
+        self.hangups = queue.Queue()  # the path of each exchange whose client left
+        self._lock, self._open = threading.Lock(), set()
+
+    @property
+    def url(self):
+        host, port = self.server_address[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def server_bind(self):
+        socketserver.TCPServer.server_bind(self)   # http.server's would look up our name
+
+    def get_request(self):
+        connection, address = super().get_request()
+        with self._lock:
+            self.accepted += 1
+            self._open.add(connection)
+        return connection, address
+
+    def shutdown_request(self, request):
+        with self._lock:
+            self._open.discard(request)
+        super().shutdown_request(request)
+
+    def drop(self):
+        """Cut every open connection, and wait until its thread has noticed."""
+        with self._lock:
+            for connection in self._open:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+        eventually(lambda: not self._open, "the stand-in's letting go")
+
+    def server_close(self):
+        self.drop()
+        super().server_close()
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
+
+    def reply_to(self, seen):
+        reply = self.replies.get(seen.path.partition("?")[0])
+        if isinstance(reply, list):
+            reply = reply.pop(0) if len(reply) > 1 else reply[0]
+        return reply or usual_reply(seen, self.pause)
+
+
+def usual_reply(seen, pause=0):
+    """What an Ollama says to this request."""
+    path = seen.path.partition("?")[0]
+    try:
+        asked = dict(json.loads(seen.body))
+    except (ValueError, TypeError):
+        asked = {}
+    model = asked.get("model") or asked.get("name") or "tiny"
+    if path in TALKERS:
+        talk, streams = TALKERS[path]
+        return talk(model, asked.get("stream", streams), pause)
+    if path in ("/api/copy", "/api/delete"):
+        return Reply.body(200, b"")
+    return Reply.json(200, usual_value(path, model))
+
+
+def usual_value(path, model):
+    return {
+        "/api/version": {"version": "0.9.3"},
+        "/api/tags": {"models": [dict(MODEL, modified_at=CREATED)]},
+        "/api/ps": {"models": [dict(MODEL, expires_at=CREATED, size_vram=0)]},
+        "/api/show": {"modelfile": "FROM tiny", "template": "{{ .Prompt }}", "details": DETAILS, "capabilities": ["completion"]},
+        "/api/embed": {"model": model, "embeddings": [VECTOR], "total_duration": 1203041, "load_duration": 501230, "prompt_eval_count": 3},
+        "/api/embeddings": {"embedding": VECTOR},
+        "/v1/embeddings": {"object": "list", "data": [{"object": "embedding", "embedding": VECTOR, "index": 0}], "model": model,
+                           "usage": {"prompt_tokens": 3, "total_tokens": 3}},
+        "/v1/models": {"object": "list", "data": [V1_MODEL]},
+        "/v1/models/tiny": dict(V1_MODEL, id="tiny"),
+    }.get(path, {"status": "success"})
+
+
+def ndjson_talk(part, model, streaming, pause):
+    """Answer like /api/chat and /api/generate."""
+    head = {"model": model, "created_at": CREATED}
+    last = {"done_reason": "stop", "done": True, **COUNTS}
+    if not streaming:
+        return Reply.json(200, {**head, **part("".join(WORDS)), **last})
+    lines = [{**head, **part(word), "done": False} for word in WORDS] + [{**head, **part(""), **last}]
+    return Reply.stream(*[compact(line) + b"\n" for line in lines], pause=pause)
+
+
+def sse_talk(kind, whole, part, model, streaming, pause):
+    """Answer like /v1/chat/completions and /v1/completions."""
+    head = {"id": "chatcmpl-91", "object": kind, "created": 1795401704, "model": model, "system_fingerprint": "fp_ollama"}
+    if not streaming:
+        choice = {"index": 0, **whole("".join(WORDS)), "finish_reason": "stop"}
+        return Reply.json(200, {**head, "choices": [choice], "usage": USAGE}, kind="application/json")
+    choices = [{"index": 0, **part(word), "finish_reason": None} for word in WORDS] + [{"index": 0, **part(""), "finish_reason": "stop"}]
+    events = [b"data: %s\n\n" % compact({**head, "choices": [choice]}) for choice in choices]
+    events[-1] += b"data: [DONE]\n\n"
+    return Reply.stream(*events, kind=SSE, pause=pause)
+
+
+TALKERS = {   # path -> how it talks, and whether it streams unless told otherwise
+    "/api/chat": (functools.partial(ndjson_talk, lambda text: {"message": {"role": "assistant", "content": text}}), True),
+    "/api/generate": (functools.partial(ndjson_talk, lambda text: {"response": text}), True),
+    "/v1/chat/completions": (functools.partial(sse_talk, "chat.completion", lambda text: {"message": {"role": "assistant", "content": text}},
+                                               lambda text: {"delta": {"role": "assistant", "content": text}}), False),
+    "/v1/completions": (functools.partial(sse_talk, "text_completion", lambda text: {"text": text}, lambda text: {"text": text}), False),
+}
+
+
+def serve_fake_ollama(port=11434):
+    """Serve the stand-in alone until Ctrl-C, slowly enough to watch it stream."""
+    with FakeOllama(port, pause=0.15) as fake:
+        print(f"A stand-in Ollama answers on {fake.url} (Ctrl-C stops it)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            fake.serve_forever()
+
+
+# == A client that sees the wire ==============================================
+
+
+class Answer:
+    """What came back: `ended` is None while more may come, then "clean" or "cut"."""
+
+    def __init__(self, version, status, headers):
+        self.version, self.status, self.headers, self.body = version, status, headers, b""
+        self.ended = "clean" if status < 200 or status in (204, 304) else None
+
+    def json(self):
+        return json.loads(self.body)
+
+    def __repr__(self):
+        return f"<{self.status} {self.headers} {self.body[:600]} {self.ended}>"
+
+
+def request(method, path, body=None, headers=(), version="1.1", host="gateway.test"):
+    """Write a request down as bytes; a body that is no bytes goes as JSON."""
+    if body is not None and not isinstance(body, bytes):
+        body = compact(body)
+    lines = [f"{method} {path} HTTP/{version}", f"Host: {host}", *[f"{name}: {value}" for name, value in headers]]
+    if body is not None:
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join(lines + ["", ""]).encode("utf-8") + (body or b"")
+
+
+def chunked(*pieces):
+    return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+
+
+def bearer(secret):
+    return [("Authorization", f"Bearer {secret}")]
+
+
+class Client:
+    """A connection to the gateway that hides nothing of what comes back."""
+
+    def __init__(self, address, tls=None):
+        plain = socket.create_connection(address[:2], GUARD)
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket = tls.wrap_socket(plain, server_hostname="localhost") if tls else plain
+        self.stream = self.socket.makefile("rb")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def close(self):
+        self.stream.close()
+        self.socket.close()
+
+    def reset(self):
+        """Leave with a reset instead of a farewell."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
+
+    def half_close(self):
+        self.socket.shutdown(socket.SHUT_WR)
+
+    def send(self, *pieces):
+        """Send each piece by itself; a gateway that has heard enough may hang up meanwhile."""
+        with contextlib.suppress(ConnectionError):
+            for piece in pieces:
+                self.socket.sendall(piece)
+
+    def ask(self, *args, **kwargs):
+        self.send(request(*args, **kwargs))
+        return self.answer(args[0])
+
+    def answer(self, method="GET"):
+        """Read one whole answer; None if the gateway hung up instead."""
+        answer = self.head()
+        return answer and self.read(answer, method=method)
+
+    def head(self):
+        """Read a status line and headers; a header that came twice is a failure."""
+        line = self.stream.readline()
+        if not line:
+            return None
+        version, status = re.fullmatch(rb"HTTP/(1\.[01]) (\d{3})(?: [^\r\n]*)?\r\n", line).groups()
+        headers = {}
+        for line in iter(self.stream.readline, b"\r\n"):
+            name, value = re.fullmatch(r"([!#$%&'*+.^_`|~\w-]+): ?([^\r\n]*)\r\n", line.decode("latin-1")).groups()
+            if name.lower() in headers:
+                raise AssertionError(f"{name} came twice")
+            headers[name.lower()] = value
+        return Answer(version.decode(), int(status), headers)
+
+    def read(self, answer, until=None, method="GET"):
+        """Read the body to its end, or until these bytes have come."""
+        left = 0 if method == "HEAD" else int(answer.headers.get("content-length", -1))
+        left -= len(answer.body) if left > 0 else 0
+        while answer.ended is None and not (until and until in answer.body):
+            try:
+                piece = self._chunk(answer) if "transfer-encoding" in answer.headers and left else self._some(answer, left)
+            except ConnectionError:
+                answer.ended = "cut"
+                break
+            answer.body += piece
+            left -= len(piece) if left > 0 else 0
+        return answer
+
+    def _some(self, answer, left):
+        piece = self.stream.read1(65536 if left < 0 else min(left, 65536)) if left else b""
+        if not piece:
+            answer.ended = "cut" if left > 0 else "clean"
+        return piece
+
+    def _chunk(self, answer):
+        line = self.stream.readline()
+        if not line:
+            answer.ended = "cut"
+            return b""
+        size = int(re.fullmatch(rb"([0-9a-fA-F]+)\r\n", line).group(1), 16)
+        piece, end = self.stream.read(size), self.stream.readline()
+        if len(piece) < size or end != b"\r\n":
+            answer.ended = "cut"
+        elif not size:
+            answer.ended = "clean"
+        return piece
+
+    def everything(self):
+        """Read answers until the gateway closes."""
+        answers = []
+        with contextlib.suppress(ConnectionError):
+            for answer in iter(self.answer, None):
+                answers.append(answer)
+        return answers
+
+
+LEAVING = (("closes", Client.close), ("resets", Client.reset), ("closes its half", Client.half_close))
+
+
+# == Cases ====================================================================
+
+
+class Case(unittest.TestCase):
+    """A test with a folder of its own, and things to be put away after it."""
+
+    maxDiff = None
+
+    @classmethod
+    def setUpClass(cls):
+        cls.addClassCleanup(LEAKS.check)
+
+    def setUp(self):
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        self.enter = stack.enter_context
+        self.folder = self.enter(tempfile.TemporaryDirectory())
+        self.db = self.path("tokens.db")
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def write(self, name, content):
+        with open(self.path(name), "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+        return self.path(name)
+
+    def read(self, name):
+        with open(self.path(name), "rb") as file:
+            return file.read()
+
+    def hold(self):
+        """An Event for a piece to wait for, set at the latest when the test ends."""
+        event = threading.Event()
+        self.enter(contextlib.ExitStack()).callback(event.set)
+        return event
+
+    def open_store(self, path=None, create=True):
+        return self.enter(contextlib.closing(gateway.open_store(path or self.db, create=create)))
+
+    def find(self, *secrets, db=None):
+        """The tokens of these secrets, None for one that is unknown, as a server that opens the database sees them."""
+        with contextlib.closing(gateway.open_store(db or self.db)) as store, contextlib.closing(gateway.TokenTable(store)) as table:
+            return [table.find(secret) for secret in secrets]
+
+    def bytes_of_all_files(self):
+        return b"".join(self.read(name) for name in sorted(os.listdir(self.folder)) if os.path.isfile(self.path(name)))
+
+
+def run_alone(*argv, **how):
+    """Run a command in a process of its own to its end."""
+    return subprocess.run([sys.executable, GATEWAY, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=3 * GUARD, **how)
+
+
+class CommandCase(Case):
+    """Commands, run in this process."""
+
+    def run_command(self, *argv, stdin=""):
+        if "--db" not in argv and "--env-file" not in argv:
+            argv = ("--db", self.db, *argv)
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), unittest.mock.patch("sys.stdin", io.StringIO(stdin)):
+            try:
+                status = gateway.main(list(argv))
+            except SystemExit as exit_:   # argparse's way out
+                status = exit_.code or 0
+        return status, out.getvalue(), err.getvalue()
+
+    def succeeds(self, *argv, stdin=""):
+        """Run a command that does what it says, and return what it prints."""
+        status, out, err = self.run_command(*argv, stdin=stdin)
+        self.assertEqual((status, err), (0, ""), f"{argv}\n{out}")
+        return out
+
+    def fails(self, *argv, status=1, stdin=""):
+        """Run a command that cannot do it, and return the reason it gives."""
+        got, out, err = self.run_command(*argv, stdin=stdin)
+        self.assertEqual((got, out), (status, ""), f"{argv}\n{err}")
+        self.assertNotIn("Traceback", err)
+        self.assertTrue(err.strip(), f"{argv} failed without a word")
+        if status == 1:
+            self.assertEqual(len(err.splitlines()), 1, f"{argv}: a failure is told in one line\n{err}")
+        return err
+
+    def create(self, user="ada", name="laptop", *flags):
+        return self.succeeds("token", "create", user, name, "--quiet", *flags).strip()
+
+    def tokens(self, *flags):
+        return json.loads(self.succeeds("token", "list", "--json", *flags))
+
+
+class GatewayCase(Case):
+    """A gateway before a stand-in Ollama, with a token and an administrator's."""
+
+    flags = {}
+
+    def setUp(self):
+        super().setUp()
+        self.fake = self.enter(running(FakeOllama()))
+        self.store = self.open_store()
+        self.token = self.store.create("ada", "laptop")[1]
+        self.admin = self.store.create("root", "box", admin=True)[1]
+        self.lines = []
+        self.server = self.serve(**self.flags)
+
+    def serve(self, **flags):
+        """Start a gateway before the stand-in; flags are given as they are typed."""
+        return self.enter(self.serving(**flags))
+
+    def serving(self, **flags):
+        settings = gateway.load_settings({"ollama_url": self.fake.url, "db": self.db, "host": "127.0.0.1", "port": "0", **flags}, {})
+        return running(gateway.build_server(settings, self.store, log=self.lines.append))
+
+    def client(self, server=None, tls=None):
+        return self.enter(Client((server or self.server).server_address, tls))
+
+    def ask(self, method, path, body=None, headers=(), token=None, server=None, version="1.1"):
+        """Ask once on a connection of its own, as ada unless told otherwise; a token of "" is none."""
+        credentials = bearer(token or self.token) if token != "" else []
+        with Client((server or self.server).server_address) as client:
+            return client.ask(method, path, body, [*credentials, *headers], version)
+
+    def begin(self, method, path, body=None, token=None, server=None, tls=None, headers=()):
+        """Send a request and leave the answer to be read."""
+        client = self.client(server, tls)
+        client.send(request(method, path, body, [*bearer(token or self.token), *headers]))
+        return client
+
+    def seen(self):
+        return [(seen.method, seen.path) for seen in self.fake.received]
+
+    def upstream(self):
+        """The one request that reached the stand-in, its headers as a dict in lower case."""
+        self.assertEqual(len(self.fake.received), 1, self.seen())
+        seen = self.fake.received[0]
+        self.assertEqual(len(seen.headers), len({name.lower() for name, value in seen.headers}), "a header went up twice")
+        return seen._replace(headers={name.lower(): value for name, value in seen.headers})
+
+    def logged(self, predicate=lambda fields: True):
+        """The fields of the first log line of a request that the predicate picks, once it is written."""
+        return eventually(lambda: next((fields for fields in map(log_fields, list(self.lines)) if "status" in fields and predicate(fields)), None),
+                          "a log line")
+
+    def assertStatus(self, answer, status):
+        self.assertEqual(answer and answer.status, status, f"\n{answer}\nupstream saw {self.seen()}\nlog {self.lines}")
+
+    def assertRefused(self, answer, status, path="/api/chat"):
+        """Check status, dialect and request id of a refusal, and return what it says."""
+        self.assertStatus(answer, status)
+        self.assertIn("x-request-id", answer.headers)
+        self.assertTrue(answer.headers["content-type"].startswith("application/json"), answer)
+        text = refusal_text(path, answer.json())
+        self.assertTrue(text and isinstance(text, str), answer)
+        return text
+
+
+def refusal_text(path, value):
+    """Take the sentence out of a refusal that must have exactly the shape of the route's dialect."""
+    if path == "/v1/messages":
+        assert set(value) == {"type", "error"} and value["type"] == "error" and set(value["error"]) == {"type", "message"}, value
+        return value["error"]["message"]
+    if path.startswith("/v1/"):
+        assert set(value) == {"error"} and set(value["error"]) == {"message", "type", "param", "code"}, value
+        return value["error"]["message"]
+    assert set(value) == {"error"}, value
+    return value["error"]
+
+
+def log_fields(line):
+    """Take a logfmt line apart."""
+    return {name: json.loads(value) if value.startswith('"') else value
+            for name, value in re.findall(r'([\w.]+)=("(?:[^"\\]|\\.)*"|\S*)', line)}
+
+
+def found(store, secret):
+    """The token that the server would find for a secret."""
+    with contextlib.closing(gateway.TokenTable(store)) as table:
+        return table.find(secret)
+
+
+def ipv6_loopback():
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+# == Settings =================================================================
+
+FIRST_FIVE = {"--ollama-url": "OLLAMA_BASE_URL", "--base-path": "BASE_PATH", "--db": "TOKEN_DB_PATH",
+              "--log-level": "LOG_LEVEL", "--log-file-level": "LOG_FILE_LEVEL"}
+VALUES = {   # option -> its default, and two other values that differ
+    "ollama_url": ("http://localhost:11434", "http://127.0.0.1:1", "https://[::1]:2/prefix"),
+    "base_path": ("/api", "/ollama", "/a/b"),
+    "db": ("tokens.db", "one.db", "/two.db"),
+    "log_level": ("INFO", "DEBUG", "ERROR"),
+    "log_file_level": ("INFO", "DEBUG", "ERROR"),
+    "log_file": (None, "one.log", "two.log"),
+    "host": ("127.0.0.1", "127.0.0.2", "::1"),
+    "port": ("8000", "0", "65535"),
+    "tls_cert": (None, "one.pem", "two.pem"),
+    "tls_key": (None, "one.pem", "two.pem"),
+    "cors_origins": (None, "*", "https://a.example, http://localhost:3000"),
+    "path_tokens": (None, "1", None),
+    "connect_timeout": ("5s", "6s", "1m"),
+    "first_byte_timeout": ("600s", "15m", "12h"),
+    "stall_timeout": ("300s", "90s", "1h"),
+}
+BAD_VALUES = (
+    ("ollama_url", "ftp://localhost", "localhost:11434", "http://", "http://host:99999", "http://host:x", "http://a b"),
+    ("base_path", "/v1", "v1/x", "t", "/docs", "/openapi.json", "/admin/", "/health", "me", "/metrics/x", "/a b", "/a?b", "/../x"),
+    ("port", "-1", "65536", "http", "80.5"),
+    ("log_level", "LOUD"),
+    ("log_file_level", "LOUD"),
+    ("cors_origins", "example.com", "https://a.example/path"),
+    ("path_tokens", "perhaps"),
+    ("connect_timeout", "soon", "0s", "-1s"),
+    ("first_byte_timeout", "5 parsecs"),
+    ("stall_timeout", "1y"),
+)
+COMPANY = {"tls_key": {"tls_cert": "cert.pem"}}   # what an option needs beside it
+
+
+class Settings(Case):
+
+    def load(self, flags=(), environ=(), env=None):
+        return gateway.load_settings(dict(flags), dict(environ), self.write("settings.env", env or b""))
+
+    def value(self, name, **sources):
+        return getattr(self.load(**sources), name)
+
+    def test_the_options_are_those_of_the_contract(self):
+        self.assertEqual({option.flag for option in gateway.OPTIONS}, {flag(name) for name in VALUES})
+
+    def test_variables_are_named_after_their_flags_but_for_the_first_five(self):
+        for option in gateway.OPTIONS:
+            usual = "GATEWAY_" + option.flag[2:].upper().replace("-", "_")
+            self.assertEqual(option.variable, FIRST_FIVE.get(option.flag, usual))
+
+    def test_the_defaults_are_those_of_the_contract(self):
+        for name, (default, *others) in VALUES.items():
+            with self.subTest(name):
+                if default is None:
+                    self.assertFalse(self.value(name))
+                else:
+                    self.assertEqual(self.value(name), self.value(name, flags={name: default}))
+
+    def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_default(self):
+        for name, (default, one, two) in VALUES.items():
+            variable, company = variable_of(name), COMPANY.get(name, {})
+            want_one, want_two = (self.value(name, flags={name: value, **company}) for value in (one, two or one))
+            with self.subTest(name):
+                self.assertEqual(self.value(name, flags=company, env=f"{variable}={one}"), want_one)
+                self.assertEqual(self.value(name, flags=company, env=f"{variable}={one}", environ={variable: two or one}), want_two)
+                self.assertEqual(self.value(name, flags={name: one, **company}, environ={variable: two or one}), want_one)
+                self.assertNotEqual(want_one, self.value(name))
+
+    def test_a_wrong_value_is_told_with_its_name_and_where_it_stood(self):
+        for name, *values in BAD_VALUES:
+            for value in values:
+                with self.subTest(name, value=value):
+                    self.assert_told([flag(name), value], flags={name: value})
+                    self.assert_told([variable_of(name), value], environ={variable_of(name): value})
+                    self.assert_told([variable_of(name), value, "settings.env"], env=f'{variable_of(name)}="{value}"')
+
+    def assert_told(self, words, **sources):
+        with self.assertRaises(gateway.UsageError) as caught:
+            self.load(**sources)
+        for word in words:
+            self.assertIn(word, str(caught.exception))
+
+    def test_a_file_is_read_as_people_write_it(self):
+        for label, content in (
+            ("plain", b"TOKEN_DB_PATH=x.db"),
+            ("exported", b"export TOKEN_DB_PATH=x.db\n"),
+            ("in double quotes", b'TOKEN_DB_PATH="x.db"\n'),
+            ("in single quotes", b"TOKEN_DB_PATH='x.db'\n"),
+            ("spaced", b"  TOKEN_DB_PATH = x.db  \n"),
+            ("below comments and blank lines", b"# a comment\n\n   # another\nTOKEN_DB_PATH=x.db\n"),
+            ("before a comment", b"TOKEN_DB_PATH=x.db # the tokens\n"),
+            ("quoted before a comment", b"TOKEN_DB_PATH=\"x.db\"   # the tokens\n"),
+            ("with Windows' line ends", b"LOG_LEVEL=INFO\r\nTOKEN_DB_PATH=x.db\r\n"),
+            ("with a byte order mark", b"\xef\xbb\xbfTOKEN_DB_PATH=x.db\n"),
+            ("among unknown names", b"CLI_API_KEY_ADA=s3cret\nNO_SUCH=1\nTOKEN_DB_PATH=x.db\nnot a line\n"),
+        ):
+            with self.subTest(label):
+                self.assertEqual(self.value("db", env=content), "x.db")
+
+    def test_a_hash_within_quotes_or_a_word_is_no_comment(self):
+        for content, value in ((b"TOKEN_DB_PATH='x #1.db'", "x #1.db"), (b'TOKEN_DB_PATH="x #1.db" # no', "x #1.db"),
+                               (b"TOKEN_DB_PATH=x#1.db", "x#1.db")):
+            with self.subTest(content):
+                self.assertEqual(self.value("db", env=content), value)
+
+    def test_the_replaced_systems_file_works_unchanged(self):
+        settings = self.load(env='OLLAMA_BASE_URL="http://localhost:11434"\nBASE_PATH="/ollama"\nTOKEN_DB_PATH="old.db"\n'
+                                 'LOG_LEVEL="WARNING"\nLOG_FILE_LEVEL="DEBUG"\nCLI_API_KEY_ADA="s3cret"\n')
+        same = self.load(flags={"base_path": "ollama", "db": "old.db", "log_level": "WARNING", "log_file_level": "DEBUG"})
+        self.assertEqual(settings, same)
+        self.assertEqual(os.path.basename(settings.log_file), "app.log")
+
+    def test_dot_env_in_the_working_directory_is_read_by_itself(self):
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.folder)
+        self.write(".env", "TOKEN_DB_PATH=here.db")
+        self.assertEqual(gateway.load_settings({}, {}).db, "here.db")
+
+    def test_slashes_at_the_ends_of_the_base_path_do_not_matter(self):
+        for path in ("ollama", "/ollama", "ollama/", "/ollama/"):
+            with self.subTest(path):
+                self.assertEqual(self.value("base_path", flags={"base_path": path}), self.value("base_path", flags={"base_path": "/ollama"}))
+
+    def test_a_key_needs_its_certificate(self):
+        with self.assertRaises(gateway.UsageError):
+            self.load(flags={"tls_key": "key.pem"})
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def variable_of(name):
+    return next(option.variable for option in gateway.OPTIONS if option.flag == flag(name))
+
+
+# == Store and commands =======================================================
+
+SECRET = re.compile(r"ogw_[A-Za-z0-9_-]{43}")
+COMMANDS = ((), ("serve",), ("token",), *(("token", word) for word in ("create", "list", "update", "rotate", "delete", "export", "import")))
+KEYS = {"id", "user", "name", "hint", "created_at", "expires_at", "last_used_at", "expired", "admin"}
+ODD_NAMES = ("=cmd|' /C calc'!A0", "+1", "@sum", "'quoted'", "a,b;c", 'say "hi"', "Zoë Ångström", "日本語", "x" * 64)
+BAD_NAMES = (("empty", ""), ("too long", "x" * 65), ("a line break", "a\nb"), ("a tab", "a\tb"), ("an escape", "\x1b[31mred"), ("a NUL", "a\0b"),
+             ("a C1 control", "a\x9bb"), ("half a character", "a\udc80b"), ("a leading dash", "-a"), ("a right-to-left override", "a\u202eb"))
+
+
+class Store(Case):
+
+    def test_a_secret_is_found_again_and_no_other(self):
+        store = self.open_store()
+        token, secret = store.create("ada", "laptop")
+        self.assertRegex(secret, SECRET)
+        self.assertEqual(self.find(secret), [token])
+        self.assertEqual((token.user, token.name), ("ada", "laptop"))
+        for label, wrong in (("cut", secret[:-1]), ("longer", secret + "x"), ("other case", secret.swapcase()), ("empty", ""),
+                             ("its hint", secret[:8]),
+                             ("its digest", hashlib.sha256(secret.encode()).hexdigest())):
+            with self.subTest(label):
+                self.assertEqual(self.find(wrong), [None])
+
+    def test_no_two_secrets_are_alike(self):
+        store = self.open_store()
+        self.assertEqual(len({store.create("ada", str(number))[1] for number in range(50)}), 50)
+
+    def test_only_the_digest_and_the_first_characters_are_kept(self):
+        store = self.open_store()
+        secret = store.create("ada", "laptop")[1]
+        kept = self.bytes_of_all_files()
+        digest = hashlib.sha256(secret.encode())
+        self.assertNotIn(secret[:9].encode(), kept)
+        self.assertIn(secret[:8].encode(), kept)
+        self.assertTrue(digest.digest() in kept or digest.hexdigest().encode() in kept)
+
+    def test_many_who_open_a_new_one_at_once_all_get_in(self):
+        for number in range(12):
+            path, start, failed = self.path(f"{number}.db"), threading.Barrier(8), []
+
+            def open_at_once(path=path, start=start, failed=failed):
+                start.wait(GUARD)
+                try:
+                    gateway.open_store(path, create=True).close()
+                except gateway.Failure as error:
+                    failed.append(str(error))
+            threads = [threading.Thread(target=open_at_once) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(GUARD)
+            self.assertEqual(failed, [])
+
+    def test_what_one_opener_writes_another_sees_at_once(self):
+        one, two = self.open_store(), self.open_store()
+        one.create("ada", "laptop")
+        self.assertEqual([token.user for token in two.list()], ["ada"])
+        two.delete("ada", "laptop")
+        self.assertEqual(one.list(), [])
+
+    @unittest.skipIf(os.name == "nt", "Windows has no such permissions")
+    def test_its_files_are_private_even_under_a_careless_umask(self):
+        self.addCleanup(os.umask, os.umask(0))
+        self.open_store().create("ada", "laptop")
+        for name in os.listdir(self.folder):
+            self.assertEqual(stat.S_IMODE(os.stat(self.path(name)).st_mode), 0o600, name)
+
+    @unittest.skipIf(os.name == "nt", "Windows has no such permissions")
+    def test_a_file_that_others_could_read_is_made_private(self):
+        gateway.open_store(self.db, create=True).close()
+        os.chmod(self.db, 0o644)
+        self.open_store()
+        self.assertEqual(stat.S_IMODE(os.stat(self.db).st_mode), 0o600)
+
+    def test_an_empty_file_becomes_a_database(self):
+        self.write("tokens.db", b"")
+        self.assertTrue(self.open_store().create("ada", "laptop"))
+
+    def test_the_schema_is_numbered_and_writers_do_not_block_readers(self):
+        self.open_store()
+        with contextlib.closing(sqlite3.connect(self.db)) as db:
+            self.assertGreater(db.execute("PRAGMA user_version").fetchone()[0], 0)
+            self.assertEqual(db.execute("PRAGMA journal_mode").fetchone()[0], "wal")
+
+
+class Commands(CommandCase):
+
+    def test_create_shows_the_secret_once_and_how_to_use_it(self):
+        out = self.succeeds("token", "create", "ada", "laptop")
+        secrets = SECRET.findall(out)
+        self.assertGreaterEqual(len(secrets), 1, out)
+        self.assertEqual(len(set(secrets)), 1, out)
+        for word in ("ada", "laptop", "Authorization"):
+            self.assertIn(word, out)
+
+    def test_messages_name_the_database_in_full(self):
+        relative = os.path.relpath(self.db)
+        for argv in (("create", "ada", "laptop"), ("delete", "ada", "laptop")):
+            with self.subTest(argv):
+                self.assertIn(self.db, self.succeeds("token", *argv, "--db", relative))
+        self.assertIn(self.db, self.fails("token", "delete", "ada", "laptop", "--db", relative))
+
+    def test_quiet_prints_the_secret_alone(self):
+        self.assertRegex(self.succeeds("token", "create", "ada", "laptop", "--quiet"), SECRET.pattern + r"\n\Z")
+        self.assertRegex(self.succeeds("token", "rotate", "ada", "laptop", "--quiet"), SECRET.pattern + r"\n\Z")
+
+    def test_json_has_the_keys_of_the_contract(self):
+        self.assertEqual(set(json.loads(self.succeeds("token", "create", "ada", "laptop", "--json"))), KEYS | {"token"})
+        self.assertEqual(set(json.loads(self.succeeds("token", "rotate", "ada", "laptop", "--json"))), KEYS | {"token"})
+        self.assertEqual([set(row) for row in self.tokens()], [KEYS])
+
+    def test_json_tells_what_is_stored(self):
+        made = json.loads(self.succeeds("token", "create", "ada", "laptop", "--admin", "--expires", "2099-01-31", "--json"))
+        secret = made.pop("token")
+        self.assertEqual([made], self.tokens())
+        self.assertEqual((made["user"], made["name"], made["hint"], made["admin"], made["expired"], made["last_used_at"]),
+                         ("ada", "laptop", secret[:8], True, False, None))
+        self.assertRegex(made["expires_at"], r"2099-01-31T00:00:00(Z|\+00:00)")
+        self.assertRegex(made["created_at"], r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d(Z|\+00:00)")
+
+    def test_a_name_can_be_used_once_per_user(self):
+        self.create("ada", "laptop")
+        self.assertIn("laptop", self.fails("token", "create", "ada", "laptop"))
+        self.create("ada", "phone")
+        self.create("bob", "laptop")
+        self.assertEqual(len(self.tokens()), 3)
+
+    def test_odd_but_printable_names_are_kept_as_they_are(self):
+        for name in ODD_NAMES:
+            self.create(name, name)
+        self.assertEqual({(row["user"], row["name"]) for row in self.tokens()}, {(name, name) for name in ODD_NAMES})
+
+    def test_absurd_names_are_refused_without_echoing_control_characters(self):
+        for label, name in BAD_NAMES:
+            for argv in ((name, "laptop"), ("ada", name)):
+                with self.subTest(label, argv=argv):
+                    err = self.fails("token", "create", "--", *argv, status=2)
+                    self.assertTrue(err.replace("\n", "").isprintable(), err)
+        self.create()
+        self.assertEqual([row["user"] for row in self.tokens()], ["ada"])
+
+    def test_a_token_that_is_not_there_is_said_to_be_so(self):
+        self.create("ada", "laptop")
+        for argv in (("update", "ada", "phone", "--admin"), ("rotate", "ada", "phone"), ("delete", "ada", "phone")):
+            with self.subTest(argv):
+                self.assertIn("phone", self.fails("token", *argv))
+
+    def test_expiry_is_a_duration_or_a_date_or_an_instant(self):
+        for number, (value, expected) in enumerate((
+            ("90s", 90), ("15m", 900), ("12h", 43200), ("30d", 30 * 86400), ("8w", 56 * 86400),
+            ("2099-01-31", "2099-01-31T00:00:00"), ("2099-01-31T12:30:00Z", "2099-01-31T12:30:00"),
+            ("2099-01-31T12:30:00+02:00", "2099-01-31T10:30:00"), ("2099-01-31T12:30:00-05:30", "2099-01-31T18:00:00"),
+        )):
+            with self.subTest(value):
+                started = time.time()
+                made = json.loads(self.succeeds("token", "create", "ada", str(number), "--expires", value, "--json"))
+                if isinstance(expected, str):
+                    self.assertEqual(made["expires_at"][:19], expected)
+                else:
+                    instant = self.find(made["token"])[0].expires_at
+                    self.assertTrue(int(started) + expected <= instant <= time.time() + expected + 1, instant)
+
+    def test_create_prints_the_instant_of_expiry(self):
+        self.assertIn("2099-01-31", self.succeeds("token", "create", "ada", "laptop", "--expires", "2099-01-31"))
+
+    def test_a_wrong_or_past_expiry_is_refused(self):
+        for value in ("soon", "30", "d", "-1d", "1y", "2099-02-30", "2099-13-01", "2020-01-31", "2020-01-31T00:00:00Z", "2099-01-31T12:30:00",
+                      "2099-01-31T12:30Z", "2099-01-31T25:00:00Z", "99999999999999w", "999999999w", "9999-12-31T23:59:59-23:59", "1.5.2d", "٣d",
+                      "0d"):
+            with self.subTest(value):
+                self.assertIn(value, self.fails("token", "create", "ada", "laptop", f"--expires={value}", status=2))
+
+    def test_update_changes_what_it_is_told_and_nothing_else(self):
+        secret = self.create("ada", "laptop", "--expires", "2099-01-31")
+        before, = self.tokens()
+        for label, flags, changes in (
+            ("nothing else", ("--admin",), {"admin": True}),
+            ("a limit is lifted", ("--expires", "none"), {"expires_at": None}),
+            ("both at once", ("--no-admin", "--expires", "2098-01-31"),
+             {"admin": False, "expires_at": before["expires_at"].replace("2099", "2098")}),
+        ):
+            with self.subTest(label):
+                self.succeeds("token", "update", "ada", "laptop", *flags)
+                before.update(changes)
+                self.assertEqual(self.tokens(), [before])
+        self.assertTrue(self.find(secret)[0])
+
+    def test_rotate_changes_the_secret_and_nothing_else(self):
+        old = self.create("ada", "laptop", "--expires", "2099-01-31", "--admin")
+        before, = self.tokens()
+        new = self.succeeds("token", "rotate", "ada", "laptop", "--quiet").strip()
+        after, = self.tokens()
+        self.assertEqual(dict(after, hint=""), dict(before, hint=""))
+        unknown, known = self.find(old, new)
+        self.assertEqual((unknown, known.name), (None, "laptop"))
+
+    def test_delete_takes_one_token_away(self):
+        kept, gone = self.create("ada", "laptop"), self.create("ada", "phone")
+        self.succeeds("token", "delete", "ada", "phone")
+        self.assertEqual([token and token.name for token in self.find(kept, gone)], ["laptop", None])
+
+    def test_the_list_is_a_table_that_fits_a_terminal(self):
+        secret = self.create("ada", "laptop", "--expires", "2099-01-31")
+        self.create("bob", "old phone", "--admin")
+        self.expire("ada", "laptop")
+        out = self.succeeds("token", "list")
+        for word in ("ada", "laptop", secret[:8], "bob", "old phone", "expired", "never"):
+            self.assertIn(word, out)
+        for column in ("USER", "NAME", "CREATED", "EXPIRES", "LAST USED"):
+            self.assertIn(column, out.upper())
+        self.assertNotIn(secret, out)
+        self.assertLessEqual(max(len(line) for line in out.splitlines() if self.db not in line), 80, out)
+
+    def expire(self, user, name):
+        with contextlib.closing(gateway.open_store(self.db)) as store:
+            store.update(user, name, expires_at=1)
+
+    def test_the_list_can_be_of_one_user(self):
+        self.create("ada", "laptop")
+        self.create("bob", "laptop")
+        self.assertEqual([row["user"] for row in self.tokens("--user", "bob")], ["bob"])
+        self.assertNotIn("ada", self.succeeds("token", "list", "--user", "bob").replace(self.db, ""))
+
+    def test_what_only_reads_makes_no_database(self):
+        for argv in (("list",), ("list", "--json"), ("export", "-"), ("export", self.path("out.csv"))):
+            with self.subTest(argv):
+                self.assertIn(self.db, self.fails("token", *argv))
+                self.assertEqual(os.listdir(self.folder), [])
+
+    def test_a_file_that_is_no_database_of_ours_is_told_and_left_alone(self):
+        with contextlib.closing(sqlite3.connect(self.path("newer.db"))) as db:
+            db.execute("PRAGMA user_version = 99")
+            db.execute("CREATE TABLE tokens (x)")
+            db.commit()
+        self.write("text.db", "This is no database.\n" * 100)
+        for name in ("newer.db", "text.db"):
+            before = self.read(name)
+            os.chmod(self.path(name), 0o644)
+            for argv in (("list",), ("create", "ada", "laptop")):
+                with self.subTest(name, argv=argv):
+                    self.assertIn(name, self.fails("token", *argv, "--db", self.path(name)))
+            self.assertEqual((self.read(name), stat.S_IMODE(os.stat(self.path(name)).st_mode)), (before, 0o644))
+            self.assertEqual(sorted(os.listdir(self.folder)), ["newer.db", "text.db"])
+
+    def test_a_folder_in_its_place_or_none_around_it_is_told(self):
+        for path in (self.folder, self.path("no/such/tokens.db")):
+            with self.subTest(path):
+                self.assertIn(path, self.fails("token", "create", "ada", "laptop", "--db", path))
+
+    def test_database_and_settings_may_stand_before_or_after_the_subcommand(self):
+        self.create()
+        env = self.write("a.env", f"TOKEN_DB_PATH={self.db}")
+        listed = self.succeeds("token", "list")
+        for argv in (("--db", self.db, "token", "list"), ("token", "--db", self.db, "list"), ("token", "list", "--db", self.db)):
+            with self.subTest(argv):
+                self.assertEqual(self.succeeds(*argv), listed)
+        for argv in (("--env-file", env, "token", "list"), ("token", "--env-file", env, "list"), ("token", "list", "--env-file", env)):
+            with self.subTest(argv):
+                self.assertEqual(self.succeeds(*argv), listed)
+
+    def test_wrong_words_are_usage_errors(self):
+        for argv in ((), ("nonsense",), ("token",), ("token", "nonsense"), ("token", "create"), ("token", "create", "ada"),
+                     ("token", "list", "--us", "ada"),
+                     ("token", "create", "ada", "x", "--quiet", "--json"), ("serve", "--port", "x"), ("token", "create", "ada", "x", "--admin=1")):
+            with self.subTest(argv):
+                self.fails(*argv, status=2)
+
+    def test_a_wrong_setting_stops_every_command(self):
+        env = self.write("a.env", "TOKEN_DB_PATH=x.db\nGATEWAY_PORT=http\n")
+        err = self.fails("serve", "--env-file", env, status=2)
+        for word in ("GATEWAY_PORT", "http", env):
+            self.assertIn(word, err)
+
+    def test_help_of_every_command_ends_in_an_example(self):
+        for argv in COMMANDS:
+            with self.subTest(argv):
+                out = self.succeeds(*argv, "-h")
+                example = [line for line in out.splitlines() if "ollama_gateway.py" in line and not line.lower().startswith("usage")]
+                self.assertEqual(out.rstrip().splitlines()[-1:], example[-1:], out)
+
+    def test_examples_in_the_help_are_commands(self):
+        for argv in COMMANDS:
+            for line in re.findall(r"python3 (ollama_gateway\.py .*)", self.succeeds(*argv, "-h")):
+                with self.subTest(line):
+                    self.assertTrue(gateway.build_parser().parse_args(shell_words(line)[1:]))
+
+
+class ExportAndImport(CommandCase):
+
+    ROW = {"user": "ada", "name": "laptop", "digest": "0" * 64, "hint": "ogw_xxxx", "created_at": "2026-11-23T00:00:00Z", "expires_at": None,
+           "last_used_at": None, "admin": False}
+
+    def test_rows_that_no_list_could_show_are_refused(self):
+        for key, value in (("created_at", "9999-12-31T23:59:59-23:00"), ("created_at", "0001-01-01T00:00:00+23:00"), ("hint", "\x1b[2J"),
+                           ("hint", "a\0b"), ("hint", "\ud800"), ("hint", "x" * 9), ("user", ["a"]), ("user", {}), ("user", "\ud800"),
+                           ("digest", "0" * 63), ("admin", "perhaps"), ("created_at", None)):
+            with self.subTest(key, value=value):
+                told = self.fails("token", "import", "-", stdin=json.dumps({"version": 1, "tokens": [dict(self.ROW, **{key: value})]}))
+                self.assertIn("nothing was imported", told)
+
+    def test_json_too_deep_to_be_read_is_refused(self):
+        self.assertIn("nothing was imported", self.fails("token", "import", "-", stdin='{"a":' * 100_000))
+
+    def setUp(self):
+        super().setUp()
+        self.secrets = {name: self.create(name, name) for name in ODD_NAMES}
+        self.secrets["root"] = self.create("root", "box", "--admin", "--expires", "2099-01-31")
+        self.other = self.path("other.db")
+
+    def export(self, name, *flags):
+        self.succeeds("token", "export", self.path(name), *flags)
+        return self.path(name)
+
+    def comparable(self, db):
+        return sorted(({**row, "id": 0} for row in self.tokens("--db", db)), key=lambda row: row["user"])
+
+    def test_what_was_exported_comes_back_elsewhere_with_its_secrets_working(self):
+        for name in ("tokens.csv", "tokens.json"):
+            with self.subTest(name):
+                other = self.path(name + ".db")
+                self.succeeds("token", "import", self.export(name), "--db", other)
+                self.assertEqual(self.comparable(other), self.comparable(self.db))
+                self.assertEqual([token.user for token in self.find(*self.secrets.values(), db=other)], list(self.secrets))
+
+    def test_a_second_generation_is_the_same_bytes(self):
+        for name in ("tokens.csv", "tokens.json"):
+            with self.subTest(name):
+                first = self.export(name)
+                self.succeeds("token", "import", first, "--db", self.path(name + ".db"))
+                again = self.path("again-" + name)
+                self.succeeds("token", "export", again, "--db", self.path(name + ".db"))
+                self.assertEqual(self.read(name), self.read("again-" + name))
+
+    def test_the_dash_is_standard_output_and_input_in_json(self):
+        out = self.succeeds("token", "export", "-")
+        self.assertTrue(json.loads(out))
+        self.succeeds("token", "import", "-", "--db", self.other, stdin=out)
+        self.assertEqual(self.comparable(self.other), self.comparable(self.db))
+
+    def test_the_format_goes_by_the_ending_unless_it_is_said(self):
+        self.assertEqual(json.loads(self.read(os.path.basename(self.export("a.csv", "--format", "json")))),
+                         json.loads(self.succeeds("token", "export", "-")))
+        self.assertEqual(self.succeeds("token", "export", "-", "--format", "csv").encode().replace(b"\r\n", b"\n"),
+                         self.read(os.path.basename(self.export("a.json", "--format", "csv"))).replace(b"\r\n", b"\n"))
+        self.fails("token", "export", self.path("a.txt"), status=2)
+
+    def test_an_export_holds_digests_and_no_secret(self):
+        for name in ("tokens.csv", "tokens.json"):
+            self.export(name)
+            for secret in self.secrets.values():
+                self.assertNotIn(secret.encode(), self.read(name))
+                self.assertIn(hashlib.sha256(secret.encode()).hexdigest().encode(), self.read(name))
+
+    def test_no_cell_of_the_csv_is_a_formula(self):
+        for row in csv.reader(io.StringIO(self.read(os.path.basename(self.export("tokens.csv"))).decode("utf-8-sig"))):
+            for cell in row:
+                self.assertFalse(cell.startswith(("=", "+", "-", "@", "\t", "\r")), cell)
+
+    @unittest.skipIf(os.name == "nt", "Windows has no such permissions")
+    def test_the_target_is_replaced_as_a_whole_and_private(self):
+        for name in ("tokens.csv", "tokens.json"):
+            with self.subTest(name):
+                before = os.stat(self.write(name, "what was there"))
+                with open(self.path(name), "rb") as reader:
+                    self.export(name)
+                    self.assertEqual(reader.read(), b"what was there", "a reader of the old file must not see it change")
+                after = os.stat(self.path(name))
+                self.assertNotEqual(before.st_ino, after.st_ino)
+                self.assertEqual(stat.S_IMODE(after.st_mode), 0o600)
+        self.assertEqual({name for name in os.listdir(self.folder) if not name.startswith("tokens.db")}, {"tokens.csv", "tokens.json"})
+
+    def test_an_export_that_cannot_be_written_leaves_nothing(self):
+        os.mkdir(self.path("taken.csv"))
+        for target in ("taken.csv", "no/such.csv"):
+            with self.subTest(target):
+                self.assertIn(target, self.fails("token", "export", self.path(target)))
+        self.assertEqual({name for name in os.listdir(self.folder) if not name.startswith("tokens.db")}, {"taken.csv"})
+
+    def test_importing_the_same_again_changes_nothing(self):
+        before = self.tokens()
+        for name in ("tokens.csv", "tokens.json"):
+            self.succeeds("token", "import", self.export(name))
+        self.assertEqual(self.tokens(), before)
+
+    def test_a_clash_refuses_the_whole_file(self):
+        exported = self.export("tokens.json")
+        self.succeeds("token", "create", "root", "box", "--db", self.other)
+        before = self.tokens("--db", self.other)
+        self.assertIn("root", self.fails("token", "import", exported, "--db", self.other))
+        self.assertEqual(self.tokens("--db", self.other), before)
+
+    def test_a_secret_under_another_name_is_a_clash_too(self):
+        exported = self.export("tokens.json")
+        self.succeeds("token", "import", exported, "--db", self.other)
+        self.write("renamed.json", self.read("tokens.json").replace(b'"root"', b'"toor"'))
+        self.fails("token", "import", self.path("renamed.json"), "--db", self.other)
+        self.assertEqual(self.comparable(self.other), self.comparable(self.db))
+
+    def test_what_is_no_export_is_told_and_changes_nothing(self):
+        before = self.tokens()
+        whole = self.read(os.path.basename(self.export("tokens.json")))
+        table = self.read(os.path.basename(self.export("tokens.csv")))
+        digest = hashlib.sha256(self.secrets["root"].encode()).hexdigest().encode()
+        for label, name, content in (
+            ("empty", "x.json", b""), ("an empty table", "x.csv", b""), ("no JSON", "x.json", b"hello"), ("other JSON", "x.json", b'[1, "two"]'),
+            ("binary", "x.csv", bytes(range(256))),
+            ("half", "x.json", whole[:len(whole) // 2]), ("half a table", "x.csv", table[:len(table) // 2]),
+            ("other columns", "x.csv", b"a,b\r\n1,2\r\n"),
+            ("a digest too short", "x.json", whole.replace(digest, digest[:-2])),
+            ("a name that may not be", "x.json", whole.replace(b'"root"', b'"ro\\u001bot"')),
+            ("a newer version", "x.json", re.sub(rb'"version": ?\d+', b'"version": 99', whole)),
+        ):
+            with self.subTest(label):
+                self.assertIn(name, self.fails("token", "import", self.write(name, content)))
+                self.assertEqual(self.tokens(), before)
+
+    def test_a_file_that_is_not_there_is_told(self):
+        self.assertIn("missing.csv", self.fails("token", "import", self.path("missing.csv")))
+
+
+# == The old database =========================================================
+
+OLD_SCHEMA = "CREATE TABLE tokens (id INTEGER PRIMARY KEY, user_id TEXT, user TEXT, api_name TEXT, token TEXT, created_at TEXT, expires_at TEXT)"
+OLD_ROWS = (   # user, name, clear token, created, expires
+    ("ada", "laptop", "clear-token-of-ada-0001", "2024-05-01 10:00:00", None),
+    ("ada", "phone", "clear-token-of-ada-0002", "2024-05-01T10:00:00.123456", "2099-01-31 12:30:00"),
+    ("bob", "desk", "clear-token-of-bob-0003", "2024-05-01T10:00:00+00:00", "2099-01-31T12:30:00+02:00"),
+    ("bob", "gone", "clear-token-of-bob-0004", "2024-05-01 10:00:00", "2024-06-01 10:00:00"),
+    ("ada", "laptop", "clear-token-of-ada-0005", "2024-05-02 10:00:00", None),
+    ("", "", "clear-token-of-nobody-0006", "", ""),
+    (None, None, "clear-token-of-nobody-0007", None, None),
+    ("x" * 100, "n" * 100, "clear-token-of-long-0008", "2024-05-01 10:00:00", None),
+    ("x" * 100, "n" * 100 + "!", "clear-token-of-long-0009", "2024-05-01 10:00:00", None),
+    ("-rf", "red\x1b[31m\nname", "clear-token-of-odd-0010", "2024-05-01 10:00:00", None),
+    ("Zoë", "=1+1", "clear-token-of-zoe-0011", "2024-05-01 10:00:00", None),
+    ("twin", "one", "clear-token-of-twin-0012", "2024-05-01 10:00:00", None),
+    ("twin", "two", "clear-token-of-twin-0012", "2024-05-01 10:00:00", None),
+    ("none", "no-token", None, "2024-05-01 10:00:00", None),
+    ("none", "empty-token", "", "2024-05-01 10:00:00", None),
+)
+OLD_SECRETS = sorted({row[2] for row in OLD_ROWS if row[2]})
+
+
+class OldDatabase(CommandCase):
+
+    def setUp(self):
+        super().setUp()
+        self.lay_old_database(self.db)
+
+    def lay_old_database(self, path, journal="delete"):
+        """Write a database of the replaced system, with a deleted token's remains in a free page."""
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute(f"PRAGMA journal_mode = {journal}")
+            db.execute("PRAGMA secure_delete = OFF")
+            db.execute(OLD_SCHEMA)
+            db.executemany("INSERT INTO tokens (user_id, user, api_name, token, created_at, expires_at) VALUES ('u1', ?, ?, ?, ?, ?)",
+                           OLD_ROWS + (("deleted", "x", "clear-token-of-deleted-0013" + "y" * 20000, None, None),))
+            db.commit()
+            db.execute("DELETE FROM tokens WHERE user = 'deleted'")
+            db.commit()
+
+    def assert_upgraded(self):
+        *tokens, nobody = self.find(*OLD_SECRETS, "")
+        self.assertTrue(all(tokens), tokens)
+        self.assertIsNone(nobody)
+        self.assert_no_clear_token()
+
+    def assert_no_clear_token(self):
+        for name in os.listdir(self.folder):
+            if name.startswith("tokens.db"):
+                self.assertNotIn(b"clear-token-of", self.read(name), name)
+
+    def test_it_is_laid_with_its_tokens_in_clear(self):
+        laid = {token.decode() for token in re.findall(rb"clear-token-of-\w+-\d{4}", self.read("tokens.db"))}
+        self.assertEqual(laid, {*OLD_SECRETS, "clear-token-of-deleted-0013"})
+
+    def test_its_tokens_work_and_none_of_them_is_in_clear_any_more(self):
+        self.assert_upgraded()
+
+    def test_no_clear_token_remains_while_it_is_still_open(self):
+        self.open_store().create("new", "one")
+        self.assert_no_clear_token()
+
+    def test_one_that_was_in_write_ahead_mode_is_upgraded_too(self):
+        os.remove(self.db)
+        live = self.path("live.db")
+        self.lay_old_database(live, "wal")
+        with contextlib.closing(sqlite3.connect(live)) as db:   # its log is not yet folded in when the files are taken
+            db.execute("INSERT INTO tokens (user, api_name, token) VALUES ('late', 'one', 'clear-token-of-late-0014')")
+            db.commit()
+            for ending in ("", "-wal"):
+                shutil.copy(live + ending, self.db + ending)
+        self.assertTrue(os.path.getsize(self.db + "-wal"))
+        self.assertTrue(self.find("clear-token-of-late-0014")[0])
+        self.assert_upgraded()
+
+    def test_its_users_are_listed(self):
+        rows = self.tokens()
+        listed = [(row["user"], row["name"]) for row in rows]
+        self.assertEqual(len(listed), len(set(listed)), listed)
+        self.assertGreaterEqual(len(listed), len(OLD_SECRETS))
+        for user, name in (("ada", "laptop"), ("ada", "phone"), ("bob", "desk"), ("Zoë", "=1+1")):
+            self.assertIn((user, name), listed)
+        self.assertEqual([row for row in rows if row["admin"]], [])
+
+    def test_odd_names_become_such_as_every_command_takes(self):
+        for row in self.tokens():
+            with self.subTest(row):
+                self.succeeds("token", "rotate", "--quiet", "--", row["user"], row["name"])
+        self.assertTrue(self.succeeds("token", "list").replace("\n", "").isprintable())
+
+    def test_hints_are_the_first_characters(self):
+        self.assertIn("clear-to", {row["hint"] for row in self.tokens()})
+
+    @unittest.skipUnless(hasattr(time, "tzset"), "needs a time zone to be set")
+    def test_naive_times_are_utc_wherever_the_machine_stands(self):
+        self.enter(unittest.mock.patch.dict(os.environ, TZ="Asia/Tokyo"))
+        self.addCleanup(time.tzset)
+        time.tzset()
+        rows = {(row["user"], row["name"]): row for row in self.tokens()}
+        self.assertEqual(rows["ada", "phone"]["expires_at"][:19], "2099-01-31T12:30:00")
+        self.assertEqual(rows["bob", "desk"]["expires_at"][:19], "2099-01-31T10:30:00")
+        self.assertEqual(rows["ada", "laptop"]["created_at"][:10], "2024-05-01")
+        self.assertEqual({key for key, row in rows.items() if row["expired"]}, {("bob", "gone")})
+
+    @unittest.skipIf(os.name == "nt", "Windows has no such permissions")
+    def test_it_is_made_private(self):
+        os.chmod(self.db, 0o666)
+        self.tokens()
+        self.assertEqual(stat.S_IMODE(os.stat(self.db).st_mode), 0o600)
+
+    def test_what_it_exports_comes_back(self):
+        self.succeeds("token", "export", self.path("out.csv"))
+        self.succeeds("token", "import", self.path("out.csv"), "--db", self.path("new.db"))
+        self.assertTrue(all(self.find(*OLD_SECRETS, db=self.path("new.db"))))
+
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
+    def test_killed_at_any_statement_the_next_opener_finishes(self):
+        original = self.read("tokens.db")
+        for statement in itertools.count(1):
+            for name in os.listdir(self.folder):
+                os.remove(self.path(name))
+            self.write("tokens.db", original)
+            with self.subTest(killed_at=statement):
+                killed = open_and_die_at(statement, self.db)
+                self.assert_upgraded()
+            if not killed:
+                break
+        self.assertGreater(statement, 5, "the upgrade was never interrupted")
+
+
+def open_and_die_at(statement, path):
+    """Open the store in a child process that kills itself before its n-th statement; False if it lived to the end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            count = itertools.count(1)
+
+            def killing(name):
+                def execute(self, *args):
+                    if next(count) == statement:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return getattr(sqlite3.Connection, name)(self, *args)
+                return execute
+            doomed = type("Doomed", (sqlite3.Connection,), {name: killing(name) for name in ("execute", "executemany", "executescript", "commit")})
+            connect = sqlite3.connect
+            sqlite3.connect = lambda *args, **kwargs: connect(*args, **{**kwargs, "factory": doomed})
+            gateway.open_store(path).close()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+# == Door =====================================================================
+
+
+class Door(GatewayCase):
+
+    def status(self, *headers, path="/api/tags"):
+        with Client(self.server.server_address) as client:
+            return client.ask("GET", path, headers=headers).status
+
+    def test_a_token_opens_by_either_header_in_any_case(self):
+        for headers in (("Authorization", "Bearer %s"), ("authorization", "bearer %s"), ("AUTHORIZATION", "BEARER %s"), ("x-api-key", "%s"),
+                        ("X-API-Key", "%s")):
+            with self.subTest(headers):
+                self.assertEqual(self.status((headers[0], headers[1] % self.token)), 200)
+
+    def test_both_headers_may_agree(self):
+        self.assertEqual(self.status(*bearer(self.token), ("x-api-key", self.token)), 200)
+
+    def test_ambiguous_credentials_are_malformed(self):
+        for label, headers in (
+            ("two that differ", [*bearer(self.token), ("x-api-key", self.admin)]),
+            ("a good and a bad one", [*bearer(self.token), ("x-api-key", "nonsense")]),
+            ("Authorization twice", bearer(self.token) * 2),
+            ("Authorization twice, differing", bearer(self.token) + bearer(self.admin)),
+            ("x-api-key twice", [("x-api-key", self.token)] * 2),
+            ("x-api-key twice, in two cases", [("x-api-key", self.token), ("X-Api-Key", self.token)]),
+        ):
+            with self.subTest(label):
+                self.assertEqual(self.status(*headers), 400)
+        self.assertEqual(self.fake.received, [])
+
+    def test_nothing_is_no_credential_even_if_a_row_has_its_digest(self):
+        row = dict(ExportAndImport.ROW, name="phone", digest=hashlib.sha256(b"").hexdigest(), created_at=0, admin=1)
+        self.store.import_rows([row])
+        for headers in ((), (("Authorization", "Bearer "),), (("x-api-key", ""),), (("Authorization", ""),)):
+            with self.subTest(headers):
+                self.assertEqual(self.status(*headers), 401)
+
+    def test_nothing_else_opens(self):
+        digest = hashlib.sha256(self.token.encode()).hexdigest()
+        for label, headers in (
+            ("nothing", []), ("an empty one", [("Authorization", "")]), ("no secret", [("Authorization", "Bearer")]),
+            ("an empty secret", [("Authorization", "Bearer ")]), ("an empty key", [("x-api-key", "")]),
+            ("another scheme", [("Authorization", f"Basic {self.token}")]), ("no scheme", [("Authorization", self.token)]),
+            ("Ollama's own signature", [("Authorization", "AAAAC3NzaC1lZDI1NTE5:c2lnbmF0dXJl")]),
+            ("an unknown one", bearer("ogw_" + "x" * 43)), ("a beginning", bearer(self.token[:-1])), ("one too long", bearer(self.token + "x")),
+            ("another case", bearer(self.token.swapcase())), ("its digest", bearer(digest)), ("its hint", bearer(self.token[:8])),
+            ("two words", bearer(self.token + " x")), ("beyond ASCII", bearer("ogw_é" + "ÿ" * 40)), ("a quoted one", bearer(f'"{self.token}"')),
+            ("a list", bearer(f"{self.token},{self.admin}")), ("a cookie", [("Cookie", f"token={self.token}")]),
+            ("a proxy's header", [("Proxy-Authorization", f"Bearer {self.token}")]),
+        ):
+            with self.subTest(label):
+                self.assertIn(self.status(*headers), (400, 401))
+        self.assertIn(self.status(path=f"/api/tags?token={self.token}&key={self.token}"), (400, 401))
+        self.assertEqual(self.fake.received, [])
+
+    def test_unknown_expired_and_deleted_are_told_alike(self):
+        expired = self.store.create("ada", "old", expires_at=int(time.time()) - 60)[1]
+        deleted = self.store.create("ada", "gone")[1]
+        self.store.delete("ada", "gone")
+        answers = [self.ask("GET", "/api/tags", token=secret) for secret in ("ogw_" + "x" * 43, expired, deleted)]
+        self.assertEqual(len({self.assertRefused(answer, 401) for answer in answers}), 1)
+        self.assertEqual({answer.headers["www-authenticate"] for answer in answers}, {"Bearer"})
+
+    def test_a_deleted_token_is_refused(self):
+        self.assertStatus(self.ask("GET", "/api/tags"), 200)
+        self.store.delete("ada", "laptop")
+        self.assertRefused(self.ask("GET", "/api/tags"), 401)
+
+    def test_without_any_token_nobody_gets_in(self):
+        self.store.delete("ada", "laptop")
+        self.store.delete("root", "box")
+        for token in ("", self.token, "ogw_", "x"):
+            with self.subTest(token):
+                self.assertRefused(self.ask("GET", "/api/tags", token=token), 401)
+
+    def test_refusals_speak_the_routes_dialect(self):
+        for method, path, kinds in (("POST", "/api/chat", None), ("POST", "/v1/chat/completions", None), ("GET", "/v1/models", None),
+                                    ("POST", "/v1/messages", "authentication_error")):
+            with self.subTest(path):
+                answer = self.ask(method, path, token="")
+                self.assertRefused(answer, 401, path)
+                if kinds:
+                    self.assertEqual(answer.json()["error"]["type"], kinds)
+
+    def test_the_route_is_judged_before_the_credentials(self):
+        self.assertStatus(self.ask("GET", "/api/nonsense", token=""), 404)
+        self.assertStatus(self.ask("GET", "/api/chat", token=""), 405)
+
+    def test_the_framing_is_judged_before_the_route(self):
+        with Client(self.server.server_address) as client:
+            client.send(b"GET /nonsense HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n")
+            self.assertStatus(client.answer(), 400)
+
+    def test_some_pages_are_open_to_all(self):
+        for method, path, status in (("GET", "/", 200), ("HEAD", "/", 200), ("GET", "/health", 200), ("HEAD", "/health", 200),
+                                     ("OPTIONS", "/api/chat", 204)):
+            with self.subTest(f"{method} {path}"):
+                self.assertStatus(self.ask(method, path, token=""), status)
+
+    def test_a_model_on_the_hosts_account_is_for_administrators(self):
+        for model in ("big:cloud", "big:120b-cloud"):
+            with self.subTest(model):
+                self.assertRefused(self.ask("POST", "/api/chat", {**CHAT, "model": model}), 403)
+                self.assertEqual(self.fake.received, [])
+        self.assertStatus(self.ask("POST", "/api/chat", {**CHAT, "model": "big:cloud"}, token=self.admin), 200)
+
+
+# == Routing ==================================================================
+
+FOR_ALL = (
+    ("GET", "/api/version"), ("GET", "/api/status"), ("GET", "/api/tags"), ("GET", "/api/ps"), ("POST", "/api/show"), ("GET", "/v1/models"),
+    ("GET", "/v1/models/tiny"), ("GET", "/api/experimental/model-recommendations"),
+    ("POST", "/api/generate"), ("POST", "/api/chat"), ("POST", "/api/embed"), ("POST", "/api/embeddings"), ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/completions"), ("POST", "/v1/embeddings"), ("POST", "/v1/responses"), ("POST", "/v1/audio/transcriptions"),
+    ("POST", "/v1/messages"))
+FOR_ADMINISTRATORS = (
+    ("POST", "/api/pull"), ("POST", "/api/push"), ("POST", "/api/create"), ("POST", "/api/copy"), ("DELETE", "/api/delete"),
+    ("POST", f"/api/blobs/{DIGEST}"),
+    ("HEAD", f"/api/blobs/{DIGEST}"), ("POST", "/api/me"), ("POST", "/api/signout"), ("DELETE", "/api/user/keys/key-1"),
+    ("POST", "/api/experimental/web_search"), ("POST", "/api/experimental/web_fetch"))
+NO_ROUTES = (
+    "/api", "/api/", "/api/nonsense", "/API/tags", "/api/tags/", "//api/tags", "/api//tags", "/./api/tags", "/api/./tags", "/api/../api/tags",
+    "/api%2Ftags", "/api/%74ags", "/api/tags%00", "/api/tags;x", "/api\\tags", "/api/tags\\", "/api/blobs/", "/api/blobs/x/y",
+    f"/api/blobs/{DIGEST}/..", "/api/user/keys/", "/api/user/keys/a/b", "/v1", "/v1/", "/v2/models", "/v1/models/", "/v1/models/a/b",
+    "/v1/models/..", "/v1/models/a%20b", "/v1/models/%2e%2e", "/v1/messages/count_tokens", "/v1/images/generations", "/t/x/api/tags",
+    "/debug/pprof/", "/metrics", "/index.html", "/favicon.ico", "/healthz")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+MODEL_BODY = {"model": "tiny", "name": "tiny", "stream": False}
+
+
+class Routing(GatewayCase):
+
+    def body_for(self, method):
+        return MODEL_BODY if method in ("POST", "DELETE", "PUT", "PATCH") else None
+
+    def test_every_route_for_all_is_open_to_any_token(self):
+        for method, path in FOR_ALL:
+            with self.subTest(f"{method} {path}"):
+                self.fake.received.clear()
+                self.assertStatus(self.ask(method, path, self.body_for(method)), 200)
+                self.assertEqual(self.seen(), [(method, path)])
+
+    def test_management_and_the_hosts_account_are_for_administrators(self):
+        for method, path in FOR_ADMINISTRATORS:
+            with self.subTest(f"{method} {path}"):
+                self.fake.received.clear()
+                answer = self.ask(method, path, self.body_for(method))
+                self.assertStatus(answer, 403) if method == "HEAD" else self.assertRefused(answer, 403)
+                self.assertEqual(self.fake.received, [])
+                self.assertStatus(self.ask(method, path, self.body_for(method), token=self.admin), 200)
+                self.assertEqual(self.seen(), [(method, path)])
+
+    def test_the_table_of_routes_holds_nothing_else(self):
+        own = {"/", "/health"}
+        known = set(FOR_ALL + FOR_ADMINISTRATORS)
+        for route in gateway.ROUTES:
+            pattern = re.compile(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(route.path)))
+            with self.subTest(f"{route.method} {route.path}"):
+                self.assertTrue(route.path in own or any(method == route.method and pattern.fullmatch(path) for method, path in known))
+
+    def test_head_is_taken_wherever_get_is_and_has_no_body(self):
+        for method, path in FOR_ALL + (("GET", "/"), ("GET", "/health")):
+            if method == "GET":
+                with self.subTest(path), Client(self.server.server_address) as client:
+                    client.send(request("HEAD", path, headers=bearer(self.token)), request("GET", path, headers=bearer(self.token)))
+                    head, get = client.answer("HEAD"), client.answer()
+                    self.assertEqual((head.status, head.headers.get("content-length")), (200, get.headers.get("content-length")))
+
+    def test_a_wrong_method_is_told_which_are_right(self):
+        allowed = collections.defaultdict(set)
+        for method, path in FOR_ALL + FOR_ADMINISTRATORS + (("GET", "/health"),):
+            allowed[path] |= {"GET", "HEAD"} if method == "GET" else {method}
+        for path, right in allowed.items():
+            for method in set(METHODS) - right:
+                with self.subTest(f"{method} {path}"):
+                    answer = self.ask(method, path, self.body_for(method))
+                    self.assertStatus(answer, 405)
+                    self.assertEqual(set(re.split(", *", answer.headers["allow"])) - {"OPTIONS"}, right)
+        self.assertEqual(self.fake.received, [])
+
+    def test_methods_are_case_sensitive(self):
+        for method in ("get", "Get"):
+            with self.subTest(method):
+                self.assertStatus(self.ask(method, "/api/tags"), 405)
+
+    def test_any_other_path_is_denied(self):
+        for path in NO_ROUTES:
+            for token in (self.token, self.admin):
+                with self.subTest(path, token=token[:8]):
+                    self.assertStatus(self.ask("GET", path, token=token), 404)
+        self.assertEqual(self.fake.received, [])
+
+    def test_refusals_of_a_route_speak_its_dialect(self):
+        for path in ("/api/nonsense", "/v1/nonsense", "/nonsense"):
+            with self.subTest(path):
+                self.assertRefused(self.ask("GET", path), 404, path)
+        self.assertRefused(self.ask("GET", "/v1/chat/completions"), 405, "/v1/chat/completions")
+        self.assertRefused(self.ask("GET", "/v1/messages"), 405, "/v1/messages")
+
+    def test_a_models_name_may_carry_an_encoded_slash_and_colon(self):
+        for path in ("/v1/models/library%2Ftiny%3Alatest", "/v1/models/tiny:latest", "/v1/models/library%2ftiny"):
+            with self.subTest(path):
+                self.fake.received.clear()
+                self.assertStatus(self.ask("GET", path), 200)
+                self.assertEqual(self.seen(), [("GET", path)])
+
+    def test_a_query_changes_nothing_about_the_route(self):
+        self.assertStatus(self.ask("GET", "/api/tags?x=/../1&y=%00"), 200)
+        self.assertStatus(self.ask("GET", "/api/nonsense?/api/tags"), 404)
+        self.assertEqual(self.fake.received[0].path.partition("?")[0], "/api/tags")
+
+    def test_the_root_greets_by_itself(self):
+        self.fake.server_close()
+        answer = self.ask("GET", "/", token="")
+        self.assertStatus(answer, 200)
+        self.assertEqual(answer.body, b"Ollama is running")
+        self.assertTrue(answer.headers["content-type"].startswith("text/plain"))
+
+    def test_health_tells_whether_the_upstream_answers(self):
+        answer = self.ask("GET", "/health", token="")
+        self.assertEqual((answer.status, answer.json()["status"], answer.json()["upstream"]), (200, "ok", "up"))
+        self.assertEqual(set(answer.json()), {"status", "upstream", "version"})
+
+    def test_health_is_well_while_the_upstream_is_down(self):
+        self.fake.server_close()
+        answer = self.ask("GET", "/health", token="")
+        self.assertEqual((answer.status, answer.json()["status"], answer.json()["upstream"]), (200, "ok", "down"))
+
+    def test_a_base_path_replaces_api_alone(self):
+        server = self.serve(base_path="/team/ollama")
+        for path, upstream in (("/team/ollama/tags", "/api/tags"), ("/v1/models", "/v1/models"), ("/api/tags", None),
+                               ("/team/ollama/v1/models", None),
+                               ("/team/ollama/api/tags", None), ("/team/ollamatags", None), ("/team/ollama", None), ("/tags", None)):
+            with self.subTest(path):
+                self.fake.received.clear()
+                self.assertStatus(self.ask("GET", path, server=server), 200 if upstream else 404)
+                self.assertEqual(self.seen(), [("GET", upstream)] if upstream else [])
+
+    def test_with_the_root_as_base_path_our_own_pages_win(self):
+        server = self.serve(base_path="/")
+        for path, upstream in (("/tags", "/api/tags"), ("/v1/models", "/v1/models"), ("/api/tags", None), ("/version", "/api/version")):
+            with self.subTest(path):
+                self.fake.received.clear()
+                self.assertStatus(self.ask("GET", path, server=server), 200 if upstream else 404)
+                self.assertEqual(self.seen(), [("GET", upstream)] if upstream else [])
+        self.assertEqual(self.ask("GET", "/", server=server).body, b"Ollama is running")
+        self.assertEqual(self.ask("GET", "/health", server=server, token="").json()["status"], "ok")
+
+
+# == Browsers =================================================================
+
+PAGE = "https://app.example"
+
+
+class Cors(GatewayCase):
+
+    flags = {"cors_origins": PAGE + ",http://localhost:3000"}
+
+    def preflight(self, origin=PAGE, path="/api/chat", server=None, method="POST", headers="authorization,content-type"):
+        return self.ask("OPTIONS", path, token="", server=server, headers=[
+            ("Origin", origin), ("Access-Control-Request-Method", method), ("Access-Control-Request-Headers", headers)])
+
+    def test_a_preflight_needs_no_token_and_stays_here(self):
+        answer = self.preflight()
+        self.assertStatus(answer, 204)
+        self.assertEqual(answer.body, b"")
+        self.assertEqual(answer.headers["access-control-allow-origin"], PAGE)
+        self.assertIn("origin", answer.headers["vary"].lower())
+        self.assertEqual(self.fake.received, [])
+
+    def test_a_preflight_allows_the_methods_that_there_are(self):
+        allowed = {method.strip() for method in self.preflight().headers["access-control-allow-methods"].split(",")}
+        self.assertGreaterEqual(allowed, {"GET", "POST", "DELETE"})
+
+    def test_a_preflight_allows_what_the_clients_of_all_three_dialects_send(self):
+        stainless = ["x-stainless-" + name for name in ("arch", "lang", "os", "package-version", "retry-count", "runtime", "timeout")]
+        wanted = ("authorization", "content-type", "x-request-id", "x-api-key", "anthropic-version", "anthropic-beta",
+                  "anthropic-dangerous-direct-browser-access", "openai-beta", "openai-organization", *stainless)
+        answer = self.preflight(headers=",".join(wanted))
+        allowed = {name.strip().lower() for name in answer.headers["access-control-allow-headers"].split(",")}
+        self.assertEqual(set(wanted) - allowed, set())
+
+    def test_a_foreign_origin_gets_no_cors_headers(self):
+        for origin in ("https://evil.example", "null", PAGE + ".evil.example", "http://app.example", PAGE + ":444", "https://APP.example.evil"):
+            with self.subTest(origin):
+                for answer in (self.preflight(origin), self.ask("GET", "/api/tags", headers=[("Origin", origin)])):
+                    self.assertIn(answer.status, (200, 204))
+                    self.assertEqual([name for name in answer.headers if name.startswith("access-control")], [])
+
+    def test_answers_to_a_known_origin_can_be_read_by_it(self):
+        for label, answer in (
+            ("an answer", self.ask("GET", "/api/tags", headers=[("Origin", PAGE)])),
+            ("a stream", self.ask("POST", "/api/chat", CHAT, headers=[("Origin", PAGE)])),
+            ("a refusal", self.ask("GET", "/api/tags", token="", headers=[("Origin", PAGE)])),
+            ("an unknown route", self.ask("GET", "/api/nonsense", headers=[("Origin", PAGE)])),
+            ("a page of ours", self.ask("GET", "/health", headers=[("Origin", PAGE)])),
+        ):
+            with self.subTest(label):
+                self.assertEqual(answer.headers.get("access-control-allow-origin"), PAGE)
+                self.assertIn("origin", answer.headers["vary"].lower())
+
+    def test_no_origin_may_send_cookies(self):
+        self.assertNotIn("access-control-allow-credentials", self.preflight().headers)
+
+    def test_the_upstreams_own_cors_headers_end_here(self):
+        self.fake.replies["/api/tags"] = Reply.json(200, {}, Access_Control_Allow_Origin="http://localhost",
+                                                    Access_Control_Allow_Credentials="true")
+        answer = self.ask("GET", "/api/tags", headers=[("Origin", PAGE)])
+        self.assertEqual(answer.headers["access-control-allow-origin"], PAGE)
+        self.assertNotIn("access-control-allow-credentials", answer.headers)
+
+    def test_a_star_lets_every_origin_read(self):
+        server = self.serve(cors_origins="*")
+        for answer in (self.preflight(server=server), self.ask("GET", "/api/tags", headers=[("Origin", PAGE)], server=server)):
+            self.assertIn(answer.headers["access-control-allow-origin"], ("*", PAGE))
+
+    def test_without_configured_origins_nobody_is_told_anything(self):
+        server = self.serve()
+        for answer in (self.preflight(server=server), self.ask("GET", "/api/tags", headers=[("Origin", PAGE)], server=server)):
+            self.assertIn(answer.status, (200, 204))
+            self.assertEqual([name for name in answer.headers if name.startswith("access-control")], [])
+
+
+# == Path tokens ==============================================================
+
+
+class PathTokens(GatewayCase):
+
+    flags = {"path_tokens": "1", "base_path": "/ollama"}
+
+    def at(self, rest, secret=None, method="GET", **kwargs):
+        return self.ask(method, f"/t/{secret or self.token}{rest}", token="", **kwargs)
+
+    def test_a_secret_in_the_path_opens_the_whole_surface(self):
+        for rest, upstream in (("/api/tags", "/api/tags"), ("/ollama/tags", "/api/tags"), ("/v1/models", "/v1/models"), ("/health", None)):
+            with self.subTest(rest):
+                self.fake.received.clear()
+                self.assertStatus(self.at(rest), 200)
+                self.assertEqual([path for method, path in self.seen() if path != "/api/version"], [upstream] if upstream else [])
+
+    def test_the_ollama_commands_first_words_are_answered(self):
+        self.assertStatus(self.at("/", method="HEAD"), 200)
+        self.assertEqual(self.at("/").body, b"Ollama is running")
+        self.assertEqual(self.fake.received, [])
+
+    def test_its_heartbeat_is_answered_whatever_the_secret(self):
+        for method in ("GET", "HEAD"):
+            with self.subTest(method):
+                self.assertStatus(self.at("/", "nonsense", method), 200)
+
+    def test_a_bad_secret_is_forbidden_in_the_words_of_the_401(self):
+        refused = self.assertRefused(self.ask("GET", "/ollama/tags", token="ogw_nonsense"), 401)
+        for secret in ("nonsense", self.token[:-1], self.token + "x", self.token.swapcase()):
+            with self.subTest(secret):
+                self.assertEqual(self.assertRefused(self.at("/api/tags", secret), 403), refused)
+
+    def test_a_second_credential_beside_it_is_malformed(self):
+        for headers in (bearer(self.token), bearer(self.admin), [("x-api-key", self.token)], bearer("nonsense")):
+            with self.subTest(headers):
+                self.assertRefused(self.at("/api/tags", headers=headers), 400)
+
+    def test_an_administrators_secret_manages(self):
+        for secret, status in ((self.token, 403), (self.admin, 200)):
+            self.assertStatus(self.at("/api/delete", secret, "DELETE", body=MODEL_BODY), status)
+
+    def test_no_prefix_stands_behind_another(self):
+        for rest in (f"/t/{self.token}/api/tags", "/api/nonsense", "//api/tags", ""):
+            with self.subTest(rest):
+                self.assertStatus(self.at(rest), 404)
+        for path in ("/t//api/tags", "/t/", "/t", f"/T/{self.token}/api/tags"):
+            with self.subTest(path):
+                self.assertIn(self.ask("GET", path, token="").status, (403, 404))
+        self.assertEqual(self.fake.received, [])
+
+    def test_the_secret_goes_neither_up_nor_into_the_log(self):
+        self.assertStatus(self.at("/api/tags?x=1"), 200)
+        self.assertEqual(self.logged()["path"], "/t/*/api/tags")
+        upstream = self.upstream()
+        self.assertNotIn(self.token, repr(upstream) + "".join(self.lines))
+
+    def test_with_the_option_off_there_is_no_such_path_and_still_no_secret_in_the_log(self):
+        server = self.serve()
+        for secret in (self.token, "a-secret-of-another-form"):
+            with self.subTest(secret):
+                self.lines.clear()
+                self.assertStatus(self.ask("GET", f"/t/{secret}/api/tags", token="", server=server), 404)
+                self.assertEqual(self.logged()["path"][:4], "/t/*")
+                self.assertNotIn(secret, "".join(self.lines))
+
+    def test_headers_still_work_beside_the_option(self):
+        self.assertStatus(self.ask("GET", "/ollama/tags"), 200)
+        self.assertStatus(self.ask("GET", "/api/tags"), 404)
+
+
+# == Forwarding ===============================================================
+
+PASSED_ON = (("Accept", "application/x-ndjson, */*;q=0.1"), ("Content-Type", 'application/json; x="a b"'),
+             ("User-Agent", "ollama-python/0.5 (x86_64)"), ("X-Request-Id", "req-1.A_b"), ("Anthropic-Version", "2023-06-01"),
+             ("anthropic-beta", "tools-2024"), ("OpenAI-Beta", "assistants=v2"))
+KEPT_BACK = (("Cookie", "session=1"), ("Origin", "http://localhost"), ("Referer", "http://localhost/chat"), ("Forwarded", "for=1.2.3.4"),
+             ("X-Forwarded-For", "1.2.3.4"), ("X-Forwarded-Host", "evil.example"), ("X-Real-Ip", "1.2.3.4"), ("Via", "1.1 proxy"),
+             ("Accept-Language", "de"), ("Proxy-Authorization", "Basic x"), ("Proxy-Connection", "keep-alive"), ("Keep-Alive", "timeout=5"),
+             ("TE", "trailers"), ("Upgrade", "h2c"), ("Trailer", "X-T"), ("X-Stainless-Lang", "python"), ("X-Whatever", "1"),
+             ("Range", "bytes=0-1"),
+             ("If-None-Match", '"x"'), ("Cache-Control", "no-cache"))
+BODIES = (
+    ("JSON as nobody would write it", b' {"model" :"tiny",\n\t"messages": [], "n": 1.0e+02, "n": 2, "u": "\\u00e9\xc3\xa9"}\n\n'),
+    ("two values", b'{"model":"tiny","stream":false}{"x":1}'),
+    ("no JSON at all", bytes(range(256))),
+    ("nothing", b""),
+    ("three megabytes", b'{"model":"tiny","images":["' + b"iVBORw0KGgo" * 280_000 + b'"]}'),
+)
+
+
+class Forwarding(GatewayCase):
+
+    def test_only_the_listed_headers_go_up(self):
+        self.ask("POST", "/api/chat", CHAT, headers=PASSED_ON + KEPT_BACK)
+        headers = self.upstream().headers
+        for name, value in PASSED_ON:
+            self.assertEqual(headers.pop(name.lower()), value)
+        self.assertEqual(headers.pop("host"), "127.0.0.1:%d" % self.fake.server_address[1])
+        self.assertEqual(headers.pop("accept-encoding"), "identity")
+        self.assertLessEqual(set(headers), {"content-length", "connection"}, headers)
+
+    def test_no_credential_goes_up(self):
+        for headers in (bearer(self.token), [("x-api-key", self.token)]):
+            self.fake.received.clear()
+            self.assertStatus(self.ask("GET", "/api/tags", token="", headers=headers), 200)
+            self.assertNotIn(self.token, repr(self.upstream()))
+
+    def test_what_the_client_names_in_connection_ends_here(self):
+        self.ask("POST", "/api/chat", CHAT, headers=(("Connection", "keep-alive, Anthropic-Beta ,openai-beta"), ("anthropic-beta", "1"),
+                                                     ("OpenAI-Beta", "2"), ("anthropic-version", "3")))
+        headers = self.upstream().headers
+        self.assertEqual(sorted(name for name in headers if name.startswith(("anthropic", "openai"))), ["anthropic-version"])
+
+    def test_the_clients_request_id_goes_up_with_the_request(self):
+        answer = self.ask("GET", "/api/tags", headers=[("X-Request-Id", "req-7")])
+        self.assertEqual((answer.headers["x-request-id"], self.upstream().headers["x-request-id"]), ("req-7", "req-7"))
+
+    def test_the_body_goes_up_byte_for_byte(self):
+        for label, body in BODIES:
+            for framing in ("length", "chunks"):
+                with self.subTest(label, framing=framing), Client(self.server.server_address) as client:
+                    self.fake.received.clear()
+                    self.fake.replies["/api/chat"] = Reply.json(200, {})
+                    if framing == "length":
+                        client.send(request("POST", "/api/chat", body, bearer(self.token)))
+                    else:
+                        head = request("POST", "/api/chat", None, [*bearer(self.token), ("Transfer-Encoding", "chunked")])
+                        client.send(head, chunked(*(body[start:start + 50_000] for start in range(0, len(body), 50_000))))
+                    self.assertStatus(client.answer(), 200)
+                    self.assertTrue(self.upstream().body == body, "the body was changed")
+
+    def test_a_compressed_body_of_an_administrator_passes_as_it_is(self):
+        body = b"\x28\xb5\x2f\xfd not really zstd"
+        self.ask("POST", "/v1/responses", body, headers=[("Content-Encoding", "zstd")], token=self.admin)
+        upstream = self.upstream()
+        self.assertEqual((upstream.body, upstream.headers["content-encoding"]), (body, "zstd"))
+
+    def test_a_delete_keeps_its_body(self):
+        self.assertStatus(self.ask("DELETE", "/api/delete", {"model": "tiny"}, token=self.admin), 200)
+        self.assertEqual(self.upstream().body, b'{"model":"tiny"}')
+
+    def test_a_request_without_a_body_gets_none(self):
+        self.ask("GET", "/api/tags")
+        headers = self.upstream().headers
+        self.assertNotIn("transfer-encoding", headers)
+        self.assertEqual(headers.get("content-length", "0"), "0")
+
+    def test_blobs_are_streamed_through(self):
+        path = f"/api/blobs/{DIGEST}"
+        for framing, last in ((("Transfer-Encoding", "chunked"), b"3\r\ndef\r\n0\r\n\r\n"), (("Content-Length", "6"), b"def")):
+            with self.subTest(framing):
+                self.fake.received.clear()
+                self.fake.arrived = 0
+                first = b"abc" if framing[0] == "Content-Length" else b"3\r\nabc\r\n"
+                client = self.client()
+                client.send(request("POST", path, None, [*bearer(self.admin), framing]) + first)
+                eventually(lambda: self.fake.arrived == 3, "the first piece's arrival")
+                client.send(last)
+                self.assertStatus(client.answer(), 200)
+                self.assertEqual(self.upstream().body, b"abcdef")
+
+    def test_a_client_that_waits_to_continue_is_told_to(self):
+        client = self.client()
+        client.send(request("POST", "/api/chat", None, [*bearer(self.token), ("Content-Length", "2"), ("Expect", "100-continue")]))
+        self.assertEqual(client.answer().status, 100)
+        client.send(b"{}")
+        self.assertStatus(client.answer(), 200)
+        self.assertNotIn("expect", self.upstream().headers)
+
+    def test_a_client_that_waits_to_continue_in_vain_is_refused_at_once(self):
+        client = self.client()
+        client.send(request("POST", "/api/chat", None, [("Content-Length", "1000000"), ("Expect", "100-continue")]))
+        self.assertRefused(client.answer(), 401)
+
+    def test_another_expectation_fails(self):
+        self.assertRefused(self.ask("POST", "/api/chat", CHAT, headers=[("Expect", "miracles")]), 417)
+
+    def test_every_status_and_body_of_the_upstream_is_passed_on(self):
+        for status in (200, 201, 400, 401, 403, 404, 429, 499, 500, 503):
+            with self.subTest(status):
+                self.fake.replies["/api/chat"] = Reply.body(status, b'{"error" : "caf\xc3\xa9" }\n', Content_Type="application/json; x=1")
+                answer = self.ask("POST", "/api/chat", CHAT)
+                self.assertEqual((answer.status, answer.body, answer.headers["content-type"], answer.ended),
+                                 (status, b'{"error" : "caf\xc3\xa9" }\n', "application/json; x=1", "clean"))
+
+    def test_an_answer_without_a_content_type_gets_none(self):
+        answer = self.ask("POST", "/api/copy", {"source": "a", "destination": "b"}, token=self.admin)
+        self.assertEqual((answer.status, answer.body, answer.headers.get("content-type"), answer.headers["content-length"]), (200, b"", None, "0"))
+
+    def test_answers_without_a_body_end_cleanly(self):
+        for status in (204, 304):
+            with self.subTest(status):
+                self.fake.replies["/api/tags"] = Reply.raw(b"HTTP/1.1 %d X\r\nETag: x\r\n\r\n" % status)
+                client = self.client()
+                client.send(request("GET", "/api/tags", headers=bearer(self.token)) + request("GET", "/", headers=bearer(self.token)))
+                self.assertStatus(client.answer(), status)
+                self.assertEqual(client.answer().body, b"Ollama is running")
+
+    def test_redirects_are_passed_on_and_not_followed(self):
+        for status in (301, 302, 307, 308):
+            with self.subTest(status):
+                self.fake.received.clear()
+                self.fake.replies["/api/chat"] = Reply.body(status, b"", Location="/api/tags")
+                answer = self.ask("POST", "/api/chat", CHAT)
+                self.assertEqual((answer.status, answer.headers["location"]), (status, "/api/tags"))
+                self.assertEqual(self.seen(), [("POST", "/api/chat")])
+
+    def test_interim_answers_of_the_upstream_are_skipped(self):
+        self.fake.replies["/api/tags"] = Reply.raw(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n",
+                                                   b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        answer = self.ask("GET", "/api/tags")
+        self.assertEqual((answer.status, answer.body), (200, b"{}"))
+
+    def test_the_upstreams_connection_headers_end_here(self):
+        self.fake.replies["/api/tags"] = Reply.raw(
+            b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: keep-alive, X-Private\r\nX-Private: 1\r\nKeep-Alive: timeout=5\r\n"
+            b"Proxy-Authenticate: Basic\r\nUpgrade: h2c\r\nTrailer: X-T\r\n\r\n{}")
+        answer = self.ask("GET", "/api/tags")
+        self.assertEqual((answer.status, answer.body), (200, b"{}"))
+        self.assertEqual(set(answer.headers) & {"x-private", "keep-alive", "proxy-authenticate", "upgrade", "trailer"}, set())
+        self.assertNotIn("X-Private", answer.headers.get("connection", ""))
+
+    def test_proxies_of_the_environment_are_not_asked(self):
+        proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"), "http://127.0.0.1:1")
+        with unittest.mock.patch.dict(os.environ, proxies, no_proxy="", NO_PROXY=""):
+            self.assertStatus(self.ask("GET", "/api/tags", server=self.serve()), 200)
+
+    def test_a_path_prefix_of_the_upstream_is_kept(self):
+        for prefix in ("/prefix", "/prefix/"):
+            with self.subTest(prefix):
+                self.fake.received.clear()
+                server = self.serve(ollama_url=self.fake.url + prefix)
+                self.ask("GET", "/api/tags", server=server)
+                self.ask("GET", "/v1/models", server=server)
+                self.assertEqual(self.seen(), [("GET", "/prefix/api/tags"), ("GET", "/prefix/v1/models")])
+
+    @unittest.skipUnless(ipv6_loopback(), "this machine has no IPv6")
+    def test_an_upstream_may_have_an_ipv6_address(self):
+        fake = self.enter(running(FakeOllama(host="::1")))
+        self.assertStatus(self.ask("GET", "/api/tags", server=self.serve(ollama_url=fake.url)), 200)
+        self.assertEqual(dict(fake.received[0].headers)["Host"], "[::1]:%d" % fake.server_address[1])
+
+
+# == Relaying =================================================================
+
+STREAMS = (   # label, path, content type, first and last piece
+    ("NDJSON", "/api/chat", NDJSON, b'{"message":{"content":"a"},"done":false}\n', b'{"done":true}\n'),
+    ("SSE", "/v1/chat/completions", SSE, b'data: {"choices":[]}\n\n', b"data: [DONE]\n\n"),
+    ("half a line", "/api/generate", NDJSON, b'{"response":"caf\xc3', b'\xa9"}\n'),
+    ("progress", "/api/pull", NDJSON, b'{"status":"pulling manifest"}\n', b'{"status":"success"}\n'),
+)
+
+
+class Relaying(GatewayCase):
+
+    def test_the_first_piece_arrives_while_the_last_is_held_back(self):
+        for label, path, kind, first, last in STREAMS:
+            with self.subTest(label):
+                hold = self.hold()
+                self.fake.replies[path] = Reply.stream(first, hold, last, kind=kind)
+                client = self.begin("POST", path, CHAT, token=self.admin)
+                answer = client.read(client.head(), until=first)
+                self.assertEqual((answer.body, answer.ended), (first, None))
+                hold.set()
+                self.assertEqual((client.read(answer).body, answer.ended), (first + last, "clean"))
+
+    def test_a_body_of_known_length_is_not_held_back_either(self):
+        hold = self.hold()
+        self.fake.replies["/api/tags"] = Reply.stream(b"first", hold, b"last", kind=JSON, length=9)
+        client = self.begin("GET", "/api/tags")
+        answer = client.read(client.head(), until=b"first")
+        self.assertEqual(answer.headers["content-length"], "9")
+        hold.set()
+        self.assertEqual((client.read(answer).body, answer.ended), (b"firstlast", "clean"))
+
+    def test_the_head_arrives_before_the_first_piece(self):
+        hold = self.hold()
+        self.fake.replies["/api/chat"] = Reply.stream(hold, b"late\n")
+        client = self.begin("POST", "/api/chat", CHAT)
+        answer = client.head()
+        self.assertStatus(answer, 200)
+        hold.set()
+        self.assertEqual(client.read(answer).body, b"late\n")
+
+    def test_streams_say_what_they_are_and_must_not_be_buffered(self):
+        for label, path, kind, first, last in STREAMS:
+            with self.subTest(label):
+                self.fake.replies[path] = Reply.stream(first, last, kind=kind)
+                answer = self.ask("POST", path, CHAT, token=self.admin)
+                self.assertEqual((answer.headers["content-type"], answer.headers["x-accel-buffering"], answer.headers["transfer-encoding"]),
+                                 (kind, "no", "chunked"))
+        self.assertNotIn("x-accel-buffering", self.ask("GET", "/api/tags").headers)
+
+    def test_bytes_are_not_altered_however_they_are_cut(self):
+        whole = b'{"a":"\xc3\xa9\\u0000"}\r\n\n {"b":1}\n' + bytes(range(256)) + b"x" * 200_000
+        for size in (1, 7, 4096, 10 ** 6):
+            with self.subTest(size):
+                part = whole[:400] if size < 8 else whole
+                self.fake.replies["/api/chat"] = Reply.stream(*(part[start:start + size] for start in range(0, len(part), size)))
+                answer = self.ask("POST", "/api/chat", CHAT)
+                self.assertTrue(answer.body == part)
+                self.assertEqual(answer.ended, "clean")
+
+    def test_an_http_1_0_client_gets_a_stream_without_chunks(self):
+        for path in ("/api/chat", "/api/show"):
+            with self.subTest(path):
+                self.fake.replies[path] = Reply.stream(b"one\n", b"two\n")
+                client = self.client()
+                client.send(request("POST", path, CHAT, bearer(self.token), version="1.0"))
+                answer = client.answer()
+                self.assertNotIn("transfer-encoding", answer.headers)
+                self.assertEqual((answer.body, answer.ended), (b"one\ntwo\n", "clean"))
+                self.assertIsNone(client.answer(), "the connection must end with the answer")
+
+    def test_an_upstream_that_ends_its_answer_by_closing_is_relayed(self):
+        for version in (b"1.0", b"1.1"):
+            with self.subTest(version):
+                head = b"HTTP/%s 200 OK\r\nContent-Type: application/json\r\n\r\n" % version
+                self.fake.replies["/api/tags"] = Reply.raw(head, b'{"models"', b":[]}")
+                answer = self.ask("GET", "/api/tags")
+                self.assertEqual((answer.status, answer.body, answer.ended), (200, b'{"models":[]}', "clean"))
+
+    def test_one_connection_carries_many_requests(self):
+        client = self.client()
+        for number in range(3):
+            self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(self.token)), 200)
+            self.assertEqual(client.ask("POST", "/api/chat", CHAT, bearer(self.token)).ended, "clean")
+
+    def test_a_client_that_asks_to_close_is_closed(self):
+        client = self.client()
+        self.assertStatus(client.ask("GET", "/api/tags", headers=[*bearer(self.token), ("Connection", "Close")]), 200)
+        self.assertIsNone(client.answer())
+
+    def test_pipelined_requests_are_answered_in_order(self):
+        client = self.client()
+        bodies = [{"model": f"m{number}", "stream": number % 2 == 0} for number in range(6)]
+        client.send(b"".join(request("POST", "/api/generate", body, bearer(self.token)) for body in bodies)
+                    + request("GET", "/", headers=[("Connection", "close")]))
+        answers = client.everything()
+        self.assertEqual([re.search(rb'"model":"(m\d)"', answer.body).group(1).decode() for answer in answers[:-1]],
+                         [f"m{number}" for number in range(6)])
+        self.assertEqual(answers[-1].body, b"Ollama is running")
+
+    def test_a_client_that_sends_ahead_has_not_left(self):
+        hold = self.hold()
+        self.fake.replies["/api/chat"] = [Reply.stream(hold, b"one\n"), Reply.stream(b"two\n")]
+        client = self.begin("POST", "/api/chat", CHAT)
+        eventually(lambda: self.fake.received)
+        client.send(request("POST", "/api/chat", CHAT, bearer(self.token)))
+        hold.set()
+        self.assertEqual([client.answer().body, client.answer().body], [b"one\n", b"two\n"])
+
+    def test_upstream_connections_are_used_again(self):
+        for number in range(5):
+            self.assertStatus(self.ask("GET", "/api/tags"), 200)
+            self.assertEqual(self.ask("POST", "/api/chat", CHAT).ended, "clean")
+        self.assertEqual(self.fake.accepted, 1)
+
+    def test_an_upstream_connection_that_died_idle_is_replaced(self):
+        for method, path, body in (("GET", "/api/tags", None), ("POST", "/api/chat", CHAT), ("POST", f"/api/blobs/{DIGEST}", b"blob")):
+            with self.subTest(path):
+                self.assertStatus(self.ask("GET", "/api/version"), 200)
+                self.fake.drop()
+                self.assertStatus(self.ask(method, path, body, token=self.admin), 200)
+
+    def test_an_upstream_that_restarted_is_found_again(self):
+        for number in range(4):
+            self.begin("GET", "/api/version").answer()
+        port = self.fake.server_address[1]
+        self.fake.shutdown()
+        self.fake.server_close()
+        self.fake = self.enter(running(FakeOllama(port)))
+        for number in range(4):
+            self.assertStatus(self.ask("POST", "/api/chat", CHAT), 200)
+
+    def test_a_request_whose_reused_connection_dies_is_sent_once_more(self):
+        self.assertStatus(self.ask("GET", "/api/version"), 200)
+        self.fake.received.clear()
+        self.fake.replies["/api/chat"] = [cut, Reply.json(200, {"done": True})]
+        answer = self.ask("POST", "/api/chat", CHAT)
+        self.assertEqual((answer.status, answer.body), (200, b'{"done":true}'))
+        self.assertEqual([seen.body for seen in self.fake.received], [compact(CHAT)] * 2)
+        self.assertEqual(self.fake.accepted, 2, "the second try needs a connection of its own")
+
+    def test_it_is_sent_once_more_and_no_more(self):
+        self.assertStatus(self.ask("GET", "/api/version"), 200)
+        self.fake.received.clear()
+        self.fake.replies["/api/chat"] = cut
+        self.assertRefused(self.ask("POST", "/api/chat", CHAT), 502)
+        self.assertEqual(len(self.fake.received), 2)
+
+    def test_a_request_on_a_new_connection_is_sent_but_once(self):
+        self.fake.replies["/api/chat"] = cut
+        self.assertRefused(self.ask("POST", "/api/chat", CHAT), 502)
+        self.assertEqual(len(self.fake.received), 1)
+
+    def test_an_answer_that_began_is_never_asked_for_again(self):
+        self.assertStatus(self.ask("GET", "/api/version"), 200)
+        self.fake.received.clear()
+        self.fake.replies["/api/chat"] = Reply.raw(b"HTTP/1.1 2")
+        self.assertRefused(self.ask("POST", "/api/chat", CHAT), 502)
+        self.assertEqual(len(self.fake.received), 1)
+
+    def test_a_body_that_was_streamed_is_not_sent_again(self):
+        self.assertStatus(self.ask("GET", "/api/version"), 200)
+        self.fake.received.clear()
+        self.fake.replies[f"/api/blobs/{DIGEST}"] = cut
+        self.assertRefused(self.ask("POST", f"/api/blobs/{DIGEST}", b"blob", token=self.admin), 502)
+        self.assertEqual(len(self.fake.received), 1)
+
+    def test_surplus_bytes_after_an_answer_end_the_connections_reuse(self):
+        surplus = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
+        for label, framing in (("a length", b"Content-Length: 4\r\n\r\ngood"),
+                               ("chunks", b"Transfer-Encoding: chunked\r\n\r\n4\r\ngood\r\n0\r\n\r\n")):
+            with self.subTest(label):
+                hold = self.hold()
+                self.fake.replies["/api/tags"] = Reply.raw(b"HTTP/1.1 200 OK\r\n" + framing + surplus, hold)
+                self.assertEqual(self.ask("GET", "/api/tags").body, b"good")
+                self.assertEqual(self.ask("GET", "/api/version").json(), {"version": "0.9.3"})
+                hold.set()
+
+    def test_a_client_that_reads_nothing_stops_the_upstream(self):
+        stalled = threading.Event()
+
+        def flood(exchange):
+            exchange.connection.settimeout(0.5)   # to send 64 KiB: only a full pipe takes that long
+            try:
+                for _ in range(4096):
+                    exchange.send(b"x" * 65536)
+            except socket.timeout:
+                stalled.set()
+                raise Cut from None
+        self.fake.replies["/api/chat"] = Reply.stream(flood)
+        client = self.begin("POST", "/api/chat", CHAT)
+        client.head()
+        self.assertTrue(stalled.wait(GUARD), "a quarter of a gigabyte went somewhere")
+
+
+FIRST_LINE = b'{"message":{"content":"a"},"done":false}\n'
+PHASES = (   # label, request body, the stand-in's reply, what the client has read when it leaves
+    ("before the first byte", CHAT, Reply.raw(until_hangup), None),
+    ("before the first byte of an unstreamed answer", {**CHAT, "stream": False}, Reply.raw(until_hangup), None),
+    ("after the head", CHAT, Reply.stream(until_hangup), b""),
+    ("mid-stream", CHAT, Reply.stream(FIRST_LINE, until_hangup), FIRST_LINE),
+    ("within an answer of known length", {**CHAT, "stream": False}, Reply.stream(FIRST_LINE, until_hangup, length=1000), FIRST_LINE),
+)
+
+
+class Leaving(GatewayCase):
+    """A client that goes takes its request along, wherever the answer stands."""
+
+    def assert_dropped(self):
+        self.assertEqual(self.fake.hangups.get(timeout=GUARD), "/api/chat")
+        self.assertEqual(self.logged(lambda fields: fields["path"] == "/api/chat")["outcome"], "left")
+
+    def leave(self, way, body, reply, read, **how):
+        self.fake.replies["/api/chat"] = reply
+        self.fake.received.clear()
+        self.lines.clear()
+        client = self.begin("POST", "/api/chat", body, **how)
+        eventually(lambda: self.fake.received, "the request's arrival upstream")
+        if read is not None:
+            client.read(client.head(), until=read or None) if read else client.head()
+        way(client)
+        self.assert_dropped()
+
+    def test_the_upstream_request_is_dropped(self):
+        for (phase, body, reply, read), (how, way) in itertools.product(PHASES, LEAVING):
+            with self.subTest(phase, client=how):
+                self.leave(way, body, reply, read)
+
+    def test_a_client_that_sent_ahead_is_missed_too(self):
+        for (phase, body, reply, read), ahead in itertools.product(PHASES, (b"{}", b"x" * 100_000)):
+            with self.subTest(phase, ahead=len(ahead)):
+                def send_ahead_and_close(client, ahead=ahead):
+                    client.send(request("POST", "/api/chat", ahead, bearer(self.token)))
+                    client.close()
+                self.leave(send_ahead_and_close, body, reply, read)
+
+    def test_one_that_does_not_read_and_closes_its_half_is_missed_too(self):
+        def endless(exchange):
+            while True:
+                exchange.send(b"x" * 65536)
+        self.fake.replies["/api/chat"] = Reply.stream(endless)
+        client = self.client()
+        client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.send(request("POST", "/api/chat", CHAT, bearer(self.token)))
+        eventually(lambda: self.fake.received)
+        client.half_close()
+        self.assert_dropped()
+
+    def test_a_blob_whose_sender_leaves_never_ends_well(self):
+        for label, framing, sent in (("chunks", ("Transfer-Encoding", "chunked"), b"3\r\nabc\r\n"), ("a length", ("Content-Length", "6"), b"abc")):
+            for how, way in LEAVING:
+                with self.subTest(label, client=how):
+                    self.fake.broken.clear()
+                    self.fake.arrived = 0
+                    client = self.client()
+                    client.send(request("POST", f"/api/blobs/{DIGEST}", None, [*bearer(self.admin), framing]) + sent)
+                    eventually(lambda: self.fake.arrived == 3)
+                    way(client)
+                    eventually(lambda: self.fake.broken, "the stand-in's noticing")
+        self.assertEqual(self.fake.received, [])
+
+    def test_the_next_request_is_served(self):
+        self.leave(Client.close, *PHASES[0][1:])
+        self.fake.replies.clear()
+        self.assertStatus(self.ask("POST", "/api/chat", CHAT), 200)
+
+
+# == Outage ===================================================================
+
+NONSENSE = (   # label, what an upstream says instead of HTTP
+    ("nothing", b""),
+    ("another protocol", b"SSH-2.0-OpenSSH_9.2\r\n"),
+    ("a page without a head", b"<html>hello</html>"),
+    ("half a head", b"HTTP/1.1 200 OK\r\nContent-Le"),
+    ("another version", b"HTTP/2.0 200 OK\r\nContent-Length: 2\r\n\r\n{}"),
+    ("a status of words", b"HTTP/1.1 fine OK\r\nContent-Length: 2\r\n\r\n{}"),
+    ("a status too short", b"HTTP/1.1 20 OK\r\nContent-Length: 2\r\n\r\n{}"),
+    ("a status beyond", b"HTTP/1.1 1000 OK\r\nContent-Length: 2\r\n\r\n{}"),
+    ("a switch of protocols", b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\n\r\n"),
+    ("a line without a colon", b"HTTP/1.1 200 OK\r\nnonsense\r\nContent-Length: 2\r\n\r\n{}"),
+    ("a space before the colon", b"HTTP/1.1 200 OK\r\nContent-Length : 2\r\n\r\n{}"),
+    ("a folded line", b"HTTP/1.1 200 OK\r\nContent-Type: a\r\n b\r\nContent-Length: 2\r\n\r\n{}"),
+    ("a NUL", b"HTTP/1.1 200 OK\r\nContent-Type: a\0b\r\nContent-Length: 2\r\n\r\n{}"),
+    ("a bare CR", b"HTTP/1.1 200 OK\r\nContent-Type: a\rSet-Cookie: b\r\nContent-Length: 2\r\n\r\n{}"),
+    ("a megabyte of header", b"HTTP/1.1 200 OK\r\nX-Big: " + b"x" * 1048576 + b"\r\nContent-Length: 2\r\n\r\n{}"),
+    ("a megabyte of headers", b"HTTP/1.1 200 OK\r\n" + b"X-Many: x\r\n" * 100_000 + b"Content-Length: 2\r\n\r\n{}"),
+    ("both framings", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"),
+    ("two lengths", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}x"),
+    ("a length of words", b"HTTP/1.1 200 OK\r\nContent-Length: two\r\n\r\n{}"),
+    ("a negative length", b"HTTP/1.1 200 OK\r\nContent-Length: -2\r\n\r\n{}"),
+    ("a length with a sign", b"HTTP/1.1 200 OK\r\nContent-Length: +2\r\n\r\n{}"),
+    ("another transfer coding", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"),
+    ("chunks in HTTP/1.0", b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"),
+)
+LINE = b'{"response":"a","done":false}\n'
+EVENT = b'data: {"choices":[]}\n\n'
+HALF_LINE, HALF_EVENT = LINE + b'{"response":"b', EVENT + b'data: {"cho'
+
+
+class UnreadingOllama:
+    """A server on the loopback that reads a request's beginning, says its piece, and reads no more."""
+
+    def __init__(self, says):
+        self._says, self._listener, self._release = says, socket.create_server(("127.0.0.1", 0)), threading.Event()
+        self._listener.settimeout(GUARD)
+        self._left = False
+        self.url = "http://127.0.0.1:%d" % self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._serve)
+
+    def _serve(self):
+        with self._listener.accept()[0] as connection:
+            connection.settimeout(GUARD)
+            connection.recv(4096)
+            connection.sendall(self._says)
+            self._release.wait(GUARD)
+            with contextlib.suppress(ConnectionError):
+                while connection.recv(65536):
+                    pass
+            self._left = True
+
+    def hung_up(self):
+        """Read on, and tell whether the other side has left."""
+        self._release.set()
+        self._thread.join(GUARD)
+        return self._left
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info):
+        self._release.set()
+        self._listener.close()
+        self._thread.join(GUARD)
+
+
+class Outage(GatewayCase):
+
+    def test_an_upstream_that_cannot_be_reached_is_a_bad_gateway(self):
+        self.fake.server_close()
+        for method, path in (("POST", "/api/chat"), ("GET", "/v1/models"), ("POST", "/v1/messages")):
+            with self.subTest(path):
+                self.assertRefused(self.ask(method, path, CHAT if method == "POST" else None), 502, path)
+
+    def test_it_is_found_again_when_it_comes_back(self):
+        port = self.fake.server_address[1]
+        self.fake.shutdown()
+        self.fake.server_close()
+        self.assertRefused(self.ask("GET", "/api/tags"), 502)
+        self.enter(running(FakeOllama(port)))
+        self.assertStatus(self.ask("GET", "/api/tags"), 200)
+
+    @unittest.skipUnless(sys.platform == "linux", "needs Linux's full backlog to swallow connections")
+    def test_an_upstream_that_takes_no_connection_is_given_up(self):
+        deaf = self.enter(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(2):   # fill its backlog
+            knock = self.enter(socket.socket())
+            knock.setblocking(False)
+            knock.connect_ex(deaf.getsockname())
+        server = self.serve(ollama_url="http://127.0.0.1:%d" % deaf.getsockname()[1], connect_timeout="0.3s")
+        self.assertRefused(self.ask("GET", "/api/tags", server=server), 502)
+
+    def test_a_silent_upstream_is_a_timeout_that_names_the_flag(self):
+        server = self.serve(first_byte_timeout="0.3s")
+        for path, reply in (("/api/chat", Reply.raw(until_hangup)),
+                            ("/v1/chat/completions", Reply.raw(b"HTTP/1.1 100 Continue\r\n\r\n", until_hangup)),
+                            ("/v1/messages", Reply.raw(b"HTTP/1.1 200 OK\r\nContent-", until_hangup))):
+            with self.subTest(path):
+                self.fake.replies[path] = reply
+                self.assertIn("--first-byte-timeout", self.assertRefused(self.ask("POST", path, CHAT, server=server), 504, path))
+                self.assertEqual(self.fake.hangups.get(timeout=GUARD), path)
+
+    def test_an_upstream_that_talks_nonsense_is_a_bad_gateway(self):
+        for label, said in NONSENSE:
+            with self.subTest(label):
+                self.fake.replies["/api/chat"] = Reply.raw(said)
+                self.assertRefused(self.ask("POST", "/api/chat", CHAT), 502)
+        self.fake.replies.clear()
+        self.assertStatus(self.ask("GET", "/api/tags"), 200)
+
+    def assert_broken(self, client, sent, ending):
+        """The client has got what was sent and then just this ending, with an error in it, and no clean end."""
+        answer = client.answer()
+        self.assertStatus(answer, 200)
+        self.assertEqual(answer.ended, "cut")
+        self.assertEqual(answer.body[:len(sent)], sent)
+        said = re.fullmatch(ending, answer.body[len(sent):])
+        self.assertTrue(said, answer)
+        self.assertTrue(json.loads(said.group(1))["error"], answer)
+        self.assertIsNone(client.answer())
+
+    def test_a_stream_that_breaks_says_so_in_a_last_line_and_does_not_end_cleanly(self):
+        for label, path, kind, sent, ending in (
+            ("NDJSON between two lines", "/api/chat", NDJSON, LINE, rb'(\{"error":.*\})\n'),
+            ("NDJSON within a line", "/api/chat", NDJSON, HALF_LINE, rb'\n(\{"error":.*\})\n'),
+            ("NDJSON before any line", "/api/chat", NDJSON, b"", rb'(\{"error":.*\})\n'),
+            ("SSE between two events", "/v1/chat/completions", SSE, EVENT, rb'data: (\{"error":.*\})\n\n'),
+            ("SSE within a line", "/v1/chat/completions", SSE, HALF_EVENT, rb'\n\n?data: (\{"error":.*\})\n\n'),
+            ("SSE within an event", "/v1/chat/completions", SSE, EVENT + EVENT[:-1], rb'\n?data: (\{"error":.*\})\n\n'),
+        ):
+            with self.subTest(label):
+                pieces = [sent] if sent else []
+                self.fake.replies[path] = Reply.stream(*pieces, cut, kind=kind)
+                self.assert_broken(self.begin("POST", path, {**CHAT, "stream": True}), sent, ending)
+
+    def test_a_stream_that_stalls_is_broken_off(self):
+        server = self.serve(stall_timeout="0.3s")
+        self.fake.replies["/api/chat"] = Reply.stream(HALF_LINE, until_hangup)
+        self.assert_broken(self.begin("POST", "/api/chat", CHAT, server=server), HALF_LINE, rb'\n(\{"error":.*\})\n')
+        self.assertEqual(self.fake.hangups.get(timeout=GUARD), "/api/chat")
+
+    def test_a_stream_whose_chunks_go_wrong_is_broken_too(self):
+        size = b"%x\r\n" % len(HALF_LINE)
+        for label, good, bad in (("half a chunk", b"ff\r\n" + HALF_LINE, b""), ("half a size", size + HALF_LINE, b"\r\nf"),
+                                 ("a size of words", size + HALF_LINE, b"\r\nxyz\r\n"),
+                                 ("more than was said", size + HALF_LINE, b"X\r\n0\r\n\r\n"),
+                                 ("no end of the last chunk", size + HALF_LINE, b"\r\n0\r\n")):
+            with self.subTest(label):
+                hold = self.hold()
+                head = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
+                self.fake.replies["/api/chat"] = Reply.raw(head + good, hold, bad)
+                client = self.begin("POST", "/api/chat", CHAT)
+                answer = client.read(client.head(), until=HALF_LINE)
+                hold.set()
+                self.assertRegex(client.read(answer).body[len(HALF_LINE):], rb'\A\n\{"error":.*\}\n\Z')
+                self.assertEqual(answer.ended, "cut")
+
+    def test_a_broken_answer_that_is_no_stream_is_cut(self):
+        for label, reply in (("of known length", Reply.stream(b'{"models":', cut, kind=JSON, length=1000)),
+                             ("in chunks", Reply.stream(b'{"models":', cut, kind=JSON))):
+            with self.subTest(label):
+                self.fake.replies["/api/tags"] = reply
+                answer = self.ask("GET", "/api/tags")
+                self.assertEqual((answer.status, answer.body, answer.ended), (200, b'{"models":', "cut"))
+
+    def test_an_answer_before_the_whole_body_is_passed_on_though_nothing_more_is_read(self):
+        early = b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\n{}"
+        for path, token in (("/api/chat", self.token), (f"/api/blobs/{DIGEST}", self.admin)):
+            with self.subTest(path), UnreadingOllama(early) as upstream:
+                server = self.serve(ollama_url=upstream.url)
+                client = self.begin("POST", path, b"x" * 12_000_000, token, server)
+                self.assertEqual((client.answer().status, upstream.hung_up()), (413, True))
+
+    def test_an_interim_answer_in_the_middle_of_a_body_is_nonsense(self):
+        with UnreadingOllama(b"HTTP/1.1 102 Processing\r\n\r\n") as upstream:
+            client = self.client(self.serve(ollama_url=upstream.url))
+            client.send(request("POST", f"/api/blobs/{DIGEST}", None, [*bearer(self.admin), ("Content-Length", "9")]) + b"abc")
+            self.assertRefused(client.answer(), 502)
+
+    def test_a_timeout_of_months_is_waited_for(self):
+        server = self.serve(first_byte_timeout="30d", stall_timeout="20w", connect_timeout="40d")
+        hold = self.hold()
+        self.fake.replies["/api/chat"] = Reply.stream(hold, LINE, hold, LINE)
+        client = self.begin("POST", "/api/chat", CHAT, server=server)
+        eventually(lambda: self.fake.received)
+        hold.set()
+        self.assertEqual(client.answer().body, LINE + LINE)
+
+    def test_health_is_down_when_the_upstream_stalls_or_never_ends(self):
+        endless = Reply.stream(b'{"version":"', *[b"x" * 65536] * 100, until_hangup, kind=JSON)
+        for label, reply in (("a stall", Reply.stream(b"{", until_hangup, kind=JSON)), ("no end", endless), ("a list", Reply.json(200, [])),
+                             ("a depth", Reply.body(200, b'{"a":' * 50_000, **{"Content-Type": JSON}))):
+            with self.subTest(label), unittest.mock.patch.object(gateway, "PROBE_SECONDS", 0.5):
+                self.fake.replies["/api/version"] = reply
+                self.assertEqual(self.ask("GET", "/health", token="", server=self.serve()).json()["upstream"], "down")
+
+    def test_an_http_1_0_client_sees_a_broken_stream_as_a_reset(self):
+        self.fake.replies["/api/chat"] = Reply.stream(LINE, cut)
+        client = self.client()
+        client.send(request("POST", "/api/chat", CHAT, bearer(self.token), version="1.0"))
+        self.assertEqual(client.answer().ended, "cut")
+
+    def test_no_header_of_the_upstream_becomes_two(self):
+        self.fake.replies["/api/tags"] = Reply.raw(b"HTTP/1.1 200 OK\r\nLocation: a\r\xc2\x85Set-Cookie: b\r\nContent-Length: 2\r\n\r\n{}")
+        self.assertNotIn("set-cookie", self.ask("GET", "/api/tags").headers)
+
+    def test_a_broken_stream_is_logged_as_such(self):
+        self.fake.replies["/api/chat"] = Reply.stream(LINE, cut)
+        self.ask("POST", "/api/chat", CHAT)
+        fields = self.logged()
+        self.assertEqual((fields["status"], fields["outcome"]), ("200", "broken"))
+
+
+# == Framing ==================================================================
+
+GOOD_HEAD = b"Host: gateway.test\r\nAuthorization: Bearer %(token)s\r\n"
+
+
+def head(line=b"GET /api/tags HTTP/1.1", *fields):
+    """A request head whose lines may be as wrong as they like."""
+    return line + b"\r\n" + GOOD_HEAD + b"".join(field + b"\r\n" for field in fields) + b"\r\n"
+
+
+def post(*fields, body=b"{}"):
+    return head(b"POST /api/chat HTTP/1.1", *fields) + body
+
+
+def post_chunks(body, *fields):
+    return post(b"Transfer-Encoding: chunked", *fields, body=body)
+
+
+BAD_REQUEST_LINES = (   # label, request line, statuses that say so
+    ("two spaces", b"GET  /api/tags HTTP/1.1", 400),
+    ("two spaces before the version", b"GET /api/tags  HTTP/1.1", 400),
+    ("a space at the start", b" GET /api/tags HTTP/1.1", 400),
+    ("a space at the end", b"GET /api/tags HTTP/1.1 ", 400),
+    ("four parts", b"GET /api/tags x HTTP/1.1", 400),
+    ("a tab between", b"GET\t/api/tags\tHTTP/1.1", 400),
+    ("no version", b"GET /api/tags", 400),
+    ("one word", b"GET", 400),
+    ("no method", b"/api/tags HTTP/1.1", 400),
+    ("a method that is no token", b"GE(T /api/tags HTTP/1.1", 400),
+    ("a method with a NUL", b"GET\0 /api/tags HTTP/1.1", 400),
+    ("a method beyond ASCII", b"G\xc9T /api/tags HTTP/1.1", 400),
+    ("a target without its slash", b"GET api/tags HTTP/1.1", 400),
+    ("a star", b"GET * HTTP/1.1", 400),
+    ("another host's address", b"GET http://other.test/api/tags HTTP/1.1", 400),
+    ("an address of another kind", b"GET ftp://gateway.test/api/tags HTTP/1.1", 400),
+    ("an address with a name in it", b"GET http://a@gateway.test/api/tags HTTP/1.1", 400),
+    ("a tunnel", b"CONNECT gateway.test:443 HTTP/1.1", (400, 405)),
+    ("a NUL in the target", b"GET /api/tags\0 HTTP/1.1", (400, 404)),
+    ("a control character in the target", b"GET /api/tags\x01 HTTP/1.1", (400, 404)),
+    ("a DEL in the target", b"GET /api/tags\x7f HTTP/1.1", (400, 404)),
+    ("a target beyond ASCII", b"GET /api/t\xe4gs HTTP/1.1", (400, 404)),
+    ("a bare CR in the target", b"GET /api/tags\rx HTTP/1.1", 400),
+    ("version 2.0", b"GET /api/tags HTTP/2.0", 505),
+    ("version 1.2", b"GET /api/tags HTTP/1.2", 505),
+    ("version 0.9", b"GET /api/tags HTTP/0.9", 505),
+    ("a version of three digits", b"GET /api/tags HTTP/1.10", (400, 505)),
+    ("a version in lower case", b"GET /api/tags http/1.1", (400, 505)),
+    ("a version with a sign", b"GET /api/tags HTTP/+1.1", (400, 505)),
+    ("another protocol", b"GET /api/tags RTSP/1.0", (400, 505)),
+)
+BAD_FIELDS = (   # label, header lines, statuses
+    ("no colon", [b"nonsense"], 400),
+    ("no colon, and a length after it", [b"nonsense", b"Content-Length: 5"], 400),
+    ("no name", [b": x"], 400),
+    ("a space before the colon", [b"X-A : x"], 400),
+    ("a tab before the colon", [b"X-A\t: x"], 400),
+    ("a space in the name", [b"X A: x"], 400),
+    ("a name that is no token", [b"X@A: x"], 400),
+    ("a name beyond ASCII", [b"X-\xc4: x"], 400),
+    ("a NUL in the name", [b"X\0A: x"], 400),
+    ("a folded line", [b"X-A: x", b" y"], 400),
+    ("a line folded with a tab", [b"X-A: x", b"\ty"], 400),
+    ("a line of blanks", [b"X-A: x", b"  "], 400),
+    ("a NUL in a value", [b"X-A: x\0y"], 400),
+    ("a control character in a value", [b"X-A: x\x01y"], 400),
+    ("a DEL in a value", [b"X-A: x\x7fy"], 400),
+    ("a bare CR in a value", [b"X-A: x\ry"], 400),
+    ("a bare CR that would make a header", [b"X-A: x\rContent-Length: 5"], 400),
+    ("a bare LF in a value", [b"X-A: x\ny: z"], 400),
+    ("a CR before the line's end", [b"X-A: x\r"], 400),
+    ("two hosts", [b"Host: gateway.test"], 400),
+    ("a length with a sign", [b"Content-Length: +0"], 400),
+    ("a negative length", [b"Content-Length: -1"], 400),
+    ("a length of words", [b"Content-Length: two"], 400),
+    ("a hexadecimal length", [b"Content-Length: 0x2"], 400),
+    ("a length with a grouping", [b"Content-Length: 1_0"], 400),
+    ("a length in other digits", [b"Content-Length: \xd9\xa2"], 400),
+    ("a length with a space in it", [b"Content-Length: 0 0"], 400),
+    ("a list of lengths", [b"Content-Length: 0, 0"], 400),
+    ("an empty length", [b"Content-Length:"], 400),
+    ("an absurd length", [b"Content-Length: " + b"9" * 400], (400, 413)),
+    ("two lengths", [b"Content-Length: 0", b"Content-Length: 0"], 400),
+    ("two lengths that differ", [b"Content-Length: 0", b"Content-Length: 2"], 400),
+    ("both framings", [b"Content-Length: 5", b"Transfer-Encoding: chunked"], 400),
+    ("both framings, the other way round", [b"Transfer-Encoding: chunked", b"Content-Length: 5"], 400),
+    ("a transfer coding that we lack", [b"Transfer-Encoding: gzip"], 501),
+    ("chunks of what we lack", [b"Transfer-Encoding: gzip, chunked"], 501),
+    ("chunks first", [b"Transfer-Encoding: chunked, gzip"], (400, 501)),
+    ("chunks of chunks", [b"Transfer-Encoding: chunked, chunked"], (400, 501)),
+    ("two transfer codings", [b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"], (400, 501)),
+    ("two that differ", [b"Transfer-Encoding: identity", b"Transfer-Encoding: chunked"], (400, 501)),
+    ("chunks with a parameter", [b"Transfer-Encoding: chunked;q=1"], (400, 501)),
+    ("chunks with a letter more", [b"Transfer-Encoding: xchunked"], (400, 501)),
+    ("chunks behind a vertical tab", [b"Transfer-Encoding: \x0bchunked"], 400),
+    ("chunks in quotes", [b'Transfer-Encoding: "chunked"'], (400, 501)),
+    ("no transfer coding", [b"Transfer-Encoding:"], (400, 501)),
+    ("identity", [b"Transfer-Encoding: identity"], (400, 501)),
+)
+BAD_HEADS = (   # label, the whole head, statuses
+    ("no host", b"GET /api/tags HTTP/1.1\r\nAuthorization: Bearer %(token)s\r\n\r\n", 400),
+    ("a host with a space", b"GET /api/tags HTTP/1.1\r\nHost: a b\r\nAuthorization: Bearer %(token)s\r\n\r\n", 400),
+    ("a host with a path", b"GET /api/tags HTTP/1.1\r\nHost: a/b\r\nAuthorization: Bearer %(token)s\r\n\r\n", 400),
+    ("a host with a name in it", b"GET /api/tags HTTP/1.1\r\nHost: a@b\r\nAuthorization: Bearer %(token)s\r\n\r\n", 400),
+    ("bare LF after the request line", b"GET /api/tags HTTP/1.1\n" + GOOD_HEAD + b"\r\n", 400),
+    ("bare LF after a header", b"GET /api/tags HTTP/1.1\r\nX-A: x\n" + GOOD_HEAD + b"\r\n", 400),
+    ("bare LF at the end", b"GET /api/tags HTTP/1.1\r\n" + GOOD_HEAD + b"\n", 400),
+    ("bare LF throughout", (b"GET /api/tags HTTP/1.1\r\n" + GOOD_HEAD + b"\r\n").replace(b"\r\n", b"\n"), 400),
+    ("a first header that is folded", b"GET /api/tags HTTP/1.1\r\n X-A: x\r\n" + GOOD_HEAD + b"\r\n", 400),
+    ("chunks in HTTP/1.0", b"POST /api/chat HTTP/1.0\r\n" + GOOD_HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 400),
+    ("two hosts in HTTP/1.0", b"GET /api/tags HTTP/1.0\r\n" + GOOD_HEAD + b"Host: b\r\n\r\n", 400),
+    ("a greeting in TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
+    ("HTTP/2's preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", (400, 405, 505)),
+)
+BAD_CHUNKS = (   # label, body
+    ("a size that is no hex", b"g\r\n{}\r\n0\r\n\r\n"),
+    ("no size", b"\r\n{}\r\n0\r\n\r\n"),
+    ("a size with a sign", b"+2\r\n{}\r\n0\r\n\r\n"),
+    ("a negative size", b"-2\r\n{}\r\n0\r\n\r\n"),
+    ("a size with 0x", b"0x2\r\n{}\r\n0\r\n\r\n"),
+    ("a size with a grouping", b"0_2\r\n{}\r\n0\r\n\r\n"),
+    ("a space before the size", b" 2\r\n{}\r\n0\r\n\r\n"),
+    ("a space after the size", b"2 \r\n{}\r\n0\r\n\r\n"),
+    ("a size beyond all bounds", b"f" * 40 + b"\r\n{}\r\n0\r\n\r\n"),
+    ("a size in other digits", b"\xd9\xa2\r\n{}\r\n0\r\n\r\n"),
+    ("bare LF after the size", b"2\n{}\r\n0\r\n\r\n"),
+    ("bare CR after the size", b"2\r{}\r\n0\r\n\r\n"),
+    ("no CRLF after the data", b"2\r\n{}0\r\n\r\n"),
+    ("bare LF after the data", b"2\r\n{}\n0\r\n\r\n"),
+    ("more data than was said", b"2\r\n{}x\r\n0\r\n\r\n"),
+    ("bare LF at the end", b"2\r\n{}\r\n0\r\n\n\r\n"),
+    ("a trailer that is no header", b"2\r\n{}\r\n0\r\nnonsense\r\n\r\n"),
+    ("a folded trailer", b"2\r\n{}\r\n0\r\nX-A: x\r\n y\r\n\r\n"),
+    *((f"{name} in the trailer", b"2\r\n{}\r\n0\r\n%s: 5\r\n\r\n" % name.encode())
+      for name in ("Content-Length", "Transfer-Encoding", "Host", "Authorization", "X-Api-Key", "Content-Type", "Content-Encoding", "Trailer",
+                   "Connection")),
+)
+GOOD_REQUESTS = (   # label, request, how many bytes of body go up
+    ("a plain one", head(), 0),
+    ("no blank before the value", head(b"GET /api/tags HTTP/1.1", b"X-A:x"), 0),
+    ("blanks and tabs around the value", head(b"GET /api/tags HTTP/1.1", b"X-A: \t x\ty \t"), 0),
+    ("an empty value", head(b"GET /api/tags HTTP/1.1", b"X-A:"), 0),
+    ("a name of odd but right characters", head(b"GET /api/tags HTTP/1.1", b"!#$%%&'*+-.^_`|~9: x"), 0),
+    ("a header twice that may be", head(b"GET /api/tags HTTP/1.1", b"X-A: x", b"X-A: y"), 0),
+    ("an absolute address of ours", head(b"GET http://gateway.test/api/tags HTTP/1.1"), 0),
+    ("a body of no length", post(b"Content-Length: 0", body=b""), 0),
+    ("a body", post(b"Content-Length: 2"), 2),
+    ("a length with leading zeros", post(b"Content-Length: 002"), 2),
+    ("chunks", post_chunks(b"1\r\n{\r\n1\r\n}\r\n0\r\n\r\n"), 2),
+    ("chunk sizes in either case, with zeros", post_chunks(b"00A\r\n0123456789\r\n00b\r\n01234567890\r\n000\r\n\r\n"), 21),
+    ("no chunk but the last", post_chunks(b"0\r\n\r\n"), 0),
+    ("a harmless trailer", post_chunks(b"2\r\n{}\r\n0\r\nX-Checksum: 1\r\n\r\n"), 2),
+)
+NEXT = b"GET /api/version HTTP/1.1\r\nHost: gateway.test\r\nAuthorization: Bearer %(token)s\r\nX-Request-Id: smuggled\r\nConnection: close\r\n\r\n"
+
+
+class Framing(GatewayCase):
+
+    def feed(self, raw, expected):
+        """Send a request whole, byte by byte, and with another one behind it; return what is answered each time."""
+        raw = self.filled(raw)
+        for how, pieces in (("whole", [raw]), ("byte by byte", [raw[at:at + 1] for at in range(len(raw))]),
+                            ("with one behind it", [raw + self.filled(NEXT)])):
+            with self.subTest(fed=how), Client(self.server.server_address) as client:
+                self.fake.received.clear()
+                client.send(*pieces)
+                expected(client, "behind" in how)
+
+    def filled(self, raw):
+        return raw.replace(b"%(token)s", self.token.encode()).replace(b"%%", b"%")
+
+    def assert_refused(self, raw, statuses):
+        def expected(client, behind):
+            answers = client.everything()
+            self.assertEqual(len(answers), 1, f"one answer and no more: {answers}")
+            self.assertIn(answers[0].status, statuses if isinstance(statuses, tuple) else (statuses,), answers)
+            self.assertEqual((answers[0].ended, self.fake.received, self.fake.broken), ("clean", [], []), "nothing may reach the upstream")
+        self.feed(raw, expected)
+
+    def test_a_request_line_has_exactly_three_parts_in_their_form(self):
+        for label, line, statuses in BAD_REQUEST_LINES:
+            with self.subTest(case=label):
+                self.assert_refused(head(line), statuses)
+
+    def test_header_lines_and_framing_are_taken_strictly(self):
+        for label, fields, statuses in BAD_FIELDS:
+            with self.subTest(case=label):
+                self.assert_refused(post(*fields, body=b""), statuses)
+
+    def test_heads_are_taken_strictly(self):
+        for label, raw, statuses in BAD_HEADS:
+            with self.subTest(case=label):
+                self.assert_refused(raw, statuses)
+
+    def test_chunks_are_taken_strictly(self):
+        for label, body in BAD_CHUNKS:
+            with self.subTest(case=label):
+                self.assert_refused(post_chunks(body), 400)
+
+    def test_what_is_right_is_served(self):
+        for label, raw, length in GOOD_REQUESTS:
+            with self.subTest(case=label):
+                def expected(client, behind, length=length):
+                    self.assertStatus(client.answer(), 200)
+                    if behind:
+                        self.assertEqual(client.answer().headers["x-request-id"], "smuggled")
+                    self.assertEqual(len(self.fake.received[0].body), length)
+                self.feed(raw, expected)
+
+    def test_a_body_that_ends_early_is_an_error_and_not_a_shorter_body(self):
+        for label, raw in (("a length", post(b"Content-Length: 10")), ("within a chunk", post_chunks(b"a\r\n{}")),
+                           ("between two chunks", post_chunks(b"2\r\n{}\r\n")),
+                           ("within a size", post_chunks(b"2\r\n{}\r\n1")), ("before the last line's end", post_chunks(b"2\r\n{}\r\n0\r\n"))):
+            with self.subTest(case=label), Client(self.server.server_address) as client:
+                client.send(self.filled(raw))
+                client.half_close()
+                self.assertLessEqual({answer.status for answer in client.everything()}, {400})
+        self.assertEqual((self.fake.received, self.fake.broken), ([], []))
+
+    def test_a_blob_that_goes_bad_never_ends_well_upstream(self):
+        self.store.update("ada", "laptop", admin=True)
+        for label, bad in BAD_CHUNKS[:12]:
+            with self.subTest(case=label), Client(self.server.server_address) as client:
+                self.fake.broken.clear()
+                self.fake.arrived = 0
+                client.send(self.filled(head(b"POST /api/blobs/%s HTTP/1.1" % DIGEST.encode(), b"Transfer-Encoding: chunked")), b"3\r\nabc\r\n")
+                eventually(lambda: self.fake.arrived == 3, "the good chunk's arrival")
+                client.send(bad)
+                self.assertEqual([answer.status for answer in client.everything()], [400])
+                eventually(lambda: self.fake.broken, "the stand-in's noticing")
+        self.assertEqual(self.fake.received, [])
+
+    def test_a_refused_body_is_read_far_enough_for_the_refusal_to_be_seen(self):
+        for label, token, path, status in (("no token", "", "/api/chat", 401), ("no such route", self.token, "/api/nonsense", 404),
+                                           ("no right", self.token, "/api/create", 403)):
+            with self.subTest(case=label), Client(self.server.server_address) as client:
+                client.socket.sendall(request("POST", path, b"x" * 8_000_000, bearer(token)))   # must not meet a closed door
+                self.assertEqual([answer.status for answer in client.everything()], [status])
+
+    def test_a_refusal_with_a_body_left_unread_ends_the_connection(self):
+        client = self.client()
+        client.send(request("POST", "/api/chat", CHAT) + self.filled(NEXT))
+        answer, = client.everything()
+        self.assertEqual((answer.status, answer.headers["connection"]), (401, "close"))
+
+    def test_a_head_that_dribbles_in_is_served(self):
+        dribble = threading.Event()
+        for _ in range(2):
+            client = self.client()
+            for byte in self.filled(head(b"GET /api/tags HTTP/1.1", b"X-A: x", b"X-B: y")):
+                client.send(bytes([byte]))
+                dribble.wait(0.0005)   # nothing depends on it: it only makes more pieces arrive one by one
+            self.assertStatus(client.answer(), 200)
+
+    def test_after_all_that_the_next_request_is_served(self):
+        for label, body in BAD_CHUNKS[:3]:
+            self.assert_refused(post_chunks(body), 400)
+        self.assertStatus(self.ask("GET", "/api/tags"), 200)
+
+
+# == The model's name =========================================================
+
+
+class ModelName(unittest.TestCase):
+    """The name is found as Go's decoder would find it, without the object being built."""
+
+    def value(self, random, depth=0):
+        kind = random.random()
+        if kind < 0.5 or depth > 2:
+            return "".join(random.choice('a"\\{}[]:,\n é') for _ in range(random.randrange(8)))
+        if kind < 0.7:
+            return [self.value(random, depth + 1) for _ in range(random.randrange(3))]
+        if kind < 0.9:
+            return {random.choice(("model", 'x"', "name")): self.value(random, depth + 1) for _ in range(random.randrange(3))}
+        return random.choice((1, None, True))
+
+    def test_it_is_what_a_decoder_finds(self):
+        source = random.Random(1)
+        for _ in range(2000):
+            pairs = [(source.choice(("model", "MODEL", "name", 'p"\\', "messages")), self.value(source)) for _ in range(source.randrange(6))]
+            members = (json.dumps(key, ensure_ascii=source.random() < 0.5) + ":" + json.dumps(value) for key, value in pairs)
+            found = {key.lower(): value for key, value in pairs if key.lower() in ("model", "name") and isinstance(value, str)}
+            body = "{" + ", ".join(members) + "}"
+            self.assertEqual(gateway.named_model(body.encode()), found.get("model") or found.get("name", ""), body)
+
+    def test_a_long_prompt_full_of_quotes_is_passed_over(self):
+        prompt = b'print(\\"hello, world\\")\\n' * 200_000   # step by step, not each time from its beginning
+        self.assertEqual(gateway.named_model(b'{"prompt":"' + prompt[:400_000] + b'","model":"tiny"}'), "tiny")
+        self.assertEqual(gateway.named_model(b'{"prompt":"' + prompt + b'","model":"tiny"}'), "", "the steps have run out")
+
+    def test_what_is_no_json_names_none(self):
+        for body in (b"", b"{", b"hello", b'{"model', b'{"model":', b'{"model":"', b'{"model":5}', b'["model","x"]', b'{"a":{"model":"x"}}',
+                     b'{"model":"\\ud8"}', b"}" * 10, b'{"model":"\xff"}'):
+            with self.subTest(body):
+                self.assertEqual(gateway.named_model(body), "")
+
+
+# == Recording ================================================================
+
+
+class Recording(GatewayCase):
+
+    def test_a_finished_request_is_one_line(self):
+        answer = self.ask("POST", "/api/chat", CHAT)
+        fields = self.logged()
+        self.assertEqual({name: fields[name] for name in ("token", "method", "path", "model", "status", "bytes", "id")},
+                         {"token": "ada/laptop", "method": "POST", "path": "/api/chat", "model": "tiny", "status": "200",
+                          "bytes": str(len(answer.body)),
+                          "id": answer.headers["x-request-id"]})
+        self.assertTrue(fields["peer"].startswith("127.0.0.1"))
+        self.assertTrue(0 <= float(fields["first"]) <= float(fields["total"]), fields)
+        self.assertNotIn("outcome", fields)
+        self.ask("GET", "/")
+        self.logged(lambda fields: fields["path"] == "/")
+        self.assertEqual(len(self.lines), 2)
+
+    def test_the_model_is_found_in_every_dialect(self):
+        for method, path, body in (("POST", "/api/generate", {"model": "a"}), ("POST", "/api/show", {"name": "a"}),
+                                   ("POST", "/v1/chat/completions", {"messages": [], "model": "a"}),
+                                   ("POST", "/v1/embeddings", {"input": '"model": "b"', "model": "a"}), ("GET", "/v1/models/a", None)):
+            with self.subTest(path):
+                self.ask(method, path, body)
+                self.assertEqual(self.logged(lambda fields: fields["path"] == path)["model"], "a")
+
+    def test_what_names_no_model_is_logged_with_none(self):
+        for body in (b"", b"[]", b"nonsense", b'{"model":', b'{"model": 5}', b"\xff\xfe", b'{"options": {"model": "b"}}'):
+            with self.subTest(body):
+                self.lines.clear()
+                self.assertStatus(self.ask("POST", "/api/chat", body), 200)
+                self.assertEqual(self.logged()["model"], "-")
+
+    def test_a_refusal_is_a_line_too(self):
+        for method, path, token, status in (("GET", "/api/tags", "", "401"), ("GET", "/api/tags", "ogw_nonsense", "401"),
+                                            ("GET", "/nonsense", self.token, "404"),
+                                            ("POST", "/api/pull", self.token, "403"), ("PUT", "/api/chat", self.token, "405")):
+            with self.subTest(status, token=token):
+                self.lines.clear()
+                answer = self.ask(method, path, token=token)
+                fields = self.logged()
+                self.assertEqual((fields["status"], fields["method"], fields["path"], fields["id"]),
+                                 (status, method, path, answer.headers["x-request-id"]))
+                self.assertEqual(fields["token"], "ada/laptop" if status == "403" else "-")
+
+    def test_a_malformed_request_is_a_line_too(self):
+        with Client(self.server.server_address) as client:
+            client.send(b"nonsense\x1b[31m\r\n\r\n")
+            answer = client.answer()
+        self.assertEqual(self.logged()["id"], answer.headers["x-request-id"])
+        self.assertTrue(all(line.isprintable() for line in self.lines), self.lines)
+
+    def test_no_secret_no_prompt_and_no_query_is_logged(self):
+        unknown, prompt, query = "ogw_" + "unknown" * 6 + "x", "my-prompt-is-private", "my-query-is-private"
+        self.ask("POST", f"/api/chat?key={query}", {**CHAT, "messages": [{"role": "user", "content": prompt}]})
+        self.ask("POST", "/api/generate", {"model": "tiny", "prompt": prompt, "system": prompt}, token=unknown)
+        self.ask("GET", f"/t/{self.token}/api/tags?{query}", token="", headers=[("x-api-key", unknown)])
+        self.ask("GET", "/api/tags", token="", headers=[("Authorization", f"Basic {unknown}"), ("Cookie", unknown)])
+        self.ask("POST", "/api/chat", b'{"model": "tiny", "prompt": "' + prompt.encode())
+        with Client(self.server.server_address) as client:
+            client.send(request("GET", "/api/tags", headers=[("Bad Header", unknown), *bearer(self.token)]))
+            client.answer()
+        eventually(lambda: len(self.lines) >= 6)
+        log = "\n".join(self.lines)
+        for secret in (self.token, unknown, prompt, query, self.token[4:20], unknown[4:20]):
+            self.assertNotIn(secret, log)
+
+    def test_whatever_a_client_writes_stays_on_one_line(self):
+        odd = 'a\nstatus=200 model="x" \x1b[31m\u2028\u202e"'
+        self.ask("POST", "/api/chat", {"model": odd})
+        self.assertEqual(self.logged()["model"], odd)
+        self.ask("GET", '/api/"x"\\=1')
+        self.assertEqual(self.logged(lambda fields: fields["status"] == "404")["path"], '/api/"x"\\=1')
+        self.assertEqual([line for line in self.lines if not line.isprintable()], [])
+
+    def test_names_with_spaces_are_quoted(self):
+        secret = self.store.create("Ada Lovelace", 'her "new" phone')[1]
+        self.ask("GET", "/api/tags", token=secret)
+        self.assertEqual(self.logged()["token"], 'Ada Lovelace/her "new" phone')
+
+    def test_a_long_model_name_does_not_swell_the_log(self):
+        self.ask("POST", "/api/chat", {"model": "m" * 100_000})
+        self.logged()
+        self.assertLess(len(self.lines[0]), 2000)
+
+    def test_a_good_request_id_is_kept_and_a_bad_one_replaced(self):
+        for good in ("x", "A-z_0.9", "r" * 128):
+            self.assertEqual(self.ask("GET", "/api/tags", headers=[("X-Request-Id", good)]).headers["x-request-id"], good)
+        for bad in ("", "r" * 129, "a b", "a/b", "é", "a\tb", "a,b"):
+            with self.subTest(bad):
+                answer = self.ask("GET", "/api/tags", headers=[("X-Request-Id", bad)])
+                self.assertRegex(answer.headers["x-request-id"], r"\A[A-Za-z0-9._-]{1,128}\Z")
+                self.assertNotEqual(answer.headers["x-request-id"], bad)
+
+    def test_request_ids_differ(self):
+        self.assertEqual(len({self.ask("GET", "/").headers["x-request-id"] for _ in range(5)}), 5)
+
+    def test_the_last_use_of_a_token_is_kept(self):
+        started = int(time.time())
+        self.ask("GET", "/api/tags")
+        used = eventually(lambda: next((token.last_used_at for token in self.store.list("ada") if token.last_used_at), None),
+                          "the noting of the use")
+        self.assertTrue(started <= used <= time.time())
+        self.assertIsNone(self.store.list("root")[0].last_used_at)
+
+    def test_the_last_use_is_kept_even_if_the_gateway_stops_at_once(self):
+        with self.serving() as server:
+            self.ask("GET", "/api/tags", token=self.admin, server=server)
+        self.assertTrue(self.store.list("root")[0].last_used_at)
+        self.assertEqual(len(self.lines), 1)
+
+
+# == Concurrency ==============================================================
+
+CREATE_FIVE = """
+import sys
+sys.path.insert(0, {here!r})
+import ollama_gateway
+sys.stdin.readline()
+sys.exit(max(ollama_gateway.main(["token", "create", sys.argv[1], str(n), "--quiet", "--db", sys.argv[2]]) for n in range(5)))
+"""
+
+
+class Concurrency(GatewayCase):
+
+    def elsewhere(self, *argv):
+        """Let another process change the tokens."""
+        done = run_alone(*argv, "--db", self.db)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        return done.stdout.decode().strip()
+
+    def test_a_token_counts_and_stops_counting_on_an_open_connection(self):
+        client = self.client()
+        secret = self.store.create("bob", "desk")[1]
+        self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(secret)), 200)
+        rotated = self.store.rotate("bob", "desk")[1]
+        self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(secret)), 401)
+        self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(rotated)), 200)
+        self.store.delete("bob", "desk")
+        self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(rotated)), 401)
+
+    def test_rights_change_with_the_next_request(self):
+        client = self.client()
+        for admin, status in ((False, 403), (True, 200), (False, 403)):
+            self.store.update("ada", "laptop", admin=admin)
+            self.assertStatus(client.ask("HEAD", f"/api/blobs/{DIGEST}", headers=bearer(self.token)), status)
+
+    def test_a_token_expires_on_an_open_connection(self):
+        client = self.client()
+        secret = self.store.create("bob", "desk", expires_at=int(time.time()) + 2)[1]
+        self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(secret)), 200)
+        eventually(lambda: client.ask("GET", "/api/tags", headers=bearer(secret)).status == 401, "the expiry")
+
+    def test_what_another_process_changes_counts_at_the_next_request(self):
+        client = self.client()
+        secret = self.elsewhere("token", "create", "bob", "desk", "--quiet")
+        self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(secret)), 200)
+        self.elsewhere("token", "delete", "bob", "desk")
+        self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(secret)), 401)
+
+    def test_what_another_process_imports_counts_at_the_next_request(self):
+        other = self.open_store(self.path("other.db"))
+        secret = other.create("eve", "desk")[1]
+        client = self.client()
+        self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(secret)), 401)
+        run_alone("token", "export", self.path("x.json"), "--db", self.path("other.db"), check=True)
+        self.elsewhere("token", "import", self.path("x.json"))
+        self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(secret)), 200)
+
+    def test_a_stream_that_runs_outlives_its_tokens_deletion_but_nothing_new_begins(self):
+        hold = self.hold()
+        self.fake.replies["/api/chat"] = Reply.stream(b"one\n", hold, b"two\n")
+        client = self.begin("POST", "/api/chat", CHAT)
+        answer = client.read(client.head(), until=b"one\n")
+        self.store.delete("ada", "laptop")
+        self.assertRefused(self.ask("GET", "/api/tags"), 401)
+        hold.set()
+        self.assertEqual(client.read(answer).body, b"one\ntwo\n")
+        self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(self.token)), 401)
+
+    def test_many_clients_get_each_its_own_answer(self):
+        wrong = []
+
+        def ask_often(number):
+            with Client(self.server.server_address) as client:
+                for attempt in range(10):
+                    model = f"m{number}-{attempt}"
+                    answer = client.ask("POST", "/api/chat", {"model": model, "stream": attempt % 2 == 0}, bearer(self.token))
+                    if answer.status != 200 or set(re.findall(r'"model":"(.*?)"', answer.body.decode())) != {model} or answer.ended != "clean":
+                        wrong.append((model, answer))
+        threads = [threading.Thread(target=ask_often, args=(number,)) for number in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(3 * GUARD)
+        self.assertEqual(wrong, [])
+        self.assertEqual(len(self.fake.received), 200)
+
+    def test_streams_that_wait_hold_nobody_else_up(self):
+        hold = self.hold()
+        self.fake.replies["/api/chat"] = Reply.stream(b"one\n", hold, b"two\n")
+        waiting = [self.begin("POST", "/api/chat", CHAT) for _ in range(30)]
+        eventually(lambda: len(self.fake.received) == 30)
+        self.assertStatus(self.ask("GET", "/api/tags"), 200)
+        hold.set()
+        self.assertEqual([client.answer().ended for client in waiting], ["clean"] * 30)
+
+    def test_eight_processes_making_tokens_at_once_lose_none(self):
+        script = CREATE_FIVE.format(here=HERE)
+        for label, db in (("in a database that is served", self.db), ("in one that is not yet there", self.path("new.db"))):
+            with self.subTest(label):
+                pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+                makers = [self.enter(subprocess.Popen([sys.executable, "-c", script, f"user{number}", db], **pipes)) for number in range(8)]
+                for maker in makers:
+                    maker.stdin.write(b"go\n")
+                    maker.stdin.flush()
+                said = [maker.communicate(timeout=3 * GUARD) for maker in makers]
+                self.assertEqual([(maker.returncode, err) for maker, (out, err) in zip(makers, said)], [(0, b"")] * 8)
+                secrets = b"".join(out for out, err in said).decode().split()
+                self.assertEqual(len(secrets), 40)
+                self.assertTrue(all(self.find(*secrets, db=db)))
+                if db == self.db:
+                    self.assertEqual({self.ask("GET", "/api/version", token=secret).status for secret in secrets}, {200})
+
+    def test_a_stopped_gateway_leaves_no_thread_behind(self):
+        before = set(threading.enumerate())
+        self.fake.replies["/api/chat"] = Reply.stream(b"one\n", until_hangup)
+        with self.serving() as server:
+            idle, silent, half = self.client(server), self.client(server), self.client(server)
+            self.assertStatus(idle.ask("GET", "/api/tags", headers=bearer(self.token)), 200)
+            half.send(b"GET /api/tags HTTP/1.1\r\nHo")
+            busy = self.begin("POST", "/api/chat", CHAT, server=server)
+            busy.read(busy.head(), until=b"one\n")
+        self.fake.drop()
+        eventually(lambda: set(threading.enumerate()) <= before, "the end of the gateway's threads")
+
+
+# == TLS ======================================================================
+
+
+def certificate(folder, name):
+    """Make a self-signed certificate for localhost and its key."""
+    cert, key = os.path.join(folder, name + ".pem"), os.path.join(folder, name + ".key")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+                    "-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", cert],
+                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return cert, key
+
+
+@unittest.skipUnless(shutil.which("openssl"), "needs the openssl command to make a certificate")
+class Tls(GatewayCase):
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.certificates = tempfile.mkdtemp()
+        cls.addClassCleanup(shutil.rmtree, cls.certificates)
+        cls.cert, cls.key = certificate(cls.certificates, "localhost")
+        cls.flags = {"tls_cert": cls.cert, "tls_key": cls.key}
+        cls.context = ssl.create_default_context(cafile=cls.cert)
+
+    def test_requests_are_served(self):
+        client = self.client(tls=self.context)
+        for _ in range(2):
+            self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(self.token)), 200)
+            self.assertStatus(client.ask("POST", "/api/chat", b'{"x":"' + b"y" * 500_000 + b'"}', bearer(self.token)), 200)
+
+    def test_certificate_and_key_may_be_one_file(self):
+        with open(self.cert, "rb") as cert, open(self.key, "rb") as key:
+            both = self.write("both.pem", cert.read() + key.read())
+        client = self.client(self.serve(tls_cert=both), self.context)
+        self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(self.token)), 200)
+
+    def test_the_first_piece_arrives_while_the_last_is_held_back(self):
+        hold = self.hold()
+        self.fake.replies["/api/chat"] = Reply.stream(b"one\n", hold, b"two\n")
+        client = self.begin("POST", "/api/chat", CHAT, tls=self.context)
+        answer = client.read(client.head(), until=b"one\n")
+        hold.set()
+        self.assertEqual((client.read(answer).body, answer.ended), (b"one\ntwo\n", "clean"))
+
+    def test_pipelined_requests_are_answered(self):
+        client = self.client(tls=self.context)
+        client.send(request("GET", "/api/tags", headers=bearer(self.token)) * 3)
+        self.assertEqual([client.answer().status for _ in range(3)], [200] * 3)
+
+    def test_a_client_that_leaves_takes_its_request_along(self):
+        for (phase, body, reply, read), (how, way) in itertools.product(PHASES, LEAVING[:2]):
+            with self.subTest(phase, client=how):
+                self.fake.replies["/api/chat"] = reply
+                self.fake.received.clear()
+                client = self.begin("POST", "/api/chat", body, tls=self.context)
+                eventually(lambda: self.fake.received)
+                if read is not None:
+                    client.read(client.head(), until=read) if read else client.head()
+                way(client)
+                self.assertEqual(self.fake.hangups.get(timeout=GUARD), "/api/chat")
+
+    def test_a_client_that_sends_ahead_has_not_left(self):
+        hold = self.hold()
+        self.fake.replies["/api/chat"] = [Reply.stream(hold, b"one\n"), Reply.stream(b"two\n")]
+        client = self.begin("POST", "/api/chat", CHAT, tls=self.context)
+        eventually(lambda: self.fake.received)
+        client.send(request("POST", "/api/chat", CHAT, bearer(self.token)))
+        hold.set()
+        self.assertEqual([client.answer().body, client.answer().body], [b"one\n", b"two\n"])
+
+    def test_a_broken_stream_does_not_end_cleanly(self):
+        self.fake.replies["/api/chat"] = Reply.stream(LINE, cut)
+        answer = self.begin("POST", "/api/chat", CHAT, tls=self.context).answer()
+        self.assertEqual(answer.ended, "cut")
+
+    def test_a_refused_body_is_read_far_enough_for_the_refusal_to_be_seen(self):
+        client = self.client(tls=self.context)
+        client.socket.sendall(request("POST", "/api/chat", b"x" * 8_000_000))
+        self.assertRefused(client.answer(), 401)
+
+    def test_an_upstream_that_speaks_tls_is_believed_only_with_a_known_certificate(self):
+        fake = FakeOllama()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.cert, self.key)
+        fake.socket = context.wrap_socket(fake.socket, server_side=True)
+        self.enter(running(fake))
+        for trusted, status in ((self.cert, 200), (os.devnull, 502)):
+            with self.subTest(status), unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=trusted):
+                server = self.serve(ollama_url="https://localhost:%d" % fake.server_address[1])
+                self.assertStatus(self.ask("GET", "/api/tags", server=server), status)
+
+    def test_a_blob_goes_up_to_an_upstream_that_speaks_tls(self):
+        fake = FakeOllama()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.cert, self.key)
+        fake.socket = context.wrap_socket(fake.socket, server_side=True)
+        self.enter(running(fake))
+        with unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=self.cert):
+            server = self.serve(ollama_url="https://localhost:%d" % fake.server_address[1], tls_cert="", tls_key="")
+        client = self.client(server)
+        client.send(request("POST", f"/api/blobs/{DIGEST}", None, [*bearer(self.admin), ("Transfer-Encoding", "chunked")]), b"3\r\nabc\r\n")
+        eventually(lambda: fake.arrived == 3, "the first piece")   # by now its session tickets have come, which are no answer
+        client.send(b"3\r\ndef\r\n", b"0\r\n\r\n")
+        self.assertStatus(client.answer(), 200)
+        self.assertEqual(fake.received[0].body, b"abcdef")
+
+    def test_who_speaks_no_tls_or_nothing_holds_nobody_up(self):
+        silent, plain = self.client(), self.client()
+        plain.send(request("GET", "/api/tags", headers=bearer(self.token)))
+        client = self.client(tls=self.context)
+        self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(self.token)), 200)
+        with contextlib.suppress(ConnectionError):
+            self.assertNotIn(b"HTTP/1.1 200", plain.stream.read(4096) or b"")
+        silent.close()
+
+
+# == The serve command ========================================================
+
+
+class Serving:
+    """A gateway in a process of its own, with what it says."""
+
+    def __init__(self, folder, *argv, **env):
+        self.process = subprocess.Popen([sys.executable, "-X", "dev", GATEWAY, "serve", *argv], cwd=folder, env={**os.environ, **env},
+                                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.lines = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self):
+        for line in self.process.stderr:
+            self.lines.append(line.decode().rstrip("\r\n"))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.process.kill()
+        self.process.wait(GUARD)
+        self._reader.join(GUARD)
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+    @property
+    def first_line(self):
+        return eventually(lambda: self.lines or self.process.poll() is not None, "the first line") and self.lines[0]
+
+    @property
+    def server_address(self):
+        return "127.0.0.1", int(re.search(r"https?://127\.0\.0\.1:(\d+)", self.first_line).group(1))
+
+    def stop(self, signal_number=signal.SIGTERM):
+        self.process.send_signal(signal_number)
+        return self.wait()
+
+    def wait(self):
+        self.process.wait(GUARD)
+        self._reader.join(GUARD)
+        return self.process.returncode
+
+
+@unittest.skipIf(os.name == "nt", "stopping is done by signals")
+class ServeCommand(Case):
+
+    def setUp(self):
+        super().setUp()
+        self.fake = self.enter(running(FakeOllama()))
+
+    def serving(self, *argv, **env):
+        return self.enter(Serving(self.folder, "--port", "0", "--ollama-url", self.fake.url, *argv, **env))
+
+    def make_token(self):
+        with contextlib.closing(gateway.open_store(self.db, create=True)) as store:
+            return store.create("ada", "laptop")[1]
+
+    def test_the_first_line_says_all_that_matters(self):
+        self.make_token()
+        line = self.serving().first_line
+        self.assertRegex(line, r"http://127\.0\.0\.1:[1-9]\d*")
+        self.assertIn(self.fake.url, line)
+        self.assertRegex(line, r"\b1 model\b")
+        self.assertIn(os.path.realpath(self.db), line)
+        self.assertRegex(line, r"\b1 token\b")
+
+    def test_without_tokens_it_says_the_command_that_makes_one_and_lets_nobody_in(self):
+        serving = self.serving()
+        eventually(lambda: any("token create" in line for line in serving.lines), "the hint")
+        with Client(serving.server_address) as client:
+            self.assertEqual(client.ask("GET", "/api/tags").status, 401)
+
+    def test_with_the_upstream_down_it_starts_all_the_same_and_recovers(self):
+        secret, port = self.make_token(), self.fake.server_address[1]
+        self.fake.shutdown()
+        self.fake.server_close()
+        serving = self.serving()
+        self.assertRegex(serving.first_line, "(?i)not answer|unreachable|down")
+        with Client(serving.server_address) as client:
+            self.assertEqual(client.ask("GET", "/api/tags", headers=bearer(secret)).status, 502)
+            self.enter(running(FakeOllama(port)))
+            self.assertEqual(client.ask("GET", "/api/tags", headers=bearer(secret)).status, 200)
+
+    def test_it_serves_and_stops_with_a_good_conscience(self):
+        secret = self.make_token()
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(signal_number):
+                serving = self.serving()
+                with Client(serving.server_address) as client:
+                    self.assertEqual(client.ask("POST", "/api/chat", CHAT, bearer(secret)).status, 200)
+                self.assertEqual(serving.stop(signal_number), 0)
+                self.assertNotRegex("\n".join(serving.lines), "Traceback|Warning|Exception")
+
+    def test_a_port_that_is_taken_is_named(self):
+        port = str(self.fake.server_address[1])
+        serving = self.serving("--port", port)
+        self.assertEqual(serving.wait(), 1)
+        self.assertIn(port, serving.lines[-1])
+        self.assertNotIn("Traceback", "\n".join(serving.lines))
+
+    def test_a_wrong_setting_is_one_line_and_status_2(self):
+        self.write(".env", "GATEWAY_STALL_TIMEOUT=soon")
+        serving = self.serving()
+        self.assertEqual(serving.wait(), 2)
+        for word in ("GATEWAY_STALL_TIMEOUT", "soon", ".env"):
+            self.assertIn(word, serving.lines[-1])
+        self.assertNotIn("Traceback", "\n".join(serving.lines))
+
+    def test_settings_come_from_dot_env_and_the_environment(self):
+        self.write(".env", "TOKEN_DB_PATH=from-file.db\nBASE_PATH=/file\n")
+        with contextlib.closing(gateway.open_store(self.path("from-file.db"), create=True)) as store:
+            secret = store.create("ada", "laptop")[1]
+        serving = self.serving(BASE_PATH="/env")
+        with Client(serving.server_address) as client:
+            self.assertEqual(client.ask("GET", "/env/tags", headers=bearer(secret)).status, 200)
+
+    def test_requests_are_logged_on_standard_error_with_their_time(self):
+        secret = self.make_token()
+        serving = self.serving()
+        with Client(serving.server_address) as client:
+            client.ask("GET", "/api/tags", headers=bearer(secret))
+        line = eventually(lambda: next((line for line in serving.lines if "path=/api/tags" in line), None))
+        self.assertRegex(line, r"20\d\d-\d\d-\d\dT?.\d\d:\d\d:\d\d")
+
+    def test_a_level_for_the_file_opens_the_file(self):
+        secret = self.make_token()
+        serving = self.serving(LOG_LEVEL="ERROR", LOG_FILE_LEVEL="INFO")
+        with Client(serving.server_address) as client:
+            client.ask("GET", "/api/tags", headers=bearer(secret))
+        self.assertEqual(serving.stop(), 0)
+        self.assertIn(b"path=/api/tags", self.read("app.log"))
+        self.assertNotIn("path=/api/tags", "\n".join(serving.lines))
+        self.assertNotIn(secret.encode(), self.read("app.log"))
+
+    def test_only_serve_opens_the_log_file(self):
+        run_alone("token", "create", "ada", "laptop", cwd=self.folder, env={**os.environ, "LOG_FILE_LEVEL": "INFO"}, check=True)
+        self.assertNotIn("app.log", os.listdir(self.folder))
+
+    @unittest.skipUnless(ipv6_loopback(), "this machine has no IPv6")
+    def test_it_listens_on_ipv6_too(self):
+        serving = self.serving("--host", "::1")
+        port = int(re.search(r"http://\[::1\]:(\d+)", serving.first_line).group(1))
+        with Client(("::1", port)) as client:
+            self.assertEqual(client.ask("GET", "/").body, b"Ollama is running")
+
+    @unittest.skipUnless(shutil.which("openssl"), "needs the openssl command to make a certificate")
+    def test_a_hangup_signal_reads_the_certificate_again(self):
+        secret = self.make_token()
+        cert, key = certificate(self.folder, "first")
+        serving = self.serving("--tls-cert", cert, "--tls-key", key)
+        self.assertIn("https://127.0.0.1", serving.first_line)
+        first = ssl.get_server_certificate(serving.server_address)
+        for old, new in zip((cert, key), certificate(self.folder, "second")):
+            os.replace(new, old)
+        serving.process.send_signal(signal.SIGHUP)
+        eventually(lambda: ssl.get_server_certificate(serving.server_address) != first, "the new certificate")
+        with Client(serving.server_address, ssl.create_default_context(cafile=cert)) as client:
+            self.assertEqual(client.ask("GET", "/api/tags", headers=bearer(secret)).status, 200)
+
+    def test_a_certificate_that_cannot_be_read_is_told(self):
+        for content in (None, "no certificate"):
+            with self.subTest(content):
+                path = self.write("bad.pem", content) if content else self.path("missing.pem")
+                serving = self.serving("--tls-cert", path, "--tls-key", path)
+                self.assertIn(serving.wait(), (1, 2))
+                self.assertIn(path, serving.lines[-1])
+                self.assertNotIn("Traceback", "\n".join(serving.lines))
+
+    @unittest.skipUnless(sys.platform == "linux" and shutil.which("setpriv"), "needs setpriv, for root may write anything")
+    def test_a_database_that_cannot_be_written_is_served_as_it_is(self):
+        secret = self.make_token()
+        os.chmod(self.db, 0o400)
+        os.chmod(self.folder, 0o500)
+        self.addCleanup(os.chmod, self.folder, 0o700)
+        humble = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"] if os.geteuid() == 0 else []
+        with unittest.mock.patch("subprocess.Popen", functools.partial(popen_with, humble, subprocess.Popen)):
+            serving = self.serving("--db", self.db)
+            with Client(serving.server_address) as client:
+                self.assertEqual(client.ask("GET", "/api/tags", headers=bearer(secret)).status, 200)
+            self.assertRegex("\n".join(serving.lines), "read-only.*(restart|next start)")
+            refused = run_alone("token", "create", "bob", "desk", "--db", self.db)
+        self.assertEqual((refused.returncode, refused.stdout), (1, b""))
+        self.assertIn(b"read-only", refused.stderr)
+
+
+def popen_with(prefix, popen, argv, **kwargs):
+    return popen([*prefix, *argv], **kwargs)
+
+
+# == Promises =================================================================
+
+
+def source_of(path):
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def shell_words(line):
+    """The words of a shell line, up to whatever the shell itself would take."""
+    words = shlex.split(line, comments=True)
+    return list(itertools.takewhile(lambda word: not re.match(r"[|&;<>]|2>", word), words))
+
+
+def sections(source):
+    """The source by banner: {name: text}."""
+    parts = re.split(r"^# == (\S[^=]*?) =+$", source, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+class Promises(unittest.TestCase):
+    """What keeps the file honest."""
+
+    maxDiff = None
+
+    @classmethod
+    def setUpClass(cls):
+        cls.source, cls.tests = source_of(GATEWAY), source_of(TESTS)
+        cls.tree = ast.parse(cls.source)
+
+    def test_the_index_lists_the_banners(self):
+        index = re.findall(r"^    ([A-Z]\w+(?: \w+)?) {2,}\S", ast.get_docstring(self.tree), re.MULTILINE)
+        self.assertEqual(index, list(sections(self.source)))
+
+    def test_banners_reach_the_last_column(self):
+        for line in re.findall("^# ==.*$", self.source + self.tests, re.MULTILINE):
+            self.assertRegex(line, r"\A# == \S.* =+\Z")
+            self.assertEqual(len(line), 79, line)
+
+    def test_every_name_stands_above_its_use(self):
+        defined = {}
+        for node in self.tree.body:
+            for name in names_bound_by(node):
+                defined.setdefault(name, node.lineno)
+        table = symtable.symtable(self.source, GATEWAY, "exec")
+        spans = {node.name: (node.lineno, node.end_lineno) for node in self.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        downward = [f"{child.get_name()} uses {name}, defined below it" for child in table.get_children() if child.get_name() in spans
+                    for name in globals_used_by(child) if defined.get(name, 0) > spans[child.get_name()][1]]
+        self.assertEqual(downward, [])
+
+    def test_nothing_is_imported_but_the_standard_library(self):
+        library = [os.path.realpath(sysconfig.get_path(kind)) for kind in ("stdlib", "platstdlib")]
+        for path, own in ((GATEWAY, set()), (TESTS, {"ollama_gateway"})):
+            for name in imports_of(ast.parse(source_of(path))) - set(sys.builtin_module_names) - own:
+                origin = importlib.util.find_spec(name).origin
+                if origin != "frozen":
+                    origin = os.path.realpath(origin)
+                    self.assertTrue(origin.startswith(tuple(library)) and "site-packages" not in origin, (name, origin))
+
+    def test_both_files_are_python_3_8(self):
+        for source in (self.source, self.tests):
+            self.assertTrue(ast.parse(source, feature_version=(3, 8)))
+
+    def test_no_function_is_longer_than_a_screen(self):
+        for tree in (self.tree, ast.parse(self.tests)):
+            for node in ast.walk(tree):
+                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    self.assertLessEqual(node.end_lineno - node.lineno + 1, 40, node.name)
+
+    def test_no_line_is_longer_than_an_editor(self):
+        for source in (self.source, self.tests):
+            self.assertEqual([line for line in source.splitlines() if len(line) > 150], [])
+
+    def test_each_trade_stays_in_its_section(self):
+        for pattern, homes in ((r"\bsqlite3\.", {"Store"}), (r"\burllib\.request\.", {"Forward"}),
+                               (r"\bsocket\.", {"Wire", "Accept", "Parse", "Forward"}),
+                               (r"\bprint\(", {"Commands", "Menu", "Main"}), (r"\binput\(", {"Commands", "Menu"})):
+            with self.subTest(pattern):
+                code = {name: re.sub(r'#.*|"""(?s:.*?)"""', "", text) for name, text in sections(self.source).items()}
+                self.assertLessEqual({name for name, text in code.items() if re.search(pattern, text)}, homes)
+
+    def test_importing_does_nothing(self):
+        done = subprocess.run([sys.executable, "-W", "error", "-c", f"import sys; sys.path.insert(0, {HERE!r}); import ollama_gateway, threading; "
+                               "sys.exit(threading.active_count() - 1)"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               cwd=tempfile.gettempdir())
+        self.assertEqual((done.returncode, done.stdout), (0, b""))
+
+    def test_every_option_is_in_the_readme_with_its_variable_and_default(self):
+        readme = source_of(README)
+        for option in gateway.OPTIONS:
+            with self.subTest(option.flag):
+                names = (f"`{option.flag}`", f"`{option.variable}`")
+                row, = [line for line in readme.splitlines() if line.startswith("|") and all(name in line for name in names)]
+                self.assertIn(option.default or "", row)
+
+    def test_every_refusal_is_in_the_readme(self):
+        readme = source_of(README)
+        for code, reason in gateway.REFUSALS.items():
+            with self.subTest(code):
+                self.assertRegex(readme, rf"(?m)^\|.*\b{reason.status}\b.*\|")
+
+    def test_the_readmes_commands_are_commands(self):
+        lines = re.findall(r"^\s*(?:\$ )?(?:\w+=\$\()?python3 (ollama_gateway\.py .*?)\)?$", source_of(README).replace("\\\n", " "), re.MULTILINE)
+        self.assertTrue(lines)
+        for line in lines:
+            with self.subTest(line):
+                self.assertTrue(gateway.build_parser().parse_args(shell_words(line)[1:]))
+
+
+def names_bound_by(node):
+    """The top-level names that a statement of the module defines."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+
+
+def globals_used_by(table):
+    """The global names that a function or class and all within it read."""
+    used = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global() and symbol.is_referenced()}
+    return used.union(*map(globals_used_by, table.get_children()))
+
+
+def imports_of(tree):
+    return {name.partition(".")[0] for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))
+            for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module])}
+
+
+# == The stand-in on its own ==================================================
+
+
+class StandIn(Case):
+    """The toolbox is worth its tests: what the stand-in gets wrong, no other test would see."""
+
+    def setUp(self):
+        super().setUp()
+        self.fake = self.enter(running(FakeOllama()))
+
+    def ask(self, method, path, body=None, **headers):
+        connection = self.enter(contextlib.closing(http.client.HTTPConnection(*self.fake.server_address, timeout=GUARD)))
+        connection.request(method, path, body if body is None or isinstance(body, bytes) else compact(body), headers)
+        return connection.getresponse()
+
+    def test_it_talks_like_ollama(self):
+        for path, kind, streaming in (("/api/chat", NDJSON, True), ("/api/generate", NDJSON, True), ("/v1/chat/completions", SSE, True),
+                                      ("/v1/completions", SSE, True),
+                                      ("/api/chat", JSON, False), ("/v1/chat/completions", "application/json", False)):
+            with self.subTest(path, streaming=streaming):
+                reply = self.ask("POST", path, {"model": "m", "stream": streaming})
+                self.assertEqual((reply.status, reply.headers["Content-Type"]), (200, kind))
+                self.assertEqual(reply.headers["Transfer-Encoding"], "chunked" if streaming else None)
+                said = reply.read().decode()
+                self.assertIn(WORDS[1] if streaming else "".join(WORDS), said)
+                self.assertTrue(said.endswith("data: [DONE]\n\n" if kind == SSE else "}\n" if streaming else "}"))
+
+    def test_it_remembers_what_it_saw(self):
+        self.ask("POST", "/api/show?x", b"abc", X_A="1").read()
+        seen, = self.fake.received
+        self.assertEqual((seen.method, seen.path, seen.body), ("POST", "/api/show?x", b"abc"))
+        self.assertIn(("X_A", "1"), seen.headers)
+
+    def test_it_says_what_it_is_told_one_after_the_other(self):
+        self.fake.replies["/api/tags"] = [Reply.json(503, {"error": "busy"}), Reply.json(200, {})]
+        self.assertEqual([self.ask("GET", "/api/tags").status for _ in range(3)], [503, 200, 200])
+
+    def test_it_tells_when_its_client_left(self):
+        self.fake.replies["/api/tags"] = Reply.stream(b"x", until_hangup)
+        with Client(self.fake.server_address) as client:
+            client.send(request("GET", "/api/tags"))
+            client.read(client.head(), until=b"x")
+        self.assertEqual(self.fake.hangups.get(timeout=GUARD), "/api/tags")
+
+    def test_it_can_be_started_again_on_its_port(self):
+        port = self.fake.server_address[1]
+        self.fake.shutdown()
+        self.fake.server_close()
+        self.fake = self.enter(running(FakeOllama(port)))
+        self.assertEqual(self.ask("GET", "/api/version").read(), b'{"version":"0.9.3"}')
+
+    def test_it_tells_a_body_that_broke_off(self):
+        for framing, sent in ((("Content-Length", "5"), b"abc"), (("Transfer-Encoding", "chunked"), b"3\r\nabc\r\n")):
+            with self.subTest(framing):
+                self.fake.broken.clear()
+                with Client(self.fake.server_address) as client:
+                    client.send(request("POST", "/api/chat", None, [framing]) + sent)
+                    eventually(lambda: self.fake.arrived >= 3)
+                self.assertEqual(eventually(lambda: self.fake.broken)[0].body, b"abc")
+        self.assertEqual(self.fake.received, [])
+
+    def test_alone_it_serves_from_the_command_line(self):
+        process = self.enter(subprocess.Popen([sys.executable, TESTS, "--fake-ollama", "0"], stdout=subprocess.PIPE))
+        try:
+            url = re.search(r"http://\S+", process.stdout.readline().decode()).group()
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url + "/api/version", timeout=GUARD) as reply:
+                self.assertEqual(json.load(reply), {"version": "0.9.3"})
+        finally:
+            process.terminate()
+
+
+# == A real Ollama ============================================================
+
+OLLAMA = os.environ.get("OLLAMA_TEST_URL", "").rstrip("/")
+SAME = {"temperature": 0, "seed": 1, "num_predict": 8}
+VOLATILE = re.compile(rb'"(created_at|expires_at|\w*_duration|id|created)": ?("[^"]*"|\d+)')
+
+
+@unittest.skipUnless(OLLAMA, "needs a real Ollama at OLLAMA_TEST_URL")
+class LiveCase(GatewayCase):
+    """Through the gateway everything is as it is without it."""
+
+    def setUp(self):
+        super().setUp()
+        self.real = self.serve(ollama_url=OLLAMA, path_tokens="1")
+        host, _, port = OLLAMA.partition("://")[2].partition(":")
+        self.direct = (host, int(port))
+
+    def through(self, method, path, body=None, token=None):
+        return self.ask(method, path, body, token=token, server=self.real)
+
+    def directly(self, method, path, body=None):
+        with Client(self.direct) as client:
+            return client.ask(method, path, body, host="localhost")
+
+    def assert_same(self, method, path, body=None):
+        """Ask both ways; but for times and ids, the answers must be alike to the byte."""
+        ours, theirs = self.through(method, path, body), self.directly(method, path, body)
+        self.assertEqual((ours.status, ours.headers.get("content-type"), ours.ended), (theirs.status, theirs.headers.get("content-type"), "clean"))
+        self.assertEqual(VOLATILE.sub(b"", ours.body), VOLATILE.sub(b"", theirs.body))
+        return ours
+
+
+class LiveInference(LiveCase):
+
+    def test_generate_and_chat_answer_alike(self):
+        for stream in (True, False):
+            for path, rest in (("/api/generate", {"prompt": "hello"}), ("/api/chat", {"messages": CHAT["messages"]})):
+                with self.subTest(path, stream=stream):
+                    answer = self.assert_same("POST", path, {"model": "tiny", "stream": stream, "options": SAME, **rest})
+                    self.assertEqual(json.loads(answer.body.splitlines()[-1])["eval_count"], 8)
+
+    def test_the_openai_dialect_answers_alike(self):
+        for stream in (True, False):
+            for path, rest in (("/v1/chat/completions", {"messages": CHAT["messages"]}), ("/v1/completions", {"prompt": "hello"})):
+                with self.subTest(path, stream=stream):
+                    answer = self.assert_same("POST", path, {"model": "tiny", "stream": stream, "temperature": 0, "seed": 1, "max_tokens": 8,
+                                                             **rest})
+                    self.assertEqual(answer.body.endswith(b"data: [DONE]\n\n"), stream)
+
+    def test_embeddings_answer_alike(self):
+        for path, rest in (("/api/embed", {"input": ["hello", "x"]}), ("/api/embeddings", {"prompt": "hello"}),
+                           ("/v1/embeddings", {"input": "hello"})):
+            with self.subTest(path):
+                self.assertEqual(self.assert_same("POST", path, {"model": "tiny-embed", **rest}).status, 200)
+
+    def test_errors_answer_alike(self):
+        for path, body in (("/api/chat", {"model": "nope", "messages": []}), ("/api/generate", b"hello"),
+                           ("/v1/chat/completions", {"model": "nope", "messages": CHAT["messages"]}),
+                           ("/api/chat", {"model": "tiny", "messages": [{"role": "user", "content": 5}]})):
+            with self.subTest(path, body=body):
+                self.assertGreaterEqual(self.assert_same("POST", path, body).status, 400)
+
+    def test_a_path_token_reaches_it_too(self):
+        answer = self.ask("POST", f"/t/{self.token}/api/generate", {"model": "tiny", "prompt": "hello", "options": SAME}, token="",
+                          server=self.real)
+        self.assertEqual(json.loads(answer.body.splitlines()[-1])["done"], True)
+
+    @unittest.skipUnless(os.environ.get("OLLAMA_TEST_LOG"), "needs the server's log at OLLAMA_TEST_LOG")
+    def test_a_cancelled_answer_ends_in_the_servers_own_log(self):
+        for stream, path in ((True, "/api/generate"), (False, "/api/generate"), (True, "/v1/completions")):
+            with self.subTest(path, stream=stream):
+                self.through("POST", "/api/generate", {"model": "tiny", "keep_alive": 0})
+                eventually(lambda: not self.loaded(), "the model's unloading")
+                before = self.finished(path)
+                body = {"model": "long", "prompt": "hello", "stream": stream, "max_tokens": 20000}
+                client = self.begin("POST", path, body, server=self.real)
+                eventually(self.loaded, "the model's loading")
+                if stream:
+                    client.read(client.head(), until=b"\n")
+                client.close()
+                eventually(lambda: self.finished(path) > before, "the end of the cancelled request")
+                self.assertStatus(self.through("POST", "/api/generate", {"model": "tiny", "prompt": "hello", "stream": False, "options": SAME}),
+                                  200)
+
+    def loaded(self):
+        return [row for row in self.directly("GET", "/api/ps").json()["models"] if row["details"]["family"] == "llama"]
+
+    def finished(self, path):
+        with open(os.environ["OLLAMA_TEST_LOG"], encoding="utf-8", errors="replace") as log:
+            return sum("[GIN]" in line and f'"{path}"' in line for line in log)
+
+
+class LiveModels(LiveCase):
+
+    def test_lists_answer_alike(self):
+        for path in ("/api/version", "/v1/models/tiny"):
+            with self.subTest(path):
+                self.assertEqual(self.assert_same("GET", path).status, 200)
+        for path, key in (("/api/tags", "models"), ("/v1/models", "data")):   # models of one second come in any order
+            with self.subTest(path):
+                ours, theirs = (sorted(answer.json()[key], key=compact) for answer in (self.through("GET", path), self.directly("GET", path)))
+                self.assertEqual(ours, theirs)
+
+    def test_show_and_ps_tell_of_the_models(self):
+        self.assertIn("completion", self.through("POST", "/api/show", {"model": "tiny"}).json()["capabilities"])
+        self.through("POST", "/api/generate", {"model": "tiny", "prompt": "x", "stream": False, "options": SAME})
+        self.assertTrue(self.through("GET", "/api/ps").json()["models"])
+
+    def test_an_administrator_creates_copies_and_deletes(self):
+        def manage(method, path, body):
+            self.assertRefused(self.through(method, path, body), 403)
+            answer = self.through(method, path, body, token=self.admin)
+            self.assertEqual((answer.status, answer.ended), (200, "clean"), answer)
+            return answer.body
+        self.assertIn(b'{"status":"success"}', manage("POST", "/api/create", {"model": "mine", "from": "tiny", "system": "You are x."}))
+        manage("POST", "/api/copy", {"source": "mine", "destination": "mine-too"})
+        for model in ("mine", "mine-too"):
+            self.assertIn(model + ":latest", [row["name"] for row in self.through("GET", "/api/tags").json()["models"]])
+            manage("DELETE", "/api/delete", {"model": model})
+        self.assertNotIn("mine", self.through("GET", "/api/tags").body.decode())
+
+    def test_a_blob_goes_up_and_is_found(self):
+        blob = os.urandom(3_000_000)
+        path = "/api/blobs/sha256:" + hashlib.sha256(blob).hexdigest()
+        self.assertStatus(self.through("HEAD", path, token=self.admin), 404)
+        client = self.client(self.real)
+        client.send(request("POST", path, None, [*bearer(self.admin), ("Transfer-Encoding", "chunked")]),
+                    chunked(blob[:1_000_000], blob[1_000_000:]))
+        self.assertStatus(client.answer(), 201)
+        self.assertStatus(self.through("HEAD", path, token=self.admin), 200)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--fake-ollama"]:
+        serve_fake_ollama(*map(int, sys.argv[2:3]))
+    else:
+        unittest.main()
