@@ -37,10 +37,12 @@ import argparse
 import contextlib
 import csv
 import email.utils
+import errno
 import hashlib
 import http
 import http.server
 import io
+import ipaddress
 import json
 import logging
 import mmap
@@ -61,7 +63,7 @@ import types
 import unicodedata
 import urllib.parse
 import urllib.request
-from collections import deque
+from collections import OrderedDict, deque
 from datetime import datetime, timedelta, timezone
 from typing import NamedTuple, Optional
 
@@ -81,14 +83,11 @@ LINE_BYTES = 8 * KIB        # a request line; RFC 9112 3 asks for 8000 at least
 HEAD_BYTES = 32 * KIB       # all fields; SDKs send under 2 KiB, cookies of a shared domain up to 16
 FIELD_COUNT = 100           # what http.client accepts too
 TRAILER_BYTES = 4 * KIB     # nobody sends any
-BODY_BYTES = 100 * MIB      # a long chat with a dozen large pictures; blobs are not held and have no limit
 SPOOL_BYTES = 1 * MIB       # a larger body waits in a temporary file, not in memory
 READ_BYTES = 64 * KIB       # one read from a socket, and as much of a pipelined request as is kept meanwhile
 DRAIN_BYTES = 16 * MIB      # read from a refused client, so that it gets to see the refusal
 SCAN_STEPS = 100_000        # brackets and strings of a body looked at for its model; about 50 ms
 
-HEADER_SECONDS = 15         # for a whole request head, however it dribbles, and for a TLS handshake
-IDLE_SECONDS = 75           # longer than the 60 s for which many balancers keep a connection
 BODY_SECONDS = 60           # without a byte of a request body that was promised
 SEND_SECONDS = 60           # for a piece of at most 64 KiB to a client that reads slowly
 DRAIN_SECONDS = 3
@@ -97,10 +96,19 @@ PROBE_BYTES = 4 * MIB       # of a list of models, when the gateway itself asks 
 PROBE_SECONDS = 2           # how long the upstream may take to say its version
 JOURNAL_SECONDS = 0.05      # how long finished requests gather before they are written
 USED_SECONDS = 1            # how long a token's last use gathers before it is stored
-CLOSE_SECONDS = 5           # how long a stopping server waits for its threads
+CLOSE_SECONDS = 2           # how long a stopping server waits for its threads to cut what they serve
+AWAY_SECONDS = 2            # how long one that was turned away may take to read why
+FAILED_DELAY = 1.0          # the longest that a failed credential waits for its refusal
 BUSY_SECONDS = 20           # how long a command waits for the database's other writers
 
 BACKLOG = 1024              # connections that arrive at once; the system's own maximum applies
+TURNED_AWAY = 64            # of those beyond the cap, how many are kept until they have read why
+SPARE_DESCRIPTORS = 64      # for the database, logs, spooled bodies, and connections that are on their way out
+FREE_FAILURES = 5           # failed credentials of an address in a row that cost it nothing: people mistype
+MOST_FAILURES = 30          # as many, and it gets 429 at once
+FORGIVEN_SECONDS = 3        # in which one failure is forgiven
+FAILING_ADDRESSES = 4096    # remembered; beyond, the one that was quiet longest is forgotten
+DELAYED_AT_ONCE = 8         # failed requests that may wait, each on a thread; the others get 429 at once
 POOL_SIZE = 128             # idle upstream connections kept; Ollama has no limit of its own
 
 HOP_BY_HOP = frozenset((    # RFC 9110 7.6.1: these speak of one connection only
@@ -186,6 +194,28 @@ def port_number(text):
     return int(text)
 
 
+def positive(text):
+    if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
+        raise ValueError("is no whole number from 1")
+    return int(text)
+
+
+def byte_size(text):
+    """Read "100MiB", "64K" or a number of bytes; K, M and G count in 1024."""
+    match = re.fullmatch("([0-9]{1,12}) ?(?:([KMG])(?:i?B)?|B)?", text, re.IGNORECASE)
+    if not match or not int(match[1]):
+        raise ValueError("is no size like 100MiB")
+    return int(match[1]) * KIB ** " KMG".index((match[2] or " ").upper())
+
+
+def networks(text):
+    """Read a comma list of addresses and networks."""
+    try:
+        return tuple(ipaddress.ip_network(part.strip()) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ValueError(f"is no list of addresses or networks: {error}") from None
+
+
 def log_level(text):
     levels = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "WARN": 30, "ERROR": 40, "CRITICAL": 50}
     if text.upper() not in levels:
@@ -255,6 +285,18 @@ OPTIONS = (
     Option("--first-byte-timeout", "GATEWAY_FIRST_BYTE_TIMEOUT", "600s", timeout, "TIME",
            "for Ollama's answer to begin: a model loads, queues, thinks"),
     Option("--stall-timeout", "GATEWAY_STALL_TIMEOUT", "300s", timeout, "TIME", "for the next piece of an answer"),
+    Option("--max-connections", "GATEWAY_MAX_CONNECTIONS", "1024", positive, "N",
+           "clients connected at once; one more takes the place of the longest idle"),
+    Option("--max-body", "GATEWAY_MAX_BODY", "100MiB", byte_size, "SIZE",
+           "the largest request, but for blobs, which have no limit"),
+    Option("--header-timeout", "GATEWAY_HEADER_TIMEOUT", "15s", timeout, "TIME",
+           "for a whole request head, and for a TLS handshake"),
+    Option("--idle-timeout", "GATEWAY_IDLE_TIMEOUT", "75s", timeout, "TIME",
+           "for the next request on an open connection"),
+    Option("--drain-timeout", "GATEWAY_DRAIN_TIMEOUT", "30s", timeout, "TIME",
+           "for running requests to finish when the gateway is told to stop"),
+    Option("--trusted-proxies", "GATEWAY_TRUSTED_PROXIES", "", networks, "LIST",
+           "addresses or networks whose X-Forwarded-For tells who asks"),
     Option("--log-level", "LOG_LEVEL", "INFO", log_level, "LEVEL", "what goes to stderr"),
     Option("--log-file-level", "LOG_FILE_LEVEL", "INFO", log_level, "LEVEL", "what goes to the log file"),
     Option("--log-file", "GATEWAY_LOG_FILE", None, str, "FILE",
@@ -341,12 +383,15 @@ REFUSALS = {
     "line_too_long": Reason(414, "invalid_request_error", "invalid_request_error", "the request line is too long"),
     "unknown_expectation": Reason(417, "invalid_request_error", "invalid_request_error",
                                   "Expect asks for more than 100-continue"),
+    "too_many_failures": Reason(429, "rate_limit_error", "rate_limit_error",
+                                "too many requests without a valid token came from this address"),
     "head_too_large": Reason(431, "invalid_request_error", "invalid_request_error", "too many or too long headers"),
     "internal": Reason(500, "api_error", "api_error", "a fault of the gateway: its log tells more"),
     "unknown_coding": Reason(501, "invalid_request_error", "invalid_request_error",
                              "a Transfer-Encoding other than chunked"),
     "upstream_failed": Reason(502, "api_error", "api_error", "Ollama cannot be reached, or talks nonsense"),
     "no_room": Reason(503, "api_error", "overloaded_error", "no disk space for the body: try again later"),
+    "stopping": Reason(503, "api_error", "overloaded_error", "the gateway was told to stop: try again later"),
     "upstream_silent": Reason(504, "api_error", "api_error", "Ollama did not begin its answer in time"),
     "unknown_version": Reason(505, "invalid_request_error", "invalid_request_error",
                               "an HTTP version other than 1.0 and 1.1"),
@@ -410,6 +455,14 @@ class Request:
         self.method, self.path, self.query, self.version = method, path, query, version
         self.fields, self.repeated = fields, repeated
         self.path_secret = None     # what stood behind /t/, once it is taken out of the path
+
+
+class Limits(NamedTuple):
+    """What a connection may take: bytes and seconds."""
+
+    max_body: int
+    header_timeout: float
+    idle_timeout: float
 
 
 class Route(NamedTuple):
@@ -1106,10 +1159,15 @@ class TokenTable:
 
 
 class ClientWire(Wire):
-    """A client's connection; watched, it tells when the client has left."""
+    """A client's connection; watched, it tells when the client has left, or has to."""
+
+    last_request = False    # no further one may follow: the server is stopping
+    dismissed = False       # nor may this one go on
 
     def on_readable(self):
         """Raise ClientLeft if it hung up, fully or half; a pipelined request is kept for later."""
+        if self.dismissed:
+            raise Refusal("stopping")
         if len(self.buffer) >= READ_BYTES or not self.alive():
             raise ClientLeft("the client hung up")
 
@@ -1117,6 +1175,83 @@ class ClientWire(Wire):
         """Wait for a slow reader, unless it has left."""
         if self.wait(WRITABLE | HUNG_UP, deadline, watched) & HUNG_UP:
             raise ClientLeft("the client hung up")
+
+    def pause(self, seconds):
+        """Let time pass, unless the client leaves."""
+        deadline = Deadline(seconds)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                self.wait(self.watched_events(), deadline)
+                self.on_readable()
+
+    def dismiss(self):
+        """Have the connection's thread tell its client that it is over: whatever it waits for, it wakes up."""
+        self.dismissed = True
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.sock, socket.SHUT_RD)
+
+
+class Connections:
+    """The open connections, counted in one place: who may come in, who waits idle, who has to go."""
+
+    def __init__(self, most):
+        self._most, self._open = most, set()
+        self._idle = OrderedDict()      # those that wait for a request, the longest first
+        self._stopping = False
+        self._changed = threading.Condition()
+
+    def admit(self, wire):
+        """Take a connection in, in the place of the longest idle one if there is no other; False if there is none."""
+        with self._changed:
+            if len(self._open) >= self._most and not self._evict():
+                return False
+            self._open.add(wire)
+            return True
+
+    def evict(self):
+        """End the longest idle connection; return whether there was one."""
+        with self._changed:
+            return self._evict()
+
+    def _evict(self):
+        if self._idle:
+            wire, _ = self._idle.popitem(last=False)
+            self._open.discard(wire)
+            wire.shut_down()
+            return True
+        return False
+
+    def rest(self, wire):
+        """Take note that a connection waits for its next request; return whether it may."""
+        with self._changed:
+            if not self._stopping:
+                self._idle[wire] = True
+            return not self._stopping
+
+    def resume(self, wire):
+        """Take note that a request is coming; return False if the connection was ended in the meantime."""
+        with self._changed:
+            return self._idle.pop(wire, False)
+
+    def leave(self, wire):
+        with self._changed:
+            self._idle.pop(wire, None)
+            self._open.discard(wire)
+            self._changed.notify_all()
+
+    def drain(self, seconds):
+        """Let running requests finish for so long, then have them cut so that it shows."""
+        with self._changed:
+            self._stopping = True
+            for wire in self._open:
+                wire.last_request = True
+            while self._evict():
+                pass
+            for end, patience in (None, seconds), (ClientWire.dismiss, CLOSE_SECONDS), (Wire.shut_down, CLOSE_SECONDS):
+                for wire in self._open if end else ():
+                    end(wire)
+                if self._changed.wait_for(lambda: not self._open, patience):
+                    return
 
 
 class GatewayServer(http.server.ThreadingHTTPServer):
@@ -1127,11 +1262,15 @@ class GatewayServer(http.server.ThreadingHTTPServer):
     request_queue_size = BACKLOG
     allow_reuse_address = os.name == "posix"  # on Windows it would let another program steal the port
 
-    def __init__(self, host, port, handler, gateway, tls=None):
+    FULL = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
+            b"Connection: close\r\nContent-Length: 47\r\n\r\n" b'{"error": "too many connections: retry later"}\n')
+
+    def __init__(self, host, port, handler, gateway, limits, most_connections, tls=None):
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         self.address_family = found[0]
-        self.gateway, self.tls = gateway, tls
-        self._wires, self._changed = set(), threading.Condition()
+        self.gateway, self.limits, self.tls = gateway, limits, tls
+        self.connections = Connections(most_connections)
+        self._turned_away = deque()     # (wire, when to close it)
         super().__init__(found[4], handler)
 
     def server_bind(self):
@@ -1149,42 +1288,75 @@ class GatewayServer(http.server.ThreadingHTTPServer):
         shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
         return f"{'https' if self.tls else 'http'}://{shown}:{port}"
 
-    def process_request_thread(self, request, client_address):
-        """Serve a connection, in its own thread, until it ends."""
+    def get_request(self):
+        """Accept a connection; out of descriptors, make room and hold on, for the listener would only ask again."""
         try:
-            with self._counted(ClientWire(request)) as wire:
-                if self.tls:
-                    wire.secure(self.tls, Deadline(HEADER_SECONDS), server_side=True)
-                self.RequestHandlerClass(wire, client_address, self)
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self.connections.evict()
+                time.sleep(0.05)
+            raise
+
+    def process_request(self, request, client_address):
+        """Give a new connection its thread, or turn it away where it stands."""
+        wire = ClientWire(request)
+        if not self.connections.admit(wire):
+            return self._turn_away(wire)
+        try:
+            super().process_request(wire, client_address)
+        except RuntimeError:  # no thread could be started
+            self.connections.leave(wire)
+            self._turn_away(wire)
+
+    def _turn_away(self, wire):
+        """Tell a connection that there is no room, without a thread, and close it when it has read that."""
+        if self.tls:
+            return wire.close()  # an answer would cost a handshake
+        with contextlib.suppress(OSError):
+            wire.sock.send(self.FULL)  # a fresh socket's buffer takes it whole
+            wire.sock.shutdown(socket.SHUT_WR)
+        self._turned_away.append((wire, time.monotonic() + AWAY_SECONDS))
+
+    def service_actions(self):
+        """Look after those that were turned away; socketserver calls this again and again."""
+        for _ in range(len(self._turned_away)):
+            wire, until = self._turned_away.popleft()
+            if wire.alive() and time.monotonic() < until and len(self._turned_away) < TURNED_AWAY:
+                wire.buffer = b""
+                self._turned_away.append((wire, until))
+            else:
+                wire.close()
+
+    def process_request_thread(self, request, client_address):
+        """Serve a connection, in its own thread, until it ends; `request` is its wire."""
+        try:
+            if self.tls:
+                request.secure(self.tls, Deadline(self.limits.header_timeout), server_side=True)
+            self.RequestHandlerClass(request, client_address, self)
         except OSError:
             pass  # left, or never came to speak: there was no request to answer
         except Exception:  # as socketserver has it: a connection's failure is told, and is no other's
             self.handle_error(request, client_address)
         finally:
+            self.connections.leave(request)
             request.close()
 
-    @contextlib.contextmanager
-    def _counted(self, wire):
-        with self._changed:
-            self._wires.add(wire)
-        try:
-            yield wire
-        finally:
-            with self._changed:
-                self._wires.remove(wire)
-                self._changed.notify_all()
-            wire.close()
-
     def handle_error(self, request, client_address):
-        LOG.exception("the connection from %s failed", client_address[0])
+        if not isinstance(sys.exc_info()[1], OSError):  # it left before it was served
+            LOG.exception("the connection from %s failed", client_address[0])
+
+    def stop(self, seconds):
+        """Let nobody new in, and running requests finish for so many seconds."""
+        self.socket.close()
+        self.connections.drain(seconds)
 
     def server_close(self):
-        """Stop listening, cut what is open, wait for its threads, and stop what works behind the requests."""
+        """Stop listening, cut what is open, and stop what works behind the requests."""
         super().server_close()
-        with self._changed:
-            for wire in self._wires:
-                wire.shut_down()
-            self._changed.wait_for(lambda: not self._wires, CLOSE_SECONDS)
+        self.connections.drain(0)
+        while self._turned_away:
+            self._turned_away.popleft()[0].close()
         self.gateway.close()
 
 
@@ -1308,8 +1480,8 @@ def client_errors(late):
 class ClientStream:
     """The client's side of one request: its head and body in, one answer out, and how the answer ended."""
 
-    def __init__(self, wire, peer):
-        self.wire, self.request = wire, None
+    def __init__(self, wire, peer, limits):
+        self.wire, self.limits, self.request = wire, limits, None
         self.body = CloseDelimitedBody()      # until the head tells better, all that comes is of this request
         self.record = Record(peer, time.monotonic())
         self.record.id = secrets.token_hex(8)
@@ -1327,8 +1499,8 @@ class ClientStream:
 
     def read_request(self):
         """Read and parse the request's head; raise Refusal."""
-        with client_errors(f"the headers took longer than {HEADER_SECONDS} s"):
-            line, block = self.wire.read_head(Deadline(HEADER_SECONDS))
+        with client_errors(f"the headers took longer than {self.limits.header_timeout:g} s"):
+            line, block = self.wire.read_head(Deadline(self.limits.header_timeout))
             self.request = request = parse_request(line, block)
             self._note(request)
             self.body = request_body_framing(request)
@@ -1373,6 +1545,7 @@ class ClientStream:
         self._bound_body(self.body.left)
         while not self.body.complete:
             data += self.read_body()
+            self._bound_body(len(data))
             if len(data) > SPOOL_BYTES:
                 return self._spool_body(data)
         return HeldBody(bytes(data))
@@ -1391,10 +1564,9 @@ class ClientStream:
         except OSError as error:
             raise Refusal("no_room", f"the body cannot be kept: {error.strerror}", [("Retry-After", "10")]) from None
 
-    @staticmethod
-    def _bound_body(size):
-        if size > BODY_BYTES:
-            raise Refusal("body_too_large", f"the body is larger than {BODY_BYTES // MIB} MiB")
+    def _bound_body(self, size):
+        if size > self.limits.max_body:
+            raise Refusal("body_too_large", f"the body is larger than {self.limits.max_body} bytes (--max-body)")
 
     # -- out
 
@@ -1407,7 +1579,7 @@ class ClientStream:
             self._framing = "length"
         else:
             self._framing = "chunked" if request.version == "1.1" else "open"
-        self._keep = self._keep and self.body.complete
+        self._keep = self._keep and self.body.complete and not self.wire.last_request
         lines = [f"HTTP/1.1 {status} {phrase}"]
         for name, value in fields:
             lines.append(f"{name}: {value}")
@@ -1507,20 +1679,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self):
         self.wire = self.request
+        self.patience = self.server.limits.header_timeout   # for the first request; idle_timeout for those to follow
 
     def finish(self):
         self.wire.close_notify()
 
     def handle_one_request(self):
-        """Wait for a request and have it served; an idle connection ends without a word."""
+        """Wait for a request and have it served; a connection that says nothing ends without a word."""
         self.close_connection = True
-        if not self.wire.buffer and not self.wire.fill(Deadline(IDLE_SECONDS)):
+        if not self.wire.buffer and not self._wait_for_request():
             return
-        client = ClientStream(self.wire, self.client_address[0])
+        client = ClientStream(self.wire, self.client_address[0], self.server.limits)
         self.server.gateway.serve(client)
         self.close_connection = not client.reusable
+        self.patience = self.server.limits.idle_timeout
         if client.finished and not client.body.complete:
             client.drain()
+
+    def _wait_for_request(self):
+        return (self.server.connections.rest(self.wire) and self.wire.fill(Deadline(self.patience))
+                and self.server.connections.resume(self.wire))
 
 
 # == Conduct ==================================================================
@@ -1529,8 +1707,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 class Gateway:
     """Conducts each request through the stages that it is handed."""
 
-    def __init__(self, router, authenticator, upstream, relay, journal, pages):
-        self._router, self._authenticator, self._upstream = router, authenticator, upstream
+    def __init__(self, peers, router, authenticator, upstream, relay, journal, pages):
+        self._peers, self._router, self._authenticator, self._upstream = peers, router, authenticator, upstream
         self._relay, self._journal, self._pages = relay, journal, pages
 
     def serve(self, client):
@@ -1538,11 +1716,12 @@ class Gateway:
         record = client.record
         try:
             request = client.read_request()
+            record.peer = self._peers.reported(record.peer, request)
             client.extra += self._router.cors_fields(request)
             route, path = self._router.match(request)
             if route.kind == "page":
                 return client.answer(*self._pages[route.page](request))
-            record.token = self._authenticator.identify(request)
+            record.token = self._authenticator.identify(request, record.peer, client.wire.pause)
             self._router.permit(route, record.token)
             with client.take_body(route.streamed) as body:
                 record.model = self._router.model_of(path, body)
@@ -1780,22 +1959,79 @@ def secret_of(request):
     return shown[0].encode("latin-1").decode("utf-8", "surrogateescape") if shown else ""
 
 
+class Peers:
+    """Tells who asks, where proxies stand before the gateway."""
+
+    def __init__(self, trusted=()):
+        self._trusted = trusted
+
+    def reported(self, peer, request):
+        """Return the connection's address or, of trusted proxies, the rightmost untrusted X-Forwarded-For tells of."""
+        if self._trusted and "x-forwarded-for" in request.fields:
+            for entry in reversed(request.fields["x-forwarded-for"].split(",")):
+                if not any(ipaddress.ip_address(peer) in network for network in self._trusted):
+                    break
+                try:
+                    peer = str(ipaddress.ip_address(entry.strip()))
+                except ValueError:
+                    break  # whatever stands left of nonsense was not written by whom we trust
+        return peer
+
+
+class Failures:
+    """Counts each address's failed credentials; they are forgiven one by one."""
+
+    def __init__(self, clock=time.monotonic):
+        self._clock, self._lock = clock, threading.Lock()
+        self._levels = OrderedDict()    # address: (failures, when), the one that failed last at the end
+
+    def add(self, peer):
+        """Count one more failure of an address, IPv6 by /64, and return how many are not forgiven yet."""
+        if ":" in peer:
+            peer = ipaddress.ip_network((peer.partition("%")[0], 64), strict=False)
+        now = self._clock()
+        with self._lock:
+            level, when = self._levels.pop(peer, (0, now))
+            level = max(level - (now - when) / FORGIVEN_SECONDS, 0) + 1
+            self._levels[peer] = min(level, MOST_FAILURES + 1), now
+            while len(self._levels) > FAILING_ADDRESSES:
+                self._levels.popitem(last=False)
+        return level
+
+
 class Authenticator:
     """Tells whose token a request shows."""
 
-    def __init__(self, tokens, clock=time.time):
-        self._tokens, self._clock = tokens, clock
+    def __init__(self, tokens, failures, clock=time.time):
+        self._tokens, self._failures, self._clock = tokens, failures, clock
+        self._delays = threading.BoundedSemaphore(DELAYED_AT_ONCE)
 
-    def identify(self, request):
-        """Return the request's token; raise Refusal if there is none that is valid now."""
+    def identify(self, request, peer, pause):
+        """Return the request's token; raise Refusal if there is none that is valid now.
+
+        A secret that is not valid counts against the peer, and may have to `pause` for its refusal; a valid one never.
+        """
         secret = secret_of(request)
         token = self._tokens.find(secret) if secret else None
         if token is not None and (token.expires_at is None or self._clock() < token.expires_at):
             return token
+        if secret:
+            self._slow_down(peer, pause)
         text = 'no valid token: send "Authorization: Bearer TOKEN" or "x-api-key: TOKEN", or ask for a new one'
         if request.path_secret is not None:  # the ollama command shows the text of a 403, and hides a 401's
             raise Refusal("forbidden", text)
         raise Refusal("unauthorized", text, [("WWW-Authenticate", "Bearer")])
+
+    def _slow_down(self, peer, pause):
+        failures = self._failures.add(peer)
+        if failures <= FREE_FAILURES:
+            return
+        if failures > MOST_FAILURES or not self._delays.acquire(blocking=False):
+            raise Refusal("too_many_failures", fields=[("Retry-After", str(FORGIVEN_SECONDS))])
+        try:
+            pause(min(FAILED_DELAY, 0.05 * 2 ** (failures - FREE_FAILURES)))
+        finally:
+            self._delays.release()
 
     def close(self):
         self._tokens.close()
@@ -2217,20 +2453,43 @@ def server_tls(settings):
     return context
 
 
+def connections_that_fit(most):
+    """Raise the limit of descriptors for so many connections, each with one upstream; return how many there may be."""
+    try:
+        import resource
+    except ImportError:
+        return most  # Windows has no such limit
+    needed = 2 * most + POOL_SIZE + SPARE_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+        if soft < needed:
+            fit = max((soft - POOL_SIZE - SPARE_DESCRIPTORS) // 2, 1)
+            LOG.warning("only %d connections fit the limit of %d open files, not %d: see ulimit -n", fit, soft, most)
+            return fit
+    return most
+
+
 def build_server(settings, store, log=None):
     """Return the gateway's server, bound and ready to serve; `log` takes each finished request's line."""
     tls = server_tls(settings)
     upstream = Upstream(settings.ollama_url, settings.connect_timeout, settings.first_byte_timeout,
                         settings.stall_timeout)
+    limits = Limits(settings.max_body, settings.header_timeout, settings.idle_timeout)
     gateway = Gateway(
+        peers=Peers(settings.trusted_proxies),
         router=Router(settings.base_path, settings.path_tokens, settings.cors_origins),
-        authenticator=Authenticator(TokenTable(store)),
+        authenticator=Authenticator(TokenTable(store), Failures()),
         upstream=upstream,
         relay=relay,
         journal=Journal(store, log or LOG.info),
         pages={"banner": banner_page, "health": health_page(upstream), "preflight": preflight_page})
     try:
-        return GatewayServer(settings.host, settings.port, Handler, gateway, tls)
+        return GatewayServer(settings.host, settings.port, Handler, gateway, limits,
+                             connections_that_fit(settings.max_connections), tls)
     except (OSError, UnicodeError) as error:
         gateway.close()
         raise Failure(f"cannot listen on {settings.host} port {settings.port}: "
@@ -2277,11 +2536,11 @@ def fit(text, columns):
     return text + " " * (columns - text_width(text))
 
 
-def table(rows, width):
-    """Return rows as aligned lines; what is too wide for the terminal is taken from the widest columns."""
+def table(rows, width, elastic=2):
+    """Return rows as aligned lines; what is too wide for the terminal is taken from the first, elastic columns."""
     widths = [max(map(text_width, column)) for column in zip(*rows)]
-    while sum(widths) + 2 * len(widths) - 2 > width and max(widths) > 8:
-        widths[widths.index(max(widths))] -= 1
+    while width and sum(widths) + 2 * len(widths) - 2 > width and max(widths[:elastic]) > 8:
+        widths[widths.index(max(widths[:elastic]))] -= 1
     return ["  ".join(fit(cell, columns) for cell, columns in zip(row, widths)).rstrip() for row in rows]
 
 
@@ -2354,9 +2613,9 @@ def cmd_token_list(args):
             return say(f"No tokens in {store.path}.")
         heads = ("USER", "NAME", "SECRET", "CREATED", "EXPIRES", "LAST USED", "")
         rows = [(token.user, token.name, token.hint + "…", day(token.created_at, ""),
-                 ("expired " if is_expired(token) else "") + day(token.expires_at, "never"),
+                 "expired" if is_expired(token) else day(token.expires_at, "never"),
                  minute(token.last_used_at, "never"), "admin" if token.admin else "") for token in tokens]
-        for line in table([heads] + rows, shutil.get_terminal_size().columns):
+        for line in table([heads] + rows, shutil.get_terminal_size().columns if sys.stdout.isatty() else 0):
             say(line)
 
 
@@ -2472,6 +2731,18 @@ def cmd_token_import(args):
             f"{len(rows) - added} were there already")
 
 
+def complain_once(handler):
+    """Return what a log handler does when it cannot write: it says so on stderr, but not for each line again."""
+    lost = []
+
+    def handle_error(_):
+        if not lost:
+            lost.append(True)
+            with contextlib.suppress(OSError):
+                say(f"Log lines are being lost: {sys.exc_info()[1]} ({handler!r})", sys.stderr)
+    return handle_error
+
+
 def configure_logging(settings):
     """Log to stderr and, if the settings name one, to a file that is rotated by size; times are UTC."""
     handlers = [(logging.StreamHandler(), settings.log_level)]
@@ -2491,6 +2762,7 @@ def configure_logging(settings):
         LOG.removeHandler(old)
         old.close()
     for handler, level in handlers:
+        handler.handleError = complain_once(handler)
         handler.setLevel(level)
         handler.setFormatter(formatter)
         LOG.addHandler(handler)
@@ -2517,10 +2789,10 @@ def announce(settings, server, store):
     models = listed.get("models") if listed else None
     state = f"which has {count(len(models), 'model')}" if isinstance(models, list) else "which DOES NOT ANSWER yet"
     tokens = len(store.list())
-    say(f"ollama_gateway {VERSION} at {server.url}, before {settings.ollama_url.geturl()}, {state}; "
-        f"{count(tokens, 'token')} in {store.path}", sys.stderr)
+    held = f"{count(tokens, 'token')} in {store.path}"
     if not tokens:
-        say(f"Nobody gets in without a token. Make one: {PROGRAM} token create USER NAME --db {store.path}", sys.stderr)
+        held = f"nobody gets in without a token: make one with {PROGRAM} token create USER NAME --db {store.path}"
+    say(f"ollama_gateway {VERSION} at {server.url}, before {settings.ollama_url.geturl()}, {state}; {held}", sys.stderr)
     if not store.writable:
         say("The database is read-only: a change of tokens counts from the next start.", sys.stderr)
     if not server.tls and not is_loopback(host):
@@ -2542,7 +2814,8 @@ def cmd_serve(args):
                 signal.signal(signal.SIGHUP, lambda *_: reload_certificate(server.tls, settings))
             server.serve_forever()
         except KeyboardInterrupt:
-            return 0
+            with contextlib.suppress(KeyboardInterrupt):  # a second one does not wait
+                server.stop(settings.drain_timeout)
         finally:
             server.server_close()
 
