@@ -304,7 +304,6 @@ OPTIONS = (
 )
 DATABASE_OPTION = next(option for option in OPTIONS if option.flag == "--db")
 
-
 ENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=(.*)")
 QUOTED = re.compile(r"""(?:'([^']*)'|"((?:[^"\\]|\\.)*)")\s*(?:\#.*)?""", re.VERBOSE)
 
@@ -899,9 +898,9 @@ def _migrate(db, now):
             migration(db, now)
             db.execute(f"PRAGMA user_version = {number}")
         db.execute("COMMIT")
-    except BaseException:
-        db.execute("ROLLBACK")
-        raise
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
 
 
 def _use_wal(db):
@@ -1090,29 +1089,27 @@ def open_store(path, create=False, now=None):
 
     Raises Failure, naming the file and what is wrong; then nothing in it has been touched.
     """
-    path, db = os.path.abspath(path), None
+    path = os.path.abspath(path)
     try:
         _find_file(path, create)
         writable = os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK)
-        db = _connect(path, writable)
-        version = _check_version(db, path)
-        if writable and os.name == "posix" and os.stat(path).st_mode & 0o077:
-            os.chmod(path, 0o600)
-        if version < len(MIGRATIONS) and not writable:
-            raise Failure(f"the database {path} must be upgraded and is read-only: make it and its folder writable")
-        if writable:
-            _use_wal(db)
-            if version < len(MIGRATIONS):
-                _migrate(db, int(time.time() if now is None else now))
-            if db.execute("SELECT scrub_owed FROM state").fetchone()[0]:
-                _scrub(db)
-        return TokenStore(path, db, writable)
-    except BaseException as error:
-        if db is not None:
-            db.close()
-        if isinstance(error, (sqlite3.Error, OSError)):
-            raise Failure(f"cannot use the database {path}: {error}") from None
-        raise
+        with contextlib.ExitStack() as stack:
+            db = stack.enter_context(contextlib.closing(_connect(path, writable)))
+            version = _check_version(db, path)
+            if writable and os.name == "posix" and os.stat(path).st_mode & 0o077:
+                os.chmod(path, 0o600)
+            if version < len(MIGRATIONS) and not writable:
+                raise Failure(f"the database {path} must be upgraded and is read-only: make it and its folder writable")
+            if writable:
+                _use_wal(db)
+                if version < len(MIGRATIONS):
+                    _migrate(db, int(time.time() if now is None else now))
+                if db.execute("SELECT scrub_owed FROM state").fetchone()[0]:
+                    _scrub(db)
+            stack.pop_all()
+            return TokenStore(path, db, writable)
+    except (sqlite3.Error, OSError) as error:
+        raise Failure(f"cannot use the database {path}: {error}") from None
 
 
 class TokenTable:
@@ -1959,6 +1956,12 @@ def secret_of(request):
     return shown[0].encode("latin-1").decode("utf-8", "surrogateescape") if shown else ""
 
 
+def address_of(text):
+    """Return an IP address without its zone, IPv4 as such behind ::ffff: too; raise ValueError."""
+    address = ipaddress.ip_address(text.strip().partition("%")[0])
+    return getattr(address, "ipv4_mapped", None) or address
+
+
 class Peers:
     """Tells who asks, where proxies stand before the gateway."""
 
@@ -1969,10 +1972,10 @@ class Peers:
         """Return the connection's address or, of trusted proxies, the rightmost untrusted X-Forwarded-For tells of."""
         if self._trusted and "x-forwarded-for" in request.fields:
             for entry in reversed(request.fields["x-forwarded-for"].split(",")):
-                if not any(ipaddress.ip_address(peer) in network for network in self._trusted):
+                if not any(address_of(peer) in network for network in self._trusted):
                     break
                 try:
-                    peer = str(ipaddress.ip_address(entry.strip()))
+                    peer = str(address_of(entry))
                 except ValueError:
                     break  # whatever stands left of nonsense was not written by whom we trust
         return peer
@@ -1987,8 +1990,8 @@ class Failures:
 
     def add(self, peer):
         """Count one more failure of an address, IPv6 by /64, and return how many are not forgiven yet."""
-        if ":" in peer:
-            peer = ipaddress.ip_network((peer.partition("%")[0], 64), strict=False)
+        address = address_of(peer)
+        peer = address if address.version == 4 else ipaddress.ip_network((address, 64), strict=False)
         now = self._clock()
         with self._lock:
             level, when = self._levels.pop(peer, (0, now))
@@ -2432,6 +2435,7 @@ def health_page(upstream):
 
 
 # == Assembly =================================================================
+
 
 def load_certificate(context, settings):
     """Read the certificate and its key, again if need be; raise Failure."""

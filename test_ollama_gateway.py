@@ -3046,7 +3046,7 @@ class Concurrency(GatewayCase):
         before = set(threading.enumerate())
         self.fake.replies["/api/chat"] = Reply.stream(b"one\n", until_hangup)
         with self.serving() as server:
-            idle, silent, half = self.client(server), self.client(server), self.client(server)
+            idle, _, half = self.client(server), self.client(server), self.client(server)
             self.assertStatus(idle.ask("GET", "/api/tags", headers=bearer(self.token)), 200)
             half.send(b"GET /api/tags HTTP/1.1\r\nHo")
             busy = self.begin("POST", "/api/chat", CHAT, server=server)
@@ -3254,6 +3254,7 @@ class FailedCredentials(GatewayCase):
     def test_addresses_of_ipv6_count_by_their_network_and_few_are_remembered(self):
         failures = gateway.Failures(clock=lambda: 0.0)
         self.assertEqual([failures.add(peer) for peer in ("2001:db8::1", "2001:db8::2:3", "fe80::1%eth0", "2001:db8:0:1::1")], [1, 2, 1, 1])
+        self.assertEqual([failures.add(peer) for peer in ("192.0.2.7", "::ffff:192.0.2.7")], [1, 2])
         for number in range(gateway.FAILING_ADDRESSES):
             failures.add(f"10.0.{number // 256}.{number % 256}")
         self.assertEqual(failures.add("2001:db8::1"), 1)
