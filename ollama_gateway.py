@@ -99,6 +99,7 @@ USED_SECONDS = 1            # how long a token's last use gathers before it is s
 CLOSE_SECONDS = 2           # how long a stopping server waits for its threads to cut what they serve
 AWAY_SECONDS = 2            # how long one that was turned away may take to read why
 FAILED_DELAY = 1.0          # the longest that a failed credential waits for its refusal
+RETRY_SECONDS = 5           # when a client that met 429 or 503 may try again
 BUSY_SECONDS = 20           # how long a command waits for the database's other writers
 
 BACKLOG = 1024              # connections that arrive at once; the system's own maximum applies
@@ -402,7 +403,9 @@ class Refusal(Exception):
 
     def __init__(self, code, message="", fields=()):
         super().__init__(message or REFUSALS[code].meaning)
-        self.code, self.reason, self.fields = code, REFUSALS[code], tuple(fields)
+        self.code, self.reason, self.fields = code, REFUSALS[code], list(fields)
+        if self.status in (429, 503):  # else SDKs burn their retries within half a second
+            self.fields.append(("Retry-After", str(RETRY_SECONDS)))
 
     @property
     def status(self):
@@ -1084,7 +1087,7 @@ class TokenStore:
         return added
 
 
-def open_store(path, create=False, now=None):
+def open_store(path, create=False):
     """Open the database of tokens, upgrading it if it is old; `create` allows a missing or empty file.
 
     Raises Failure, naming the file and what is wrong; then nothing in it has been touched.
@@ -1103,7 +1106,7 @@ def open_store(path, create=False, now=None):
             if writable:
                 _use_wal(db)
                 if version < len(MIGRATIONS):
-                    _migrate(db, int(time.time() if now is None else now))
+                    _migrate(db, int(time.time()))
                 if db.execute("SELECT scrub_owed FROM state").fetchone()[0]:
                     _scrub(db)
             stack.pop_all()
@@ -1559,7 +1562,7 @@ class ClientStream:
                 stack.pop_all()
                 return HeldBody(file=file, size=size)
         except OSError as error:
-            raise Refusal("no_room", f"the body cannot be kept: {error.strerror}", [("Retry-After", "10")]) from None
+            raise Refusal("no_room", f"the body cannot be kept: {error.strerror}") from None
 
     def _bound_body(self, size):
         if size > self.limits.max_body:
@@ -2030,7 +2033,7 @@ class Authenticator:
         if failures <= FREE_FAILURES:
             return
         if failures > MOST_FAILURES or not self._delays.acquire(blocking=False):
-            raise Refusal("too_many_failures", fields=[("Retry-After", str(FORGIVEN_SECONDS))])
+            raise Refusal("too_many_failures")
         try:
             pause(min(FAILED_DELAY, 0.05 * 2 ** (failures - FREE_FAILURES)))
         finally:
@@ -2621,6 +2624,7 @@ def cmd_token_list(args):
                  minute(token.last_used_at, "never"), "admin" if token.admin else "") for token in tokens]
         for line in table([heads] + rows, shutil.get_terminal_size().columns if sys.stdout.isatty() else 0):
             say(line)
+        say(f"{count(len(tokens), 'token')} in {store.path}")
 
 
 def cmd_token_update(args):

@@ -3760,6 +3760,12 @@ class Promises(unittest.TestCase):
                 row, = [line for line in readme.splitlines() if line.startswith("|") and all(name in line for name in names)]
                 self.assertIn(option.default or "", row)
 
+    def test_whoever_is_to_come_again_is_told_when(self):
+        for code, reason in gateway.REFUSALS.items():
+            with self.subTest(code):
+                told = [int(value) for name, value in gateway.Refusal(code).fields if name == "Retry-After"]
+                self.assertEqual([seconds > 0 for seconds in told], [True] if reason.status in (429, 503) else [])
+
     def test_every_refusal_is_in_the_readme(self):
         readme = source_of(README)
         for code, reason in gateway.REFUSALS.items():
