@@ -1195,7 +1195,7 @@ class Connections:
     """The open connections, counted in one place: who may come in, who waits idle, who has to go."""
 
     def __init__(self, most):
-        self._most, self._open = most, set()
+        self.most, self._open = most, set()
         self._idle = OrderedDict()      # those that wait for a request, the longest first
         self._stopping = False
         self._changed = threading.Condition()
@@ -1203,7 +1203,7 @@ class Connections:
     def admit(self, wire):
         """Take a connection in, in the place of the longest idle one if there is no other; False if there is none."""
         with self._changed:
-            if len(self._open) >= self._most and not self._evict():
+            if len(self._open) >= self.most and not self._evict():
                 return False
             self._open.add(wire)
             return True
@@ -1383,7 +1383,7 @@ def parse_request(line, block):
     host = fields.get("host", "")
     if not HOST.fullmatch(host):
         raise Malformed("the Host header is malformed")
-    absolute = ABSOLUTE.fullmatch(target)
+    absolute = None if target.startswith("/") else ABSOLUTE.fullmatch(target)
     if absolute and absolute[1].lower() == host.lower():
         target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
     if not target.startswith("/") or "#" in target:
@@ -2474,9 +2474,7 @@ def connections_that_fit(most):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             soft = wanted
         if soft < needed:
-            fit = max((soft - POOL_SIZE - SPARE_DESCRIPTORS) // 2, 1)
-            LOG.warning("only %d connections fit the limit of %d open files, not %d: see ulimit -n", fit, soft, most)
-            return fit
+            return max((soft - POOL_SIZE - SPARE_DESCRIPTORS) // 2, 1)
     return most
 
 
@@ -2801,6 +2799,9 @@ def announce(settings, server, store):
     if not tokens:
         held = f"nobody gets in without a token: make one with {PROGRAM} token create USER NAME --db {store.path}"
     say(f"ollama_gateway {VERSION} at {server.url}, before {settings.ollama_url.geturl()}, {state}; {held}", sys.stderr)
+    if server.connections.most < settings.max_connections:
+        say(f"Only {server.connections.most} connections fit the limit of open files, not {settings.max_connections}: "
+            "raise it (ulimit -n) or lower --max-connections.", sys.stderr)
     if not store.writable:
         say("The database is read-only: a change of tokens counts from the next start.", sys.stderr)
     if not server.tls and not is_loopback(host):

@@ -3475,6 +3475,17 @@ class ServeCommand(Case):
                 self.assertEqual(serving.stop(signal_number), 0)
                 self.assertNotRegex("\n".join(serving.lines), "Traceback|Warning|Exception")
 
+    @unittest.skipUnless(shutil.which("prlimit"), "needs prlimit to take descriptors away")
+    def test_the_cap_is_fitted_to_the_descriptors_there_are(self):
+        command = ["prlimit", "--nofile=400:400", sys.executable, GATEWAY, "serve", "--port", "0", "--db", self.db]
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=self.folder) as process:
+            try:
+                first, second = (next(line for line in process.stderr if b"without a token" in line or b"connections" in line) for _ in range(2))
+            finally:
+                process.terminate()
+        self.assertIn(b"ollama_gateway", first)
+        self.assertRegex(second.decode(), r"Only 104 connections .*ulimit")
+
     def test_a_port_that_is_taken_is_named(self):
         port = str(self.fake.server_address[1])
         serving = self.serving("--port", port)
