@@ -2780,6 +2780,191 @@ class Framing(GatewayCase):
         self.assertStatus(self.ask("GET", "/api/tags"), 200)
 
 
+# == Fuzzing ==================================================================
+
+USER, ADMIN, SERIAL = b"ogw_" + b"u" * 43, b"ogw_" + b"a" * 43, b"nnnnnn"   # stand for what is as long, and differs from run to run
+ODD_BYTES = (b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\0", b" ", b"\t", b":", b",", b";", b"/", b"..", b"%2f", b"?", b"#", b"\x7f", b"\x80", b"\xff",
+             b"\r\n ", b"0\r\n\r\n", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n",
+             b"\r\nX-Api-Key: " + ADMIN + b"\r\n", b"Connection: x-api-key\r\n")
+ODD_MARKS = ((b"\r\n", (b"\n", b"\r", b"\n\r", b"\r\r\n", b" \r\n", b"\0\r\n", b"\r\n\r\n", b"\r\n ", b"")),
+             (b": ", (b" : ", b"\t: ", b":", b" ", b": ,", b":\0")), (b" ", (b"  ", b"\t", b"", b"\r", b"\x0b")))
+ODD_NUMBERS = (b"0", b"1", b"2", b"-1", b"+2", b"00", b"0x5", b"1e1", b"2.0", b"5 5", b"1_0", b"ffff", b"65536", b"4294967296", b"9" * 19)
+WITHIN_REACH = (rb"GET /(?:api/(?:tags|version)|v1/models(?:/[^/?]+)?)(?:\?.*)?", rb"POST /(?:api/(?:chat|generate)|v1/messages)(?:\?.*)?",
+               rb"DELETE /api/delete(?:\?.*)?", rb"POST /api/blobs/sha256[:-][0-9a-f]{64}(?:\?.*)?")   # what mutants can reach
+GO_UP = re.compile("host|accept-encoding|accept|content-type|content-encoding|content-length|transfer-encoding|user-agent|x-request-id"
+                   "|anthropic-.*|openai-.*")
+HTTP_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+HTTP_HEAD = re.compile(rb"(%b) (/[!-\"$-~]*) HTTP/1\.([01])\r\n((?:%b:[\t -~\x80-\xff]*\r\n)*)\r\n" % (HTTP_TOKEN, HTTP_TOKEN))
+HTTP_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
+HTTP_TRAILERS = re.compile(rb"(?:%b:[\t -~\x80-\xff]*\r\n)*\r\n" % HTTP_TOKEN)
+
+
+def well_formed(raw):
+    """The whole and well-formed requests that bytes begin with, as (method, target, body): a second opinion on RFC 9112."""
+    found = []
+    while True:
+        head = HTTP_HEAD.match(raw)
+        end, body = judged_body(raw, head) if head else (0, b"")
+        if not end:
+            return found
+        found.append((head[1].decode(), head[2].decode(), body))
+        raw = raw[end:]
+
+
+def judged_body(raw, head):
+    """Where the body behind a head ends, and the body; (0, b"") if it is not whole, or not well-formed."""
+    fields = [(name.lower(), value.strip(b" \t")) for name, _, value in (line.partition(b":") for line in head[4].split(b"\r\n"))]
+    hosts, lengths, codings = ([value for name, value in fields if name == wanted] for wanted in (b"host", b"content-length", b"transfer-encoding"))
+    if len(hosts) > 1 or head[3] == b"1" and not hosts or len(lengths + codings) > 1 or codings and head[3] == b"0":
+        return 0, b""
+    if codings:
+        return judged_chunks(raw, head.end()) if codings[0].lower() == b"chunked" else (0, b"")
+    end = head.end() + int(lengths[0] if lengths and re.fullmatch(rb"[0-9]{1,18}", lengths[0]) else 0 if not lengths else 10 ** 18)
+    return (end, raw[head.end():end]) if end <= len(raw) else (0, b"")
+
+
+def judged_chunks(raw, at):
+    body = b""
+    while True:
+        size = HTTP_SIZE.match(raw, at)
+        if not size:
+            return 0, b""
+        at, left = size.end(), int(size[1], 16)
+        if not left:
+            trailers = HTTP_TRAILERS.match(raw, at)
+            return (trailers.end(), body) if trailers else (0, b"")
+        body, at = body + raw[at:at + left], at + left + 2
+        if raw[at - 2:at] != b"\r\n":
+            return 0, b""
+
+
+class Mutants:
+    """An endless source of requests that were right once; the same seed gives the same ones on every Python."""
+
+    def __init__(self, seed):
+        self.chance = random.Random(seed)
+        user, admin, chunks = bearer(USER.decode()), [("x-api-key", ADMIN.decode())], ("Transfer-Encoding", "chunked")
+        company = [("User-Agent", "fuzz/1"), ("Cookie", "a=b"), ("anthropic-version", "2"), ("Connection", "keep-alive"), ("Accept", "*/*")]
+        get, get_page = self.asking("GET", "/api/tags", headers=user), self.asking("GET", "/v1/models/tiny", headers=company + user)
+        post = self.asking("POST", "/api/chat", dict(CHAT, stream=False), user + [("Content-Type", "application/json")])
+        post_chunked = self.asking("POST", "/api/generate", headers=[*user, chunks]) + chunked(b'{"model": "ti', b'ny", "stream": 0}')
+        delete, old = self.asking("DELETE", "/api/delete", {"model": "tiny"}, admin), self.asking("GET", "/api/version", headers=user, version="1.0")
+        blob, post_blob = self.asking("POST", f"/api/blobs/{DIGEST}", b"0123456789" * 3, admin), ("POST", f"/api/blobs/{DIGEST}")
+        blob_chunked = self.asking(*post_blob, headers=[chunks, *admin]) + chunked(b"0123456789" * 2, b"a")
+        within = [self.asking("POST", "/v1/messages", get, user + company), self.asking(*post_blob, get_page, admin),
+                  self.asking("POST", "/api/chat", headers=[*user, chunks]) + chunked(get, b"\r\n0\r\n\r\n" + get)]   # to be smuggled in
+        self.seeds = (get, get_page, post, post_chunked, delete, old, blob, blob_chunked, *within, get + post, post + get_page,
+                      post_chunked + get, get_page + delete, blob + get, blob_chunked + post, delete + blob_chunked)
+
+    @staticmethod
+    def asking(method, path, *args, **kwargs):
+        return request(method, f"{path}?n={SERIAL.decode()}", *args, **kwargs)
+
+    def __iter__(self):
+        while True:
+            raw = self.chance.choice(self.seeds)
+            for _ in range(self.chance.choice((0, 1, 1, 1, 2, 2, 3))):
+                raw = self.mutated(raw or b"\n")
+            yield raw
+
+    def mutated(self, raw):
+        """Change bytes, a line or a number."""
+        chance, other = self.chance, self.chance.choice(self.seeds)
+        at = chance.randrange(len(raw))
+        to = min(at + chance.choice((1, 1, 2, 4, 16)), len(raw))
+        return chance.choice((
+            lambda: raw[:at] + bytes([raw[at] ^ 1 << chance.randrange(8)]) + raw[at + 1:],
+            lambda: raw[:at] + chance.choice(ODD_BYTES) + raw[at:],
+            lambda: raw[:at] + chance.choice(ODD_BYTES) + raw[to:],
+            lambda: raw[:at] + raw[to:],
+            lambda: raw[:to] + raw[at:],
+            lambda: raw[:at] + other[chance.randrange(len(other)):],
+            lambda: raw[:at] + raw[at:to].swapcase() + raw[to:],
+            lambda: self.with_another_line(raw, other),
+            lambda: self.with_another_line(raw, raw),
+            lambda: self.with_another_mark(raw),
+            lambda: self.with_another_number(raw)))()
+
+    def with_another_line(self, raw, other):
+        """Put a line of another request before, or in the place of, one of this one's."""
+        lines = raw.split(b"\r\n")
+        at = self.chance.randrange(len(lines))
+        lines[at:at + self.chance.randrange(2)] = [self.chance.choice(other.split(b"\r\n"))]
+        return b"\r\n".join(lines)
+
+    def with_another_mark(self, raw):
+        """Write a line's end, a colon or a space in another way."""
+        mark, others = self.chance.choice(ODD_MARKS)
+        match = self.chance.choice(list(re.finditer(mark + b"|$", raw)))
+        return raw[:match.start()] + self.chance.choice(others) + raw[match.end():]
+
+    def with_another_number(self, raw):
+        numbers = list(re.finditer(rb"[0-9]+", raw))
+        match = self.chance.choice(numbers) if numbers else re.search(b"$", raw)
+        return raw[:match.start()] + self.chance.choice(ODD_NUMBERS) + raw[match.end():]
+
+
+class Fuzz(GatewayCase):
+    """Whatever a client sends, what arrives upstream is right, and the gateway lives on."""
+
+    SEED, ROUNDS, AT_ONCE = 3, 190, 8
+
+    def test_nothing_malformed_arrives_upstream(self):
+        mutants, statuses = iter(Mutants(self.SEED)), collections.Counter()
+        serials, sent = itertools.count(100_000), []
+        with unittest.mock.patch.object(gateway, "FREE_FAILURES", 10 ** 6), self.assertLogs("ollama_gateway") as logs:   # guessing is not the subject
+            for _ in range(self.ROUNDS):
+                raws = [self.filled(raw, next(serials)) for raw in itertools.islice(mutants, self.AT_ONCE)]
+                statuses.update(self.asked_at_once(raws))
+                arrived = collections.Counter((seen.method, seen.path, seen.body) for seen in self.fake.received[len(sent):])
+                meant = collections.Counter(judged for raw in raws for judged in well_formed(raw))
+                self.assertEqual(arrived - meant, {}, f"arrived, though nobody sent it well-formed, in {raws}")
+                for seen in self.fake.received[len(sent):]:
+                    self.assert_clean(seen, raws)
+                    sent.append(seen)
+            gateway.LOG.warning("over")
+        self.assertEqual(logs.output, ["WARNING:ollama_gateway:over"])
+        self.assertLessEqual(set(statuses), {200, 400, 401, 403, 404, 405, 413, 414, 417, 431, 501, 505}, statuses)
+        self.assertTrue(min(statuses[200], statuses[400]) > self.ROUNDS and {401, 404, 405} <= set(statuses), statuses)
+        self.assertEqual([seen.path for seen in self.fake.broken if not seen.path.startswith("/api/blobs/")], [], "only blobs go up unheld")
+        self.assertStatus(self.ask("GET", "/api/tags"), 200)
+
+    def filled(self, raw, serial):
+        return raw.replace(USER, self.token.encode()).replace(ADMIN, self.admin.encode()).replace(SERIAL, b"%d" % serial)
+
+    def asked_at_once(self, raws):
+        """Send bytes on a connection each, all at once; return the statuses of all answers."""
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(Client(self.server.server_address)) for _ in raws]
+            for client, raw in zip(clients, raws):
+                client.send(raw)
+            return [answer.status for client, raw in zip(clients, raws) for answer in self.answers(client, raw)]
+
+    def answers(self, client, raw):
+        """Read the answers to what is well-formed; then leave, and read what is said to the rest."""
+        answers = []
+        with contextlib.suppress(ConnectionError):
+            answers += itertools.takewhile(bool, (client.answer(method) for method, _, _ in well_formed(raw)))
+            self.assertTrue(all(answer.ended == "clean" for answer in answers), f"{answers} to {raw}")
+            client.half_close()
+            answers += client.everything()
+        for answer in answers:
+            ours = answer.status < 400 or answer.headers["content-type"] == "application/json"
+            self.assertTrue(ours and "x-request-id" in answer.headers, f"{answer} to {raw}")
+        return answers
+
+    def assert_clean(self, seen, raws):
+        """Check a request that arrived: a known route, headers that may go up, and no credential but where a mutant has put it."""
+        self.assertTrue(any(re.fullmatch(target, f"{seen.method} {seen.path}".encode()) for target in WITHIN_REACH), seen)
+        names = [name.lower() for name, value in seen.headers]
+        self.assertEqual(([name for name in names if not GO_UP.fullmatch(name)], len(names)), ([], len(set(names))), seen)
+        for name, value in seen.headers:
+            self.assertRegex(value, r"\A[\t -~\x80-\xff]*\Z", seen)
+            for part in value.split(", "):   # equal ones' values are joined
+                if self.token in part or self.admin in part:
+                    self.assertRegex(b"".join(raws), (r"(?i)\n%s:\s*%s" % (name, re.escape(part))).encode("latin-1"), seen)
+
+
 # == The model's name =========================================================
 
 
