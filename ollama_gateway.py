@@ -381,6 +381,8 @@ REFUSALS = {
     "too_slow": Reason(408, "invalid_request_error", "invalid_request_error", "the request did not arrive in time"),
     "body_too_large": Reason(413, "invalid_request_error", "request_too_large", "the body is too large"),
     "line_too_long": Reason(414, "invalid_request_error", "invalid_request_error", "the request line is too long"),
+    "encoded": Reason(415, "invalid_request_error", "invalid_request_error",
+                      "the body is compressed: its model cannot be judged"),
     "unknown_expectation": Reason(417, "invalid_request_error", "invalid_request_error",
                                   "Expect asks for more than 100-continue"),
     "too_many_failures": Reason(429, "rate_limit_error", "rate_limit_error",
@@ -1127,8 +1129,12 @@ class TokenTable:
         self._db = _connect(store.path, store.writable)
         self._lock = threading.Lock()
         self._seen = self._generation = None
-        self._refresh()
-        self._db.execute("PRAGMA busy_timeout = 0")
+        try:
+            self._refresh()
+            self._db.execute("PRAGMA busy_timeout = 0")
+        except sqlite3.Error as error:
+            self._db.close()
+            raise Failure(f"the database {store.path} refuses: {error}") from None
 
     def find(self, secret):
         """Return the token of a secret, expired or not, or None."""
@@ -1722,7 +1728,7 @@ class Gateway:
             if route.kind == "page":
                 return client.answer(*self._pages[route.page](request))
             record.token = self._authenticator.identify(request, record.peer, client.wire.pause)
-            self._router.permit(route, record.token)
+            self._router.permit(route, record.token, request)
             with client.take_body(route.streamed) as body:
                 record.model = self._router.model_of(path, body)
                 self._router.permit_model(record.model, record.token)
@@ -1794,6 +1800,7 @@ SEGMENTS = {
 
 
 PATH_TOKEN = re.compile("/t/([^/]+)(/.*)")
+OBJECT = re.compile(rb"[ \t\r\n]*\{")
 TOP_LEVEL = re.compile(rb'"(?:[^"\\]{0,256}")?|[{}\[\]:,]')  # a short plain string whole, of others the quote
 BELOW = re.compile(rb'"(?:[^"\\]{0,256}")?|[{}\[\]]')
 
@@ -1817,13 +1824,13 @@ def _json_string(quoted):
 
 
 def named_model(data):
-    """Return the model that Ollama will read in a JSON body, "" if there is none.
+    """Return the model that Ollama will read in a JSON body, "" if it names none, None if that took too long to tell.
 
     That is the last of its top-level keys "model", or else "name", in any case (encoding/json). The object is never
-    built: a hundred thousand brackets and strings are looked at, and none is read but short ones at the top level.
+    built: SCAN_STEPS brackets and strings are looked at, and none is read but short ones at the top level.
     """
     depth, at, key, value, found = 0, 0, "", False, {}
-    steps = iter(range(SCAN_STEPS))
+    steps = iter(range(SCAN_STEPS if OBJECT.match(data) else 0))
     for _ in steps:
         match = (TOP_LEVEL if depth < 2 else BELOW).search(data, at)
         if match is None:
@@ -1846,6 +1853,8 @@ def named_model(data):
                 break
         else:
             value = mark == b":"
+    if depth > 0 and next(steps, None) is None:
+        return None
     return found.get("model") or found.get("name", "")
 
 
@@ -1895,26 +1904,33 @@ class Router:
         return route, route.path.partition("{")[0] + segment
 
     @staticmethod
-    def permit(route, token):
-        """Refuse what only an admin token may do."""
+    def permit(route, token, request):
+        """Refuse what only an admin token may do, or what cannot be looked into."""
+        encoding = request.fields.get("content-encoding", "identity")
+        if encoding.lower() != "identity" and not token.admin:
+            raise Refusal("encoded", f'the body\'s Content-Encoding is "{encoding[:40]}": send it as it is')
         if route.access == "admin" and not token.admin:
             what = "changes models" if route.kind == "model" else "acts as the owner's ollama.com account"
             raise Refusal("forbidden", f"{route.path} {what}: it takes an admin token")
 
     @staticmethod
     def model_of(path, body):
-        """Return the name of the model that a request means, "" if it names none."""
+        """Return the name of the model that a request means, "" if it names none, None if that cannot be told."""
         if path.startswith("/v1/models/"):
             return urllib.parse.unquote(path[len("/v1/models/"):])
-        if not body.replayable:
+        if not body.replayable or path == "/v1/audio/transcriptions":  # a form, whose models are all local
             return ""
         with body.view() as data:
             return named_model(data)
 
     @staticmethod
     def permit_model(model, token):
-        """Refuse a model that runs on the owner's ollama.com account (internal/modelref), unless an admin asks."""
-        if model.lower().endswith((":cloud", "-cloud")) and not token.admin:
+        """Refuse what runs, or may run, on the owner's ollama.com account (internal/modelref), but to an admin."""
+        if token.admin:
+            return
+        if model is None:
+            raise Refusal("malformed", "the body has too many parts to tell its model")
+        if model.lower().endswith((":cloud", "-cloud")):
             raise Refusal("forbidden", f"{model} runs on the owner's ollama.com account: it takes an admin token")
 
     def cors_fields(self, request):
@@ -2541,9 +2557,16 @@ def fit(text, columns):
     return text + " " * (columns - text_width(text))
 
 
-def table(rows, width, elastic=2):
-    """Return rows as aligned lines; what is too wide for the terminal is taken from the first, elastic columns."""
+def table(rows, width, elastic=2, dispensable=()):
+    """Return rows as aligned lines that fit the width, 0 for any.
+
+    What is too wide is taken from the first columns, down to 8, and then dispensable ones go, counted as they go.
+    """
     widths = [max(map(text_width, column)) for column in zip(*rows)]
+    least = sum(min(columns, 8) for columns in widths[:elastic]) + sum(widths[elastic:]) + 2 * len(widths) - 2
+    if width and least > width and dispensable:
+        at, *others = dispensable
+        return table([row[:at] + row[at + 1:] for row in rows], width, elastic, others)
     while width and sum(widths) + 2 * len(widths) - 2 > width and max(widths[:elastic]) > 8:
         widths[widths.index(max(widths[:elastic]))] -= 1
     return ["  ".join(fit(cell, columns) for cell, columns in zip(row, widths)).rstrip() for row in rows]
@@ -2620,7 +2643,8 @@ def cmd_token_list(args):
         rows = [(token.user, token.name, token.hint + "…", day(token.created_at, ""),
                  "expired" if is_expired(token) else day(token.expires_at, "never"),
                  minute(token.last_used_at, "never"), "admin" if token.admin else "") for token in tokens]
-        for line in table([heads] + rows, shutil.get_terminal_size().columns if sys.stdout.isatty() else 0):
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+        for line in table([heads] + rows, width, dispensable=(3, 4, 2)):
             say(line)
         say(f"{count(len(tokens), 'token')} in {store.path}")
 
@@ -2734,7 +2758,7 @@ def cmd_token_import(args):
     with open_command_store(args, create=True) as store:
         added = store.import_rows(rows)
         say(f"Imported {count(added, 'token')} into {store.path}; "
-            f"{len(rows) - added} were there already")
+            f"already there: {len(rows) - added}")
 
 
 def complain_once(handler):

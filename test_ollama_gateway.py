@@ -1332,6 +1332,21 @@ OLD_ROWS = (   # user, name, clear token, created, expires
 OLD_SECRETS = sorted({row[2] for row in OLD_ROWS if row[2]})
 
 
+class Table(unittest.TestCase):
+
+    ROWS = [("USER", "NAME", "SECRET", "CREATED", "EXPIRES", "LAST USED", ""),
+            ("a" * 30, "b" * 30, "ogw_1234…", "2026-11-23", "2027-01-31", "2026-11-23 11:56", "admin"),
+            ("日本語", "é", "ogw_1234…", "2026-11-23", "expired", "never", "")]
+
+    def test_it_fits_the_terminal_and_elsewhere_nothing_is_cut(self):
+        for width, kept in ((0, "CREATED"), (200, "CREATED"), (80, "CREATED"), (70, "LAST USED"), (50, "SECRET"), (40, "EXPIRES")):
+            with self.subTest(width):
+                lines = gateway.table(self.ROWS, width, dispensable=(3, 4, 2))
+                self.assertIn(kept, lines[0])
+                self.assertTrue(all(gateway.text_width(line) <= (width or 200) for line in lines), lines)
+                self.assertEqual("a" * 30 in lines[1], width in (0, 200))
+
+
 class OldDatabase(CommandCase):
 
     def setUp(self):
@@ -1568,6 +1583,21 @@ class Door(GatewayCase):
                 self.assertRefused(self.ask("POST", "/api/chat", {**CHAT, "model": model}), 403)
                 self.assertEqual(self.fake.received, [])
         self.assertStatus(self.ask("POST", "/api/chat", {**CHAT, "model": "big:cloud"}, token=self.admin), 200)
+
+    def test_a_body_whose_model_cannot_be_told_is_for_administrators(self):
+        hidden = (("many parts", b'{"x":[' + b"[]," * 50_001 + b'[]],"model":"big:cloud"}', [], 400),
+                  ("many quotes", b'{"x":"' + b'\\"' * 100_001 + b'","model":"big:cloud"}', [], 400),
+                  ("many members", b"{" + b'"a":1,' * 34_000 + b'"model":"big:cloud"}', [], 400),
+                  ("compressed", b"(zstd)", [("Content-Encoding", "zstd")], 415))
+        for label, body, headers, status in hidden:
+            for path in ("/api/chat", "/v1/responses"):
+                with self.subTest(label, path=path):
+                    self.fake.received.clear()
+                    self.assertRefused(self.ask("POST", path, body, headers), status, path)
+                    self.assertEqual(self.fake.received, [])
+                    self.assertStatus(self.ask("POST", path, body, headers, token=self.admin), 200)
+        form = b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\n' + b'"{' * 200_000 + b"\r\n--x--\r\n"
+        self.assertStatus(self.ask("POST", "/v1/audio/transcriptions", form), 200)
 
 
 # == Routing ==================================================================
@@ -2800,27 +2830,33 @@ HTTP_TRAILERS = re.compile(rb"(?:%b:[\t -~\x80-\xff]*\r\n)*\r\n" % HTTP_TOKEN)
 
 
 def well_formed(raw):
-    """The whole and well-formed requests that bytes begin with, as (method, target, body): a second opinion on RFC 9112."""
+    """The whole and well-formed requests that bytes begin with, as (method, target, body), and whether a bad head follows.
+
+    A second opinion on RFC 9112. What else may follow is half a head, or a body that is not whole or goes bad.
+    """
     found = []
-    while True:
+    while raw:
         head = HTTP_HEAD.match(raw)
-        end, body = judged_body(raw, head) if head else (0, b"")
+        start, end, body = judged_body(raw, head) if head else (0, 0, b"")
         if not end:
-            return found
+            return found, not start and b"\r\n\r\n" in raw
         found.append((head[1].decode(), head[2].decode(), body))
         raw = raw[end:]
+    return found, False
 
 
 def judged_body(raw, head):
-    """Where the body behind a head ends, and the body; (0, b"") if it is not whole, or not well-formed."""
+    """Where the body behind a head starts, 0 if none may, where it ends, 0 if it does not or goes bad, and the body."""
     fields = [(name.lower(), value.strip(b" \t")) for name, _, value in (line.partition(b":") for line in head[4].split(b"\r\n"))]
     hosts, lengths, codings = ([value for name, value in fields if name == wanted] for wanted in (b"host", b"content-length", b"transfer-encoding"))
-    if len(hosts) > 1 or head[3] == b"1" and not hosts or len(lengths + codings) > 1 or codings and head[3] == b"0":
-        return 0, b""
+    right = len(hosts) == 1 or not hosts and head[3] == b"0"
     if codings:
-        return judged_chunks(raw, head.end()) if codings[0].lower() == b"chunked" else (0, b"")
-    end = head.end() + int(lengths[0] if lengths and re.fullmatch(rb"[0-9]{1,18}", lengths[0]) else 0 if not lengths else 10 ** 18)
-    return (end, raw[head.end():end]) if end <= len(raw) else (0, b"")
+        right = right and not lengths and head[3] == b"1" and [coding.lower() for coding in codings] == [b"chunked"]
+        return (head.end(), *judged_chunks(raw, head.end())) if right else (0, 0, b"")
+    if not right or len(lengths) > 1 or lengths and not re.fullmatch(rb"[0-9]{1,18}", lengths[0]):
+        return 0, 0, b""
+    end = head.end() + int(lengths[0] if lengths else 0)
+    return (head.end(), end, raw[head.end():end]) if end <= len(raw) else (head.end(), 0, b"")
 
 
 def judged_chunks(raw, at):
@@ -2917,7 +2953,7 @@ class Fuzz(GatewayCase):
                 raws = [self.filled(raw, next(serials)) for raw in itertools.islice(mutants, self.AT_ONCE)]
                 statuses.update(self.asked_at_once(raws))
                 arrived = collections.Counter((seen.method, seen.path, seen.body) for seen in self.fake.received[len(sent):])
-                meant = collections.Counter(judged for raw in raws for judged in well_formed(raw))
+                meant = collections.Counter(judged for raw in raws for judged in well_formed(raw)[0])
                 self.assertEqual(arrived - meant, {}, f"arrived, though nobody sent it well-formed, in {raws}")
                 for seen in self.fake.received[len(sent):]:
                     self.assert_clean(seen, raws)
@@ -2942,9 +2978,10 @@ class Fuzz(GatewayCase):
 
     def answers(self, client, raw):
         """Read the answers to what is well-formed; then leave, and read what is said to the rest."""
-        answers = []
+        answers, (judged, refusable) = [], well_formed(raw)
         with contextlib.suppress(ConnectionError):
-            answers += itertools.takewhile(bool, (client.answer(method) for method, _, _ in well_formed(raw)))
+            for method in [method for method, _, _ in judged] + ["GET"] * refusable:   # a bad head is refused as it stands
+                answers += filter(None, [client.answer(method)])
             self.assertTrue(all(answer.ended == "clean" for answer in answers), f"{answers} to {raw}")
             client.half_close()
             answers += client.everything()
@@ -2993,7 +3030,7 @@ class ModelName(unittest.TestCase):
     def test_a_long_prompt_full_of_quotes_is_passed_over(self):
         prompt = b'print(\\"hello, world\\")\\n' * 200_000   # step by step, not each time from its beginning
         self.assertEqual(gateway.named_model(b'{"prompt":"' + prompt[:400_000] + b'","model":"tiny"}'), "tiny")
-        self.assertEqual(gateway.named_model(b'{"prompt":"' + prompt + b'","model":"tiny"}'), "", "the steps have run out")
+        self.assertIs(gateway.named_model(b'{"prompt":"' + prompt + b'","model":"tiny"}'), None, "the steps have run out")
 
     def test_what_is_no_json_names_none(self):
         for body in (b"", b"{", b"hello", b'{"model', b'{"model":', b'{"model":"', b'{"model":5}', b'["model","x"]', b'{"a":{"model":"x"}}',
