@@ -3592,6 +3592,15 @@ class Tls(GatewayCase):
         self.assertStatus(client.answer(), 200)
         self.assertEqual(fake.received[0].body, b"abcdef")
 
+    def test_beyond_the_cap_a_connection_is_just_closed(self):
+        hold, server = self.hold(), self.serve(max_connections="1", **self.flags)
+        self.fake.replies["/api/chat"] = Reply.stream(LINE, hold)
+        busy = self.begin("POST", "/api/chat", CHAT, server=server, tls=self.context)
+        begun = busy.read(busy.head(), until=LINE)
+        self.assertIsNone(self.client(server).answer(), "an answer would cost a handshake")
+        hold.set()
+        self.assertEqual(busy.read(begun).ended, "clean")
+
     def test_who_speaks_no_tls_or_nothing_holds_nobody_up(self):
         silent, plain = self.client(), self.client()
         plain.send(request("GET", "/api/tags", headers=bearer(self.token)))
