@@ -13,12 +13,14 @@ The sections, in order (`grep -n '^# =='` lists them):
     Refusals      the one exception that ends a request, and its answer in three dialects
     Messages      what the stages hand to each other
     Wire          a socket with a buffer and deadlines; HTTP/1.1 framing, strict in both directions
-    Store         the tokens: every line of SQL
+    Scan          what a body says, without its object being built; the names of models
+    Store         the tokens and the account: every line of SQL
     Accept        the listening server and its connections
     Parse         the client's side: its request in, its answer out
     Conduct       the journey of a request, in one function
     Route         which paths there are, who may use them, which model is meant
     Authenticate  whose token it is
+    Limit         how much a token may, and whose turn it is
     Forward       the upstream's side: a pool of connections below urllib's opener
     Relay         the answer, from the upstream to the client, as it comes
     Record        one log line a request, written behind its back
@@ -28,23 +30,29 @@ The sections, in order (`grep -n '^# =='` lists them):
     Main          errors become exit statuses
 
 A request travels down the file: GatewayServer accepts it, ClientStream parses it, Gateway.serve conducts it through
-Router.match, Authenticator.identify, Upstream.open and relay, and Journal.write records it. Whoever will not go on
-raises a Refusal, which becomes the answer, or, once an answer has begun, its visible end.
+Router.match, Authenticator.identify, Limiter.admit, Upstream.open and relay, and Journal.write records it. Whoever
+will not go on raises a Refusal, which becomes the answer, or, once an answer has begun, its visible end.
 """
 from __future__ import annotations
 
 import argparse
+import bisect
+import codecs
 import contextlib
 import csv
 import email.utils
 import errno
+import fnmatch
+import functools
 import hashlib
 import http
 import http.server
 import io
 import ipaddress
+import itertools
 import json
 import logging
+import math
 import mmap
 import os
 import re
@@ -87,15 +95,21 @@ SPOOL_BYTES = 1 * MIB       # a larger body waits in a temporary file, not in me
 READ_BYTES = 64 * KIB       # one read from a socket, and as much of a pipelined request as is kept meanwhile
 DRAIN_BYTES = 16 * MIB      # read from a refused client, so that it gets to see the refusal
 SCAN_STEPS = 100_000        # brackets and strings of a body looked at for its model; about 50 ms
+VALUE_BYTES = 4 * KIB       # of a member's value that is kept; a model's name, all escapes, may take 3.5 KiB
+OUTLINE_BYTES = 256 * KIB   # of all of them
+FORM_PARTS = 100            # of a form that is looked into
 
 BODY_SECONDS = 60           # without a byte of a request body that was promised
 SEND_SECONDS = 60           # for a piece of at most 64 KiB to a client that reads slowly
 DRAIN_SECONDS = 3
 HEALTH_SECONDS = 10         # how old the upstream's state in /health may be
 PROBE_BYTES = 4 * MIB       # of a list of models, when the gateway itself asks for it
+LIST_BYTES = 16 * MIB       # of a list of models that is cut down to those of a token
+LINE_LIMIT = 8 * MIB        # of a stream's line; Ollama's own client reads no longer ones
+MOST_TOKENS = 10 ** 9       # that one request can have cost
 PROBE_SECONDS = 2           # how long the upstream may take to say its version
 JOURNAL_SECONDS = 0.05      # how long finished requests gather before they are written
-USED_SECONDS = 1            # how long a token's last use gathers before it is stored
+STORE_SECONDS = 0.5         # how long the account and tokens' last uses gather before they are stored
 CLOSE_SECONDS = 2           # how long a stopping server waits for its threads to cut what they serve
 AWAY_SECONDS = 2            # how long one that was turned away may take to read why
 FAILED_DELAY = 1.0          # the longest that a failed credential waits for its refusal
@@ -110,6 +124,8 @@ MOST_FAILURES = 30          # as many, and it gets 429 at once
 FORGIVEN_SECONDS = 3        # in which one failure is forgiven
 FAILING_ADDRESSES = 4096    # remembered; beyond, the one that was quiet longest is forgotten
 DELAYED_AT_ONCE = 8         # failed requests that may wait, each on a thread; the others get 429 at once
+MINUTE, HOUR, DAY = 60, 3600, 86400
+MOST_SERIES = 5000          # of one metric; more labels than that are counted as "other"
 POOL_SIZE = 128             # idle upstream connections kept; Ollama has no limit of its own
 
 HOP_BY_HOP = frozenset((    # RFC 9110 7.6.1: these speak of one connection only
@@ -199,6 +215,20 @@ def positive(text):
     if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
         raise ValueError("is no whole number from 1")
     return int(text)
+
+
+def whole(text):
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise ValueError("is no whole number from 0")
+    return int(text)
+
+
+def model_globs(text):
+    """Read a comma list of models' names, in which * and ? stand for others; return it tidied."""
+    globs = [part.strip().lower() for part in text.split(",") if part.strip()]
+    if not globs or not all(re.fullmatch(r"[a-z0-9._:/*?-]{1,200}", glob) for glob in globs):
+        raise ValueError("is no list of models like llama3*,qwen2.5:7b")
+    return ",".join(globs)
 
 
 def byte_size(text):
@@ -296,6 +326,11 @@ OPTIONS = (
            "for the next request on an open connection"),
     Option("--drain-timeout", "GATEWAY_DRAIN_TIMEOUT", "30s", timeout, "TIME",
            "for running requests to finish when the gateway is told to stop"),
+    Option("--max-parallel", "GATEWAY_MAX_PARALLEL", "0", whole, "N",
+           "inference requests that are upstream at once, 0 for any number; the others wait for their turn"),
+    Option("--max-queue", "GATEWAY_MAX_QUEUE", "128", positive, "N", "requests of one user that may wait"),
+    Option("--queue-timeout", "GATEWAY_QUEUE_TIMEOUT", "60s", timeout, "TIME", "for a request's turn to come"),
+    Option("--metrics-open", "GATEWAY_METRICS_OPEN", "off", boolean, "", "show /metrics without an admin token"),
     Option("--trusted-proxies", "GATEWAY_TRUSTED_PROXIES", "", networks, "LIST",
            "addresses or networks whose X-Forwarded-For tells who asks"),
     Option("--log-level", "LOG_LEVEL", "INFO", log_level, "LEVEL", "what goes to stderr"),
@@ -385,6 +420,12 @@ REFUSALS = {
                       "the body is compressed: its model cannot be judged"),
     "unknown_expectation": Reason(417, "invalid_request_error", "invalid_request_error",
                                   "Expect asks for more than 100-continue"),
+    "rate_limited": Reason(429, "rate_limit_error", "rate_limit_error",
+                           "the token made as many requests in the last minute as it may (--rpm)"),
+    "too_many_at_once": Reason(429, "rate_limit_error", "rate_limit_error",
+                               "the token has as many requests running as it may (--max-parallel)"),
+    "budget_spent": Reason(429, "rate_limit_error", "rate_limit_error",
+                           "the token has used up its tokens of the day (--tokens-per-day)"),
     "too_many_failures": Reason(429, "rate_limit_error", "rate_limit_error",
                                 "too many requests without a valid token came from this address"),
     "head_too_large": Reason(431, "invalid_request_error", "invalid_request_error", "too many or too long headers"),
@@ -393,6 +434,12 @@ REFUSALS = {
                              "a Transfer-Encoding other than chunked"),
     "upstream_failed": Reason(502, "api_error", "api_error", "Ollama cannot be reached, or talks nonsense"),
     "no_room": Reason(503, "api_error", "overloaded_error", "no disk space for the body: try again later"),
+    "queue_full": Reason(503, "api_error", "overloaded_error",
+                         "as many of the user's requests are waiting as may (--max-queue)"),
+    "queue_timeout": Reason(503, "api_error", "overloaded_error",
+                            "the request waited too long for its turn (--queue-timeout)"),
+    "uncounted": Reason(503, "api_error", "overloaded_error",
+                        "what the token used today cannot be read: try again later"),
     "stopping": Reason(503, "api_error", "overloaded_error", "the gateway was told to stop: try again later"),
     "upstream_silent": Reason(504, "api_error", "api_error", "Ollama did not begin its answer in time"),
     "unknown_version": Reason(505, "invalid_request_error", "invalid_request_error",
@@ -403,11 +450,11 @@ REFUSALS = {
 class Refusal(Exception):
     """The end of a request: raised from any depth, answered in one place."""
 
-    def __init__(self, code, message="", fields=()):
+    def __init__(self, code, message="", fields=(), retry_after=RETRY_SECONDS):
         super().__init__(message or REFUSALS[code].meaning)
         self.code, self.reason, self.fields = code, REFUSALS[code], list(fields)
         if self.status in (429, 503):  # else SDKs burn their retries within half a second
-            self.fields.append(("Retry-After", str(RETRY_SECONDS)))
+            self.fields.append(("Retry-After", str(retry_after)))
 
     @property
     def status(self):
@@ -448,6 +495,26 @@ class Token(NamedTuple):
     expires_at: Optional[int]
     last_used_at: Optional[int]
     admin: bool
+    models: Optional[str]           # globs, joined by commas: all others are not for this token
+    rpm: Optional[int]              # inference requests in any minute
+    max_parallel: Optional[int]     # inference requests at once
+    tokens_per_day: Optional[int]   # of prompts and completions, in a day of UTC
+
+
+LIMITED = ("models", "rpm", "max_parallel", "tokens_per_day")    # what of a token limits it
+
+
+def is_expired(token):
+    return token.expires_at is not None and token.expires_at <= time.time()
+
+
+def as_json(token):
+    """Return what there is to show of a token, ready for JSON."""
+    told = {"id": token.id, "user": token.user, "name": token.name, "hint": token.hint,
+            "created_at": show_instant(token.created_at), "expires_at": show_instant(token.expires_at),
+            "last_used_at": show_instant(token.last_used_at), "expired": is_expired(token), "admin": bool(token.admin)}
+    return dict(told, models=token.models.split(",") if token.models else None, rpm=token.rpm,
+                max_parallel=token.max_parallel, tokens_per_day=token.tokens_per_day)
 
 
 class Request:
@@ -476,6 +543,8 @@ class Route(NamedTuple):
     path: str
     access: str             # "public", "token" or "admin"
     kind: str               # "page", "read", "inference", "model" or "account"
+    names: str = ""         # where the request names its model: "json", "form" or "path"
+    lists: str = ""         # the key of the list of models in its answer
     page: str = ""          # which of our own pages answers
     streamed: bool = False  # the request's body is passed on unheld
 
@@ -483,14 +552,21 @@ class Route(NamedTuple):
 class Record:
     """What will be known of a request when it has ended."""
 
-    __slots__ = ("id", "peer", "token", "method", "path", "model", "status", "sent", "began", "answered", "ended",
-                 "outcome", "why")
+    __slots__ = ("id", "peer", "token", "method", "path", "route", "model", "label", "status", "sent", "tap", "counted",
+                 "began", "queued", "admitted", "answered", "ended", "outcome", "code", "why")
 
     def __init__(self, peer, now):
-        self.peer, self.began, self.sent = peer, now, 0
-        self.id = self.token = self.method = self.path = self.model = self.status = None
-        self.answered = self.ended = None   # when the first byte of the answer went out, and when all was over
-        self.outcome = self.why = None      # "broken" or "left", if it did not end well; the refusal's text
+        self.peer, self.began, self.sent, self.queued = peer, now, 0, 0.0
+        self.id = self.token = self.method = self.path = self.model = self.status = self.tap = None
+        self.route = self.label = ""        # the path in the table; the model's full name, once Ollama has owned to it
+        self.admitted = self.answered = self.ended = None   # when it went upstream, its answer began, all was over
+        self.outcome = self.code = self.why = None          # "broken" or "left", if it did not end well; the refusal's
+        self.counted = (0, 0, 0, None, None, 0.0)           # what of it the account has already
+
+    @property
+    def tokens(self):
+        """Return the tokens of the prompt and of the completion so far; None where Ollama does not tell."""
+        return (0, 0) if self.tap is None else self.tap.tokens
 
 
 # == Wire =====================================================================
@@ -531,6 +607,39 @@ def poll(wants, seconds):
     return {**dict.fromkeys(ready[0], READABLE), **dict.fromkeys(ready[1], WRITABLE)}
 
 
+def wait_for(descriptor, events, deadline, watched=None):
+    """Wait for a descriptor's events and return them; when the watched wire stirs first, it decides what that means.
+
+    Raises TimeoutError, and whatever `watched.on_readable()` raises.
+    """
+    while True:
+        wants = {descriptor: events}
+        if watched is not None:
+            wants[watched.descriptor] = watched.watched_events()
+        ready = poll(wants, deadline.left())
+        if watched is not None and watched.descriptor in ready:
+            watched.on_readable()
+        if descriptor in ready:
+            return ready[descriptor]
+
+
+class Bell:
+    """Wakes the thread that waits for it; meanwhile that can watch a wire."""
+
+    def __init__(self):
+        self._rope, self._clapper = socket.socketpair()
+
+    def ring(self):
+        self._rope.send(b"!")
+
+    def wait(self, deadline, watched):
+        wait_for(self._clapper.fileno(), READABLE, deadline, watched)
+
+    def close(self):
+        self._rope.close()
+        self._clapper.close()
+
+
 class Wire:
     """A non-blocking socket, and what was read from it too early; a wait has a deadline, and may watch another wire."""
 
@@ -551,19 +660,8 @@ class Wire:
                 self.wait(WRITABLE, deadline, watched)
 
     def wait(self, events, deadline, watched=None):
-        """Wait for events here and return them; when the watched wire stirs first, it decides what that means.
-
-        Raises TimeoutError, and whatever `watched.on_readable()` raises.
-        """
-        while True:
-            wants = {self.descriptor: events}
-            if watched is not None:
-                wants[watched.descriptor] = watched.watched_events()
-            ready = poll(wants, deadline.left())
-            if watched is not None and watched.descriptor in ready:
-                watched.on_readable()
-            if self.descriptor in ready:
-                return ready[self.descriptor]
+        """Wait for events here and return them, as `wait_for` does."""
+        return wait_for(self.descriptor, events, deadline, watched)
 
     def watched_events(self):
         """Return what to watch for: with much unread already, only the hang-up."""
@@ -794,8 +892,244 @@ class ChunkedBody:
         raise Malformed("the body ends before its last chunk")
 
 
+# == Scan =====================================================================
+
+
+class Unreadable(Exception):
+    """A body that does not tell for sure what Ollama will read in it."""
+
+
+LONG = object()     # stands for a value that was too long to keep
+
+
+def fold(pairs):
+    """Return {key in lower case: [its values]} of a JSON object's members."""
+    members = {}
+    for key, value in pairs:
+        members.setdefault(key.lower(), []).append(value)
+    return members
+
+
+class Outline:
+    """Follows a JSON object as its bytes come and keeps its members, of their values the short ones.
+
+    The object is never built. What follows it is not looked at, as encoding/json does not.
+    """
+
+    TOKEN = re.compile(rb'"(?:[^"\\]{0,256}")?|[{}\[\]]')  # a short plain string whole, of others the quote
+    DECODER = json.JSONDecoder(object_pairs_hook=tuple, parse_constant=lambda _: LONG)
+
+    def __init__(self, most_steps=sys.maxsize):
+        self.closed = False
+        self.size = 0           # bytes of it so far
+        self._steps = most_steps
+        self._kept = bytearray()
+        self._value = 0         # where in what is kept the last key or value begins
+        self._leaving_out = False
+        self._depth = 0
+        self._quoted = False    # within a string
+        self._escaped = False   # of which the next byte belongs to a backslash
+
+    def feed(self, data):
+        """Take the next bytes; raise Unreadable when there are more strings and brackets than steps, or members."""
+        at = 0
+        while at < len(data) and not self.closed:
+            self._steps -= 1
+            if self._steps < 0 or len(self._kept) > OUTLINE_BYTES:
+                raise Unreadable("it has too many parts")
+            end = self._string_end(data, at) if self._quoted else self._token_end(data, at)
+            self._keep(data, at, end)
+            at = end
+        self.size += at
+
+    def _token_end(self, data, at):
+        token = self.TOKEN.search(data, at)
+        if token is None:
+            return len(data)
+        mark = token[0]
+        if self._depth == 1:
+            self._value = len(self._kept) + token.start() - at
+        if mark.startswith(b'"'):
+            self._quoted = len(mark) == 1
+        else:
+            self._depth += 1 if mark in b"{[" else -1
+            self.closed = self._depth <= 0
+        return token.end()
+
+    def _string_end(self, data, at):
+        at += self._escaped
+        quote = data.find(b'"', at)
+        end = len(data) if quote < 0 else quote
+        run = data[at:end] if end > at and data[end - 1:end] == b"\\" else b""
+        odd = (len(run) - len(run.rstrip(b"\\"))) % 2 == 1     # an odd run of backslashes escapes what follows
+        self._escaped = odd and quote < 0
+        self._quoted = odd or quote < 0
+        return min(end + 1, len(data))
+
+    def _keep(self, data, at, end):
+        """Keep the bytes, or in place of the whole value that they belong to a NaN, which no JSON has."""
+        if not self._leaving_out:
+            if max(end - at, len(self._kept) - self._value + end - at) <= VALUE_BYTES:
+                self._kept += data[at:end]
+                return
+            self._kept[self._value:] = b"NaN"
+        self._leaving_out = self._quoted or self._depth > 1
+
+    def members(self):
+        """Return {key in lower case: [its values]}, as encoding/json matches keys: the last one wins.
+
+        An object within is a tuple of pairs, a value too long to keep is LONG. Raises Unreadable.
+        """
+        try:
+            pairs = self.DECODER.decode(self._kept.decode())
+        except (ValueError, RecursionError):
+            raise Unreadable("it is no JSON object") from None
+        if not self.closed or not isinstance(pairs, tuple):
+            raise Unreadable("it is no JSON object")
+        return fold(pairs)
+
+
+class Asked(NamedTuple):
+    """What a request asks for, as Ollama will read it."""
+
+    model: str = ""
+    usage_at: int = 0   # where in the body include_usage has to go in, if the gateway is to learn what it cost
+
+
+def asks_for_usage(members):
+    """Tell whether a body's stream_options ask for the usage; equal keys are merged, as encoding/json does."""
+    asks = False
+    for options in members.get("stream_options", ()):
+        if options is LONG:
+            return True     # whatever it asks for, it is not touched
+        for value in fold(options).get("include_usage", ()) if isinstance(options, tuple) else [False]:
+            asks = value is True
+    return asks
+
+
+def check_utf8(data):
+    """Raise Unreadable for bytes that are no UTF-8; the text is never built as a whole."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for at in range(0, len(data), READ_BYTES):
+            decoder.decode(data[at:at + READ_BYTES], final=at + READ_BYTES >= len(data))
+    except UnicodeDecodeError:
+        raise Unreadable("it is no UTF-8") from None
+
+
+def asked_in_json(data, wants_usage=False):
+    """Read what a JSON body asks for: of its top-level keys "model", or else "name"; raise Unreadable.
+
+    wants_usage: whether a stream tells its tokens only to whoever asks in `stream_options`.
+    """
+    check_utf8(data)
+    outline = Outline(SCAN_STEPS)
+    outline.feed(data)
+    members = outline.members()
+    names = []
+    for key in "model", "name":
+        values = members.get(key, [""])
+        if len(values) > 1:
+            raise Unreadable(f'it has two keys "{key}"')
+        if values[0] is LONG:
+            raise Unreadable(f'its "{key}" is too long')
+        names.append(values[0] if isinstance(values[0], str) else "")
+    asks = wants_usage and members.get("stream", [False])[-1] is True and not asks_for_usage(members)
+    spliced = asks and len(data) - outline.size < READ_BYTES
+    return Asked(names[0] or names[1], outline.size - 1 if spliced else 0)
+
+
+FORM = re.compile(r'multipart/form-data(?: *; *charset=[\w-]+)? *; *boundary=(?:"([^"\\]{1,70})"|([^\s";]{1,70})) *',
+                  re.IGNORECASE)
+DISPOSITION = re.compile(rb'content-disposition: *form-data; *name="([^"\\]*)"'
+                         rb'(; *filename="(?:[^"\\]|\\.)*")?(; *filename\*=[^\s";]*)?', re.IGNORECASE)
+PART_FIELD = re.compile(rb"content-(?:type|length):[^\r\n]*", re.IGNORECASE)
+
+
+def form_parts(content_type, data):
+    """Yield where head and content of each of a form's parts are, as (start, end) pairs (RFC 7578, RFC 2046 5.1.1).
+
+    Raises Unreadable for whatever two readers could take apart in two ways.
+    """
+    form = FORM.fullmatch(content_type)
+    if not form:
+        raise Unreadable("it is no multipart/form-data with a plain boundary")
+    delimiter = b"--" + (form[1] or form[2]).encode("latin-1")
+    found = [match.span() for match in itertools.islice(re.finditer(re.escape(delimiter), data), FORM_PARTS + 2)]
+    if not found or found[0][0] or len(found) > FORM_PARTS + 1 or data[found[-1][1]:] not in (b"--", b"--\r\n"):
+        raise Unreadable("it is no form, or has too many parts")
+    for (_, start), (end, _) in zip(found, found[1:]):
+        head_end = data.find(b"\r\n\r\n", start, end)
+        if data[start:start + 2] != b"\r\n" or data[end - 2:end] != b"\r\n" or not start < head_end <= end - 4 - 2:
+            raise Unreadable("a part of the form is malformed")
+        yield (start + 2, head_end), (head_end + 4, end - 2)
+
+
+def asked_in_form(content_type, data):
+    """Read the model that a form's field "model" names; raise Unreadable for a form that is not as clients write it."""
+    models = []
+    for head, content in form_parts(content_type, data):
+        lines = data[slice(*head)].split(b"\r\n") if head[1] - head[0] <= VALUE_BYTES else [b""]
+        named = [match for match in map(DISPOSITION.fullmatch, lines) if match]
+        if len(named) != 1 or not all(PART_FIELD.fullmatch(line) for line in lines if line != named[0][0]):
+            raise Unreadable("a part of the form has other headers than clients send")
+        if named[0][1] == b"model":
+            if models or named[0][2] or named[0][3] or content[1] - content[0] > VALUE_BYTES:
+                raise Unreadable('it has more than one plain field "model"')
+            models.append(data[slice(*content)])
+    try:
+        return Asked(models[0].decode() if models else "")
+    except UnicodeDecodeError:
+        raise Unreadable("it is no UTF-8") from None
+
+
+NAME_PART = re.compile(r"[a-z0-9_][a-z0-9_.-]*", re.ASCII)
+HOST_PART = re.compile(r"[a-z0-9_][a-z0-9_.:-]*", re.ASCII)
+ON_ACCOUNT = re.compile(r"[:-]cloud(?::local)*\Z")  # internal/modelref
+
+
+def spellings(model):
+    """Return the ways to write a model's name in full, the shortest first; none for what is no name.
+
+    Case does not matter, and what is missing is the tag "latest", the namespace "library", and Ollama's own registry
+    (types/model/name.go).
+    """
+    *before, name = model.strip().lower().split("/")
+    name = name if ":" in name else name + ":latest"
+    if len(before) == 4 and before[0].endswith(":") and not before[1]:
+        del before[:2]  # scheme://
+    namespace = before[-1] if before else "library"
+    host = before[0] if len(before) > 1 else "registry.ollama.ai"
+    if len(before) > 2 or not HOST_PART.fullmatch(host) \
+            or not all(map(NAME_PART.fullmatch, (namespace, *name.split(":", 1)))):
+        return ()
+    ways = (name, f"{namespace}/{name}", f"{host}/{namespace}/{name}")
+    return ways[2:] if host != "registry.ollama.ai" else ways[1:] if namespace != "library" else ways
+
+
+def canonical(model):
+    """Return the shortest full way to write a model's name, "" for what is no name."""
+    return (spellings(model) or ("",))[0]
+
+
+def is_on_account(model):
+    """Tell whether a model's name makes Ollama run it on its owner's ollama.com account."""
+    return ON_ACCOUNT.search(model.strip().lower()) is not None
+
+
+def is_listed(model, globs):
+    """Tell whether one of a list's globs is the model's, in any spelling; on the account, "cloud" must be in it."""
+    ways = spellings(model)
+    for glob in globs.split(","):
+        tagged = glob if glob.endswith("*") or ":" in glob.rpartition("/")[2] else glob + ":latest"
+        if any(fnmatch.fnmatchcase(way, tagged) for way in ways) and ("cloud" in glob or not is_on_account(model)):
+            return True
+    return False
+
+
 # == Store ====================================================================
 
+OWN_TABLES = {"tokens", "state"}    # of every version
 REPLACED_COLUMNS = {"id", "user_id", "user", "api_name", "token", "created_at", "expires_at"}
 
 
@@ -879,7 +1213,19 @@ def _create_tokens(db, now):
                 created_at=_replaced_instant(created_at, now), expires_at=expires_at)
 
 
-MIGRATIONS = (_create_tokens,)  # the n-th makes version n of its predecessor; each is applied once
+def _add_limits_and_usage(db, _):
+    """Version 2: what each token may, and an account by the hour that outlives the tokens."""
+    for column in "models TEXT", "rpm INTEGER", "max_parallel INTEGER", "tokens_per_day INTEGER":
+        db.execute(f"ALTER TABLE tokens ADD COLUMN {column}")
+    db.execute("""CREATE TABLE usage (
+        hour INTEGER NOT NULL, user TEXT NOT NULL, name TEXT NOT NULL, model TEXT NOT NULL, route TEXT NOT NULL,
+        requests INTEGER NOT NULL, errors INTEGER NOT NULL, cancelled INTEGER NOT NULL,
+        prompt_tokens INTEGER, completion_tokens INTEGER, seconds REAL NOT NULL,
+        PRIMARY KEY (user, name, hour, model, route)) WITHOUT ROWID""")  # a token's day is one range
+    db.execute("CREATE INDEX usage_by_hour ON usage (hour)")
+
+
+MIGRATIONS = (_create_tokens, _add_limits_and_usage)    # the n-th makes version n of its predecessor, once
 
 
 def _scrub(db):
@@ -951,7 +1297,7 @@ def _check_version(db, path):
     if version > len(MIGRATIONS):
         raise Failure(f"the database {path} is of version {version}, this program knows up to {len(MIGRATIONS)}: "
                       "use a newer one")
-    if version == 0 and tables and not columns >= REPLACED_COLUMNS or version and not tables >= {"tokens", "state"}:
+    if version == 0 and tables and not columns >= REPLACED_COLUMNS or version and not tables >= OWN_TABLES:
         raise Failure(f"{path} is a database of another program: name another file with --db")
     return version
 
@@ -968,11 +1314,23 @@ def _find_file(path, create):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
 
 
+MEASURED = ("requests", "errors", "cancelled", "prompt_tokens", "completion_tokens", "seconds")
+TOKENS_USED = "ifnull(prompt_tokens, 0) + ifnull(completion_tokens, 0)"
+USAGE_BY = {"user": ("user",), "token": ("user", "name"), "model": ("model",), "day": ("day",)}
+
+
+def check_rights(token):
+    """Raise UsageError for an admin's token with a list of models, which nothing would hold it to."""
+    if token.admin and token.models:
+        raise UsageError(f'the token "{token.user}/{token.name}" would be an admin\'s, who may use every model, and '
+                         "have a list of models: give it --models none, or --no-admin")
+
+
 class TokenStore:
     """The tokens on disk; safe to share between threads, and with other processes."""
 
     COLUMNS = ", ".join(Token._fields)
-    EXPORTED = ("user", "name", "digest", "hint", "created_at", "expires_at", "last_used_at", "admin")
+    EXPORTED = ("user", "name", "digest", "hint", "created_at", "expires_at", "last_used_at", "admin", *LIMITED)
 
     def __init__(self, path, db, writable, clock=time.time):
         self.path, self.writable = path, writable
@@ -1016,16 +1374,21 @@ class TokenStore:
             raise Failure(f'no token "{user}/{name}" in {self.path}: see "token list"')
         return Token(*row)
 
-    def create(self, user, name, expires_at=None, admin=False):
-        """Make a token; return it and its secret, which nothing but the answer will ever hold."""
+    def create(self, user, name, expires_at=None, admin=False, **limits):
+        """Make a token; return it and its secret, which nothing but the answer will ever hold.
+
+        limits: by the names of LIMITED.
+        """
         check_name("user", user), check_name("name", name)
         secret = SECRET_PREFIX + secrets.token_urlsafe(32)
         with self._writing() as db:
             if db.execute("SELECT 1 FROM tokens WHERE user = ? AND name = ?", (user, name)).fetchone():
                 raise Failure(f'the token "{user}/{name}" exists already: choose another name, or "token rotate" it')
             _insert(db, user=user, name=name, digest=digest_of(secret), hint=hint_of(secret),
-                    created_at=int(self._clock()), expires_at=expires_at, admin=bool(admin))
-            return self._get(db, user, name), secret
+                    created_at=int(self._clock()), expires_at=expires_at, admin=bool(admin), **limits)
+            token = self._get(db, user, name)
+            check_rights(token)
+            return token, secret
 
     def rotate(self, user, name):
         """Give a token a new secret and return both; the old one stops working."""
@@ -1037,13 +1400,15 @@ class TokenStore:
             return self._get(db, user, name), secret
 
     def update(self, user, name, **changes):
-        """Change a token's expires_at or admin; return it."""
+        """Change a token's expires_at, admin or limits; return it."""
         with self._writing() as db:
             token = self._get(db, user, name)
             for column in Token._fields:
                 if column in changes:
                     db.execute(f"UPDATE tokens SET {column} = ? WHERE id = ?", (changes[column], token.id))
-            return self._get(db, user, name)
+            token = self._get(db, user, name)
+            check_rights(token)
+            return token
 
     def delete(self, user, name):
         """Delete a token and return what it was."""
@@ -1059,11 +1424,39 @@ class TokenStore:
                               (user or "",)).fetchall()
         return [Token(*row) for row in rows]
 
-    def touch(self, uses):
-        """Note when tokens were last used: {id: Unix seconds}."""
+    def add_usage(self, rows, uses):
+        """Add to the account, and note when tokens were last used.
+
+        rows: {(hour, user, name, model, route): what is MEASURED}; uses: {token id: Unix seconds}.
+        """
+        add = ", ".join(f"{column} = coalesce({column} + excluded.{column}, {column}, excluded.{column})"
+                        for column in MEASURED)
         with self._writing() as db:
+            db.executemany(f"INSERT INTO usage (hour, user, name, model, route, {', '.join(MEASURED)}) "
+                           f"VALUES ({', '.join('?' * 11)}) ON CONFLICT DO UPDATE SET {add}",
+                           [(*key, *row) for key, row in rows.items()])
             db.executemany("UPDATE tokens SET last_used_at = max(ifnull(last_used_at, 0), ?) WHERE id = ?",
                            [(when, token_id) for token_id, when in uses.items()])
+
+    def usage(self, by, since, token=None):
+        """Return the account by a key of USAGE_BY from an hour on, of one token or of all: a dictionary a row.
+
+        Tokens that Ollama told nothing of are None.
+        """
+        keys = USAGE_BY[by]
+        sums = ", ".join(f"sum({column})" for column in MEASURED)
+        with self._access() as db:
+            rows = db.execute(
+                f"SELECT {', '.join(keys)}, {sums} FROM (SELECT *, hour / {DAY} * {DAY} AS day FROM usage "
+                "WHERE hour >= ? AND (? IS NULL OR user = ? AND name = ?)) "
+                f"GROUP BY {', '.join(keys)} ORDER BY {'day' if by == 'day' else f'sum({TOKENS_USED}) DESC, 1'}",
+                (since, token and token.id, token and token.user, token and token.name)).fetchall()
+        rows = [dict(zip(keys + MEASURED, row)) for row in rows]
+        for row in rows:
+            row["seconds"] = round(row["seconds"], 3)
+            if by == "day":
+                row["day"] = show_instant(row["day"])[:10]
+        return rows
 
     def export_rows(self):
         """Return all there is to carry to another machine: a dictionary a token, digests, never secrets."""
@@ -1143,6 +1536,16 @@ class TokenTable:
                 self._refresh()
             return self._tokens.get(digest_of(secret))
 
+    def spent(self, token, since):
+        """Return the tokens of prompts and completions that the account has of a token since; raise Failure."""
+        try:
+            with self._lock:
+                return self._db.execute(f"SELECT ifnull(sum({TOKENS_USED}), 0) FROM usage "
+                                        "WHERE user = ? AND name = ? AND hour >= ?",
+                                        (token.user, token.name, since)).fetchone()[0]
+        except sqlite3.Error as error:
+            raise Failure(f"the database refuses: {error}") from None
+
     def _refresh(self):
         version = self._db.execute("PRAGMA data_version").fetchone()
         if version == self._seen:
@@ -1159,6 +1562,116 @@ class TokenTable:
 
     def close(self):
         self._db.close()
+
+
+class Account:
+    """Who used what: gathered in memory, stored by the journal within a second, and asked by the limiter for budgets.
+
+    Of a request that runs, the account has what went by so far: a killed gateway loses the last second alone.
+    """
+
+    def __init__(self, store, tokens, clock=time.time):
+        self._store, self._tokens, self._clock = store, tokens, clock
+        store.wait_at_most(STORE_SECONDS)   # while the database is locked, log lines are still to be written
+        self._lock = threading.Lock()
+        self._running = set()
+        self._pending, self._storing = {}, {}   # what is yet to be stored, and what is just being stored
+        self._uses = {}
+        self._spent = {}        # {(user, name): (day, tokens, when that was read)}
+        self._day = 0
+        self._complained = False
+
+    @contextlib.contextmanager
+    def counting(self, record):
+        """Count a request for the length of the with block, and how that ended."""
+        errors, cancelled = 1, 0    # unless it ends otherwise
+        with self._lock:
+            self._running.add(record)
+        try:
+            yield
+            errors = int(record.status >= 400)
+        except ClientLeft:
+            errors, cancelled = 0, 1
+            raise
+        finally:
+            with self._lock:
+                self._running.discard(record)
+                self._count(record, errors, cancelled)
+
+    def _count(self, record, errors=0, cancelled=0):
+        """Add what a request has used since it was last counted."""
+        seconds = time.monotonic() - record.admitted if record.admitted else 0.0
+        now = (1, errors, cancelled, *record.tokens, seconds)
+        new = [n if n is None or b is None else n - b for n, b in zip(now, record.counted)]
+        record.counted = now
+        token, day = record.token, self._today()
+        hour = max(int(self._clock()) // HOUR * HOUR, day * DAY)
+        self._add({(hour, token.user, token.name, record.label, record.route): new})
+        spent = self._spent.get((token.user, token.name))
+        if spent and spent[0] == day:
+            self._spent[token.user, token.name] = (day, spent[1] + (new[3] or 0) + (new[4] or 0), spent[2])
+
+    def _add(self, rows):
+        for key, row in rows.items():
+            old = self._pending.get(key, (None,) * len(row))
+            self._pending[key] = [o if n is None else n if o is None else o + n for o, n in zip(old, row)]
+
+    def used(self, token):
+        """Note that a token is in use."""
+        with self._lock:
+            self._uses[token.id] = int(self._clock())
+
+    def _today(self):
+        """Return the day of UTC since 1970, which never goes backwards."""
+        self._day = max(self._day, int(self._clock()) // DAY)
+        return self._day
+
+    def day_left(self):
+        """Return how many seconds are left of the day of UTC."""
+        return (self._today() + 1) * DAY - int(self._clock())
+
+    def spent(self, token):
+        """Return how many tokens of its day a token with a budget has used; raise Failure if that cannot be read.
+
+        What other gateways on the database let it use is known a second later.
+        """
+        if not token.tokens_per_day:
+            return 0
+        with self._lock:
+            now, day, key = self._clock(), self._today(), (token.user, token.name)
+            known_day, spent, known_at = self._spent.get(key, (None, 0, 0))
+            if known_day != day or not self._storing and abs(now - known_at) >= STORE_SECONDS:
+                spent = self._tokens.spent(token, day * DAY) + sum(
+                    (row[3] or 0) + (row[4] or 0) for rows in (self._pending, self._storing)
+                    for where, row in rows.items() if where[1:3] == key and where[0] >= day * DAY)
+                self._spent[key] = (day, spent, now)
+            return spent
+
+    def store(self):
+        """Store what was gathered; what cannot be stored is kept for the next time."""
+        with self._lock:
+            for record in self._running:
+                if record.label:
+                    self._count(record)
+            if not self._store.writable:
+                today = self._today() * DAY     # budgets still need that
+                self._pending = {key: row for key, row in self._pending.items() if key[0] >= today}
+                return self._uses.clear()
+            self._storing, self._pending = self._pending, {}
+            uses, self._uses = self._uses, {}
+        try:
+            if self._storing or uses:
+                self._store.add_usage(self._storing, uses)
+            self._complained = False
+        except Failure as error:
+            with self._lock:
+                self._add(self._storing)
+                self._uses = {**uses, **self._uses}
+            if not self._complained:
+                LOG.warning("the account and tokens' last uses are not stored for now: %s", error)
+            self._complained = True
+        finally:
+            self._storing = {}
 
 
 # == Accept ===================================================================
@@ -1205,6 +1718,9 @@ class Connections:
         self._idle = OrderedDict()      # those that wait for a request, the longest first
         self._stopping = False
         self._changed = threading.Condition()
+
+    def __len__(self):
+        return len(self._open)
 
     def admit(self, wire):
         """Take a connection in, in the place of the longest idle one if there is no other; False if there is none."""
@@ -1271,11 +1787,11 @@ class GatewayServer(http.server.ThreadingHTTPServer):
     FULL = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
             b"Connection: close\r\nContent-Length: 47\r\n\r\n" b'{"error": "too many connections: retry later"}\n')
 
-    def __init__(self, host, port, handler, gateway, limits, most_connections, tls=None):
+    def __init__(self, host, port, handler, gateway, limits, connections, tls=None):
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         self.address_family = found[0]
         self.gateway, self.limits, self.tls = gateway, limits, tls
-        self.connections = Connections(most_connections)
+        self.connections = connections
         self._turned_away = deque()     # (wire, when to close it)
         super().__init__(found[4], handler)
 
@@ -1419,14 +1935,27 @@ def dialect_of(path):
     return "openai" if path.startswith("/v1/") else "ollama"
 
 
+@contextlib.contextmanager
+def disk_errors():
+    """Turn what goes wrong in keeping a body on disk into its refusal."""
+    try:
+        yield
+    except OSError as error:
+        raise Refusal("no_room", f"the body cannot be kept: {error.strerror}") from None
+
+
 class HeldBody:
     """A request's body, whole: in memory, or in a file if it is large. It can be sent twice."""
 
     replayable = True
 
     def __init__(self, data=b"", file=None, size=0, declared=True):
-        self._data, self._file, self._size = data, file, size or len(data)
-        self.framing = f"content-length: {self._size}\r\n" if declared else ""
+        self.size = size or len(data)
+        self._data, self._file, self._declared = data, file, declared
+
+    @property
+    def framing(self):
+        return f"content-length: {self.size}\r\n" if self._declared else ""
 
     def pieces(self, _=None):
         """Yield the bytes as they go on the wire."""
@@ -1442,8 +1971,20 @@ class HeldBody:
         if self._file is None:
             yield self._data
         else:
-            with mmap.mmap(self._file.fileno(), self._size, access=mmap.ACCESS_READ) as view:
+            with mmap.mmap(self._file.fileno(), self.size, access=mmap.ACCESS_READ) as view:
                 yield view
+
+    def insert(self, at, extra):
+        """Put bytes in between; what follows them must fit memory."""
+        if self._file is None:
+            self._data = self._data[:at] + extra + self._data[at:]
+        else:
+            with disk_errors():
+                self._file.seek(at)
+                rest = self._file.read()
+                self._file.seek(at)
+                self._file.write(extra + rest)
+        self.size += len(extra)
 
     def close(self):
         if self._file is not None:
@@ -1492,6 +2033,7 @@ class ClientStream:
         self.record = Record(peer, time.monotonic())
         self.record.id = secrets.token_hex(8)
         self.extra = []             # fields that every answer carries
+        self.standing = tuple       # returns those that tell how much of the token's limits is left by then
         self.started = False        # bytes of an answer have gone out: it can be changed no more
         self.finished = False
         self._expects = False       # the client waits for 100 Continue before it sends its body
@@ -1558,17 +2100,14 @@ class ClientStream:
 
     def _spool_body(self, data):
         import tempfile  # few requests need it, and every start would wait for it
-        try:
-            with contextlib.ExitStack() as stack:
-                file = stack.enter_context(tempfile.TemporaryFile(buffering=0))
-                size = file.write(data)
-                while not self.body.complete:
-                    size += file.write(self.read_body())
-                    self._bound_body(size)
-                stack.pop_all()
-                return HeldBody(file=file, size=size)
-        except OSError as error:
-            raise Refusal("no_room", f"the body cannot be kept: {error.strerror}") from None
+        with disk_errors(), contextlib.ExitStack() as stack:
+            file = stack.enter_context(tempfile.TemporaryFile(buffering=0))
+            size = file.write(data)
+            while not self.body.complete:
+                size += file.write(self.read_body())
+                self._bound_body(size)
+            stack.pop_all()
+            return HeldBody(file=file, size=size)
 
     def _bound_body(self, size):
         if size > self.limits.max_body:
@@ -1592,7 +2131,7 @@ class ClientStream:
             if name.lower() == "content-type" and value.startswith(STREAM_TYPES):
                 self._stream_type = value
                 lines.append("X-Accel-Buffering: no")  # or nginx, before us, holds the pieces back
-        lines += [f"{name}: {value}" for name, value in self.extra]
+        lines += [f"{name}: {value}" for name, value in (*self.extra, *self.standing())]
         lines.append(f"X-Request-Id: {self.record.id}")
         if length is not None and status not in (204, 304):
             lines.append(f"Content-Length: {length}")
@@ -1710,32 +2249,43 @@ class Handler(http.server.BaseHTTPRequestHandler):
 # == Conduct ==================================================================
 
 
+ASK_FOR_USAGE = b',"stream_options":{"include_usage":true}'  # before the object's end: of equal keys the last wins
+
+
 class Gateway:
     """Conducts each request through the stages that it is handed."""
 
-    def __init__(self, peers, router, authenticator, upstream, relay, journal, pages):
-        self._peers, self._router, self._authenticator, self._upstream = peers, router, authenticator, upstream
-        self._relay, self._journal, self._pages = relay, journal, pages
+    def __init__(self, peers, router, authenticator, limiter, upstream, relay, journal, pages):
+        self._peers, self._router, self._authenticator, self._limiter = peers, router, authenticator, limiter
+        self._upstream, self._relay, self._journal, self._pages = upstream, relay, journal, pages
 
     def serve(self, client):
         """Take one request from its head to its record: it is answered once, and written down once."""
-        record = client.record
+        record, token = client.record, None
         try:
             request = client.read_request()
             record.peer = self._peers.reported(record.peer, request)
             client.extra += self._router.cors_fields(request)
             route, path = self._router.match(request)
+            record.route = route.path
+            if route.access != "public":
+                record.token = token = self._authenticator.identify(request, record.peer, client.wire.pause)
+                client.standing = functools.partial(self._limiter.fields, token)
+                self._router.permit(route, token, request)
             if route.kind == "page":
-                return client.answer(*self._pages[route.page](request))
-            record.token = self._authenticator.identify(request, record.peer, client.wire.pause)
-            self._router.permit(route, record.token, request)
+                return client.answer(*self._pages[route.page](token))
             with client.take_body(route.streamed) as body:
-                record.model = self._router.model_of(path, body)
-                self._router.permit_model(record.model, record.token)
-                with self._upstream.open(route.method, path, request, body, record.id, client.wire) as reply:
-                    self._relay(reply, client)
+                asked = self._router.read(route, path, request, body, token)
+                record.model = asked.model
+                self._router.permit_model(route, asked, token)
+                if asked.usage_at:
+                    body.insert(asked.usage_at, ASK_FOR_USAGE)
+                with self._limiter.admit(route, token, record, client.wire), \
+                        self._upstream.open(route.method, path, request, body, record.id, client.wire) as reply:
+                    last = self._relay(reply, client, route, asked, token)
+            client.write(last, last=True)   # only now: whoever has read it finds the limits and the upstream free again
         except Refusal as refusal:
-            record.why = str(refusal)
+            record.code, record.why = refusal.code, str(refusal)
             client.refuse(refusal)
         except ClientLeft as error:
             record.outcome, record.why = "left", str(error)
@@ -1758,31 +2308,33 @@ class Gateway:
 # == Route ====================================================================
 
 ROUTES = (
-    Route("GET", "/", "public", "page", "banner"),
-    Route("GET", "/health", "public", "page", "health"),
+    Route("GET", "/", "public", "page", page="banner"),
+    Route("GET", "/health", "public", "page", page="health"),
+    Route("GET", "/me", "token", "page", page="me"),
+    Route("GET", "/metrics", "admin", "page", page="metrics"),
     Route("GET", "/api/version", "token", "read"),
     Route("GET", "/api/status", "token", "read"),
-    Route("GET", "/api/tags", "token", "read"),
-    Route("GET", "/api/ps", "token", "read"),
-    Route("POST", "/api/show", "token", "read"),
+    Route("GET", "/api/tags", "token", "read", lists="models"),
+    Route("GET", "/api/ps", "token", "read", lists="models"),
+    Route("POST", "/api/show", "token", "read", "json"),
     Route("GET", "/api/experimental/model-recommendations", "token", "read"),
-    Route("GET", "/v1/models", "token", "read"),
-    Route("GET", "/v1/models/{model}", "token", "read"),
-    Route("POST", "/api/generate", "token", "inference"),
-    Route("POST", "/api/chat", "token", "inference"),
-    Route("POST", "/api/embed", "token", "inference"),
-    Route("POST", "/api/embeddings", "token", "inference"),
-    Route("POST", "/v1/chat/completions", "token", "inference"),
-    Route("POST", "/v1/completions", "token", "inference"),
-    Route("POST", "/v1/embeddings", "token", "inference"),
-    Route("POST", "/v1/responses", "token", "inference"),
-    Route("POST", "/v1/messages", "token", "inference"),
-    Route("POST", "/v1/audio/transcriptions", "token", "inference"),
-    Route("POST", "/api/pull", "admin", "model"),
-    Route("POST", "/api/push", "admin", "model"),
-    Route("POST", "/api/create", "admin", "model"),
+    Route("GET", "/v1/models", "token", "read", lists="data"),
+    Route("GET", "/v1/models/{model}", "token", "read", "path"),
+    Route("POST", "/api/generate", "token", "inference", "json"),
+    Route("POST", "/api/chat", "token", "inference", "json"),
+    Route("POST", "/api/embed", "token", "inference", "json"),
+    Route("POST", "/api/embeddings", "token", "inference", "json"),
+    Route("POST", "/v1/chat/completions", "token", "inference", "json"),
+    Route("POST", "/v1/completions", "token", "inference", "json"),
+    Route("POST", "/v1/embeddings", "token", "inference", "json"),
+    Route("POST", "/v1/responses", "token", "inference", "json"),
+    Route("POST", "/v1/messages", "token", "inference", "json"),
+    Route("POST", "/v1/audio/transcriptions", "token", "inference", "form"),
+    Route("POST", "/api/pull", "admin", "model", "json"),
+    Route("POST", "/api/push", "admin", "model", "json"),
+    Route("POST", "/api/create", "admin", "model", "json"),
     Route("POST", "/api/copy", "admin", "model"),
-    Route("DELETE", "/api/delete", "admin", "model"),
+    Route("DELETE", "/api/delete", "admin", "model", "json"),
     Route("POST", "/api/blobs/{digest}", "admin", "model", streamed=True),
     Route("HEAD", "/api/blobs/{digest}", "admin", "model"),
     Route("POST", "/api/me", "admin", "account"),
@@ -1791,7 +2343,7 @@ ROUTES = (
     Route("POST", "/api/experimental/web_search", "admin", "account"),
     Route("POST", "/api/experimental/web_fetch", "admin", "account"),
 )
-PREFLIGHT = Route("OPTIONS", "*", "public", "page", "preflight")
+PREFLIGHT = Route("OPTIONS", "*", "public", "page", page="preflight")
 SEGMENTS = {
     "digest": "sha256[:-][0-9a-f]{64}",
     "key": "[A-Za-z0-9_=-]+",
@@ -1799,75 +2351,36 @@ SEGMENTS = {
 }
 
 
+FOR_ADMINS = {"model": "changes models", "account": "acts as the owner's ollama.com account",
+              "page": "tells of everybody's use"}
+TELLS_USAGE_IF_ASKED = ("/v1/chat/completions", "/v1/completions")  # in a stream, by stream_options
+
 PATH_TOKEN = re.compile("/t/([^/]+)(/.*)")
-OBJECT = re.compile(rb"[ \t\r\n]*\{")
-TOP_LEVEL = re.compile(rb'"(?:[^"\\]{0,256}")?|[{}\[\]:,]')  # a short plain string whole, of others the quote
-BELOW = re.compile(rb'"(?:[^"\\]{0,256}")?|[{}\[\]]')
 
-
-def _string_end(data, at, steps):
-    """Return where the JSON string ends whose inside at lies in; 0 if the data or the steps run out before."""
-    for _ in steps:
-        quote = data.find(b'"', at)
-        run = data[at:quote] if quote > at and data[quote - 1:quote] == b"\\" else b""
-        if quote < 0 or (len(run) - len(run.rstrip(b"\\"))) % 2 == 0:  # an odd run of backslashes escapes the quote
-            return quote + 1
-        at = quote + 1
-    return 0
-
-
-def _json_string(quoted):
-    try:
-        return json.loads(quoted) if b"\\" in quoted else quoted[1:-1].decode()
-    except ValueError:
-        return ""
-
-
-def named_model(data):
-    """Return the model that Ollama will read in a JSON body, "" if it names none, None if that took too long to tell.
-
-    That is the last of its top-level keys "model", or else "name", in any case (encoding/json). The object is never
-    built: SCAN_STEPS brackets and strings are looked at, and none is read but short ones at the top level.
-    """
-    depth, at, key, value, found = 0, 0, "", False, {}
-    steps = iter(range(SCAN_STEPS if OBJECT.match(data) else 0))
-    for _ in steps:
-        match = (TOP_LEVEL if depth < 2 else BELOW).search(data, at)
-        if match is None:
-            break
-        mark, at = match[0], match.end()
-        if mark.startswith(b'"'):
-            if len(mark) == 1:
-                at = _string_end(data, at, steps)
-            if not at:
-                break
-            if depth == 1 and at - match.start() <= KIB and not value:
-                key = _json_string(data[match.start():at]).lower()
-            elif depth == 1 and at - match.start() <= KIB and key in ("model", "name"):
-                found[key] = _json_string(data[match.start():at])
-        elif mark in b"{[":
-            depth += 1
-        elif mark in b"}]":
-            depth -= 1
-            if depth <= 0:
-                break
-        else:
-            value = mark == b":"
-    if depth > 0 and next(steps, None) is None:
-        return None
-    return found.get("model") or found.get("name", "")
+def asked_of(route, path, request, body):
+    """Return what a request asks for; raise Unreadable if that cannot be told."""
+    if route.names == "path":
+        return Asked(urllib.parse.unquote(path.rpartition("/")[2]))
+    if not route.names or not body.size:
+        return Asked()
+    with body.view() as data:
+        if route.names == "json":
+            return asked_in_json(data, route.path in TELLS_USAGE_IF_ASKED)
+        if request.query:  # where net/http looks first for a form's fields
+            raise Unreadable("there is a query beside the form")
+        return asked_in_form(request.fields.get("content-type", ""), data)
 
 
 class Router:
     """Finds a request's route: what the table does not name is denied, paths are compared as sent."""
 
-    def __init__(self, base="/api", path_tokens=False, cors_origins=()):
+    def __init__(self, base="/api", path_tokens=False, cors_origins=(), open_pages=()):
         self._path_tokens, self._cors_origins = path_tokens, cors_origins
-        self._plain = self._table((base,))
-        self._behind_token = self._table((base, "/api"))
+        self._plain = self._table((base,), open_pages)
+        self._behind_token = self._table((base, "/api"), open_pages)
 
     @staticmethod
-    def _table(bases):
+    def _table(bases, open_pages):
         """Return ({path: {method: route}}, [(pattern, {method: route})]) with /api at each base; our own pages win."""
         exact, patterns = {}, {}
         for route in sorted(ROUTES, key=lambda route: route.kind == "page"):
@@ -1877,7 +2390,8 @@ class Router:
                 table, key = (patterns, f"{re.escape(before)}({SEGMENTS[segment]})") if brace else (exact, path)
                 if route.kind == "page":
                     table[key] = {}
-                table.setdefault(key, {})[route.method] = route
+                access = "public" if route.page in open_pages else route.access
+                table.setdefault(key, {})[route.method] = route._replace(access=access)
         return exact, [(re.compile(pattern), methods) for pattern, methods in patterns.items()]
 
     def match(self, request):
@@ -1910,28 +2424,31 @@ class Router:
         if encoding.lower() != "identity" and not token.admin:
             raise Refusal("encoded", f'the body\'s Content-Encoding is "{encoding[:40]}": send it as it is')
         if route.access == "admin" and not token.admin:
-            what = "changes models" if route.kind == "model" else "acts as the owner's ollama.com account"
-            raise Refusal("forbidden", f"{route.path} {what}: it takes an admin token")
+            raise Refusal("forbidden", f"{route.path} {FOR_ADMINS[route.kind]}: it takes an admin token")
 
     @staticmethod
-    def model_of(path, body):
-        """Return the name of the model that a request means, "" if it names none, None if that cannot be told."""
-        if path.startswith("/v1/models/"):
-            return urllib.parse.unquote(path[len("/v1/models/"):])
-        if not body.replayable or path == "/v1/audio/transcriptions":  # a form, whose models are all local
-            return ""
-        with body.view() as data:
-            return named_model(data)
+    def read(route, path, request, body, token):
+        """Return what the request asks for, as Ollama will read it; refuse what cannot be told, but to an admin."""
+        try:
+            return asked_of(route, path, request, body)
+        except Unreadable as error:
+            if token.admin:
+                return Asked()
+            raise Refusal("malformed", f"which model the body means cannot be told: {error}") from None
 
     @staticmethod
-    def permit_model(model, token):
-        """Refuse what runs, or may run, on the owner's ollama.com account (internal/modelref), but to an admin."""
-        if token.admin:
+    def permit_model(route, asked, token):
+        """Refuse a model that the token's list does not name or, without a list, that runs on the owner's account."""
+        model, globs = asked.model, token.models
+        if not route.names or token.admin:
             return
-        if model is None:
-            raise Refusal("malformed", "the body has too many parts to tell its model")
-        if model.lower().endswith((":cloud", "-cloud")):
-            raise Refusal("forbidden", f"{model} runs on the owner's ollama.com account: it takes an admin token")
+        if globs is None and is_on_account(model):
+            raise Refusal("forbidden", f"{model} runs on the owner's ollama.com account: it takes an admin token, "
+                                       "or one whose list of models names it")
+        if globs and not model:
+            raise Refusal("malformed", f"the request names no model; this token is for {globs}")
+        if globs and not is_listed(model, globs):
+            raise Refusal("forbidden", f"this token is for {globs}, not for {model[:200]}")
 
     def cors_fields(self, request):
         """Return the fields that let a configured origin's page read the answer (Fetch 3.2)."""
@@ -1941,7 +2458,8 @@ class Router:
         if "*" not in self._cors_origins and origin not in self._cors_origins:
             return [("Vary", "Origin")]
         allowed = [("Access-Control-Allow-Origin", "*" if "*" in self._cors_origins else origin), ("Vary", "Origin"),
-                   ("Access-Control-Expose-Headers", "X-Request-Id, Retry-After")]
+                   ("Access-Control-Expose-Headers",
+                    "X-Request-Id, Retry-After, RateLimit-Limit, RateLimit-Remaining, RateLimit-Reset")]
         if request.method == "OPTIONS":
             asked = request.fields.get("access-control-request-headers", "")
             allowed += [("Access-Control-Allow-Methods", "GET, HEAD, POST, DELETE"),
@@ -2057,6 +2575,199 @@ class Authenticator:
 
     def close(self):
         self._tokens.close()
+
+
+# == Limit ====================================================================
+
+
+class Allowance(NamedTuple):
+    """One of a token's limits, how much of it is left, and in how many seconds there will be more."""
+
+    name: str
+    most: int
+    left: int
+    reset: int
+
+    REFUSED = {     # name: the refusal's code, and what it is called
+        "rpm": ("rate_limited", "requests a minute"),
+        "max_parallel": ("too_many_at_once", "requests at once"),
+        "tokens_per_day": ("budget_spent", "tokens a day (UTC)")}
+
+    def refuse(self):
+        """Raise the Refusal of a limit that is reached."""
+        code, what = self.REFUSED[self.name]
+        raise Refusal(code, f"this token may have {self.most} {what}: try again in {self.reset} s",
+                      retry_after=self.reset)
+
+
+class Standing:
+    """What a token has running, and what it began within the last minute."""
+
+    __slots__ = ("running", "recent")
+
+    def __init__(self):
+        self.running, self.recent = 0, deque()
+
+
+class Place:
+    """A request's place in the queue."""
+
+    def __init__(self, user, patience):
+        self.user, self.called, self.bell = user, False, None
+        self._patience = patience
+
+    def wait(self, wire):
+        """Wait for the turn and return how many seconds that took; raise Refusal, or ClientLeft."""
+        if self.bell is None:
+            return 0.0
+        began = time.monotonic()
+        try:
+            self.bell.wait(Deadline(self._patience), wire)
+        except TimeoutError:
+            if not self.called:
+                raise Refusal("queue_timeout", "the request waited for its turn for "
+                                               f"{self._patience:g} s (--queue-timeout): try again later") from None
+        return time.monotonic() - began
+
+
+class Turns:
+    """Lets so many requests at a time go upstream, 0 for any; of those that wait, the users' turns go round."""
+
+    def __init__(self, most, most_waiting, patience):
+        self._most, self._most_waiting, self._patience = most, most_waiting, patience
+        self._lock = threading.Lock()
+        self._waiting = OrderedDict()   # {user: their places, in order}, the user whose turn is next first
+        self.running = 0
+
+    @property
+    def waiting(self):
+        with self._lock:
+            return sum(map(len, self._waiting.values()))
+
+    @contextlib.contextmanager
+    def line_up(self, user):
+        """Hold a place for the with block; raise Refusal where too many of the user's wait."""
+        place = Place(user, self._patience)
+        self._enter(place)
+        try:
+            yield place
+        finally:
+            self._leave(place)
+
+    def _enter(self, place):
+        with self._lock:
+            if not self._most or self.running < self._most and not self._waiting:
+                self.running += 1
+                place.called = True
+                return
+            line = self._waiting.get(place.user, deque())
+            if len(line) >= self._most_waiting:
+                raise Refusal("queue_full", f"{len(line)} requests of {place.user} are waiting already (--max-queue)")
+            try:
+                place.bell = Bell()
+            except OSError as error:
+                raise Refusal("queue_full", f"the request cannot wait: {error.strerror}") from None
+            line.append(place)
+            self._waiting[place.user] = line
+
+    def _leave(self, place):
+        with self._lock:
+            if place.called:
+                self.running -= 1
+                self._call()
+            else:
+                line = self._waiting[place.user]
+                line.remove(place)
+                if not line:
+                    del self._waiting[place.user]
+        if place.bell:
+            place.bell.close()
+
+    def _call(self):
+        """Call whose turn it is; their user's next turn comes after everybody else's."""
+        while self._waiting and self.running < self._most:
+            user, line = self._waiting.popitem(last=False)
+            place = line.popleft()
+            if line:
+                self._waiting[user] = line
+            place.called = True
+            self.running += 1
+            place.bell.ring()
+
+
+class Limiter:
+    """Holds each token to its limits, and lets inference requests go upstream in turn."""
+
+    def __init__(self, turns, account, clock=time.monotonic):
+        self._turns, self._account, self._clock = turns, account, clock
+        self._lock, self._standings = threading.Lock(), {}      # {token id: Standing}
+
+    @contextlib.contextmanager
+    def admit(self, route, token, record, wire):
+        """Let a request in for the with block, when it is its turn; raise Refusal for one that goes beyond a limit."""
+        if route.kind != "inference":
+            yield
+            return
+        with self._turns.line_up(token.user) as place, self._hold(token), self._account.counting(record):
+            record.queued = place.wait(wire)
+            record.admitted = time.monotonic()
+            yield
+
+    @contextlib.contextmanager
+    def _hold(self, token):
+        try:
+            spent = self._account.spent(token)
+        except Failure as error:
+            raise Refusal("uncounted", f"what this token used today cannot be read: {error}") from None
+        with self._lock:
+            standing = self._standings.setdefault(token.id, Standing())
+            for allowance in self._allowances(token, standing, spent):
+                if not allowance.left:
+                    allowance.refuse()
+            standing.running += 1
+            if token.rpm:
+                standing.recent.append(self._clock())
+        try:
+            yield
+        finally:
+            with self._lock:
+                standing.running -= 1
+
+    def _allowances(self, token, standing, spent):
+        found = []
+        if token.rpm:
+            recent, now = standing.recent, self._clock()
+            while recent and recent[0] <= now - MINUTE:
+                recent.popleft()
+            over = max(len(recent) - token.rpm, 0)  # which one has to be a minute old, that another may follow
+            reset = recent[over] + MINUTE - now if recent else 0
+            found.append(Allowance("rpm", token.rpm, max(token.rpm - len(recent), 0), math.ceil(reset)))
+        if token.max_parallel:
+            found.append(Allowance("max_parallel", token.max_parallel, max(token.max_parallel - standing.running, 0),
+                                   RETRY_SECONDS))
+        if token.tokens_per_day:
+            found.append(Allowance("tokens_per_day", token.tokens_per_day, max(token.tokens_per_day - spent, 0),
+                                   self._account.day_left()))
+        return found
+
+    def allowances(self, token):
+        """Return what is left of each of a token's limits."""
+        if not (token.rpm or token.max_parallel or token.tokens_per_day):
+            return []
+        spent = self._account.spent(token)
+        with self._lock:
+            return self._allowances(token, self._standings.get(token.id, Standing()), spent)
+
+    def fields(self, token):
+        """Return the fields that tell of the limit nearest exhaustion, none for a token without limits."""
+        allowances = []
+        with contextlib.suppress(Failure):  # what cannot be read now is no reason not to answer
+            allowances = self.allowances(token)
+        if not allowances:
+            return ()
+        nearest = min(allowances, key=lambda allowance: allowance.left / allowance.most)
+        return (("RateLimit-Limit", nearest.most), ("RateLimit-Remaining", nearest.left),
+                ("RateLimit-Reset", nearest.reset))
 
 
 # == Forward ==================================================================
@@ -2199,6 +2910,10 @@ class Reply:
             return ChunkedBody()
         return CloseDelimitedBody() if self.length is None else LengthBody(self.length)
 
+    def field(self, name):
+        """Return the value of a field, by its name in lower case, "" if there is none."""
+        return next((value for other, value in self.fields if other.lower() == name), "")
+
     @property
     def complete(self):
         return self._body.complete
@@ -2338,14 +3053,176 @@ class Upstream:
 # == Relay ====================================================================
 
 
-def relay(reply, client):
-    """Pass the answer on, each piece when it comes; while the client does not read, nothing is read for it."""
-    client.start(reply.status, reply.phrase, reply.fields, reply.length)
-    while not client.finished:
+class Tap:
+    """Looks at an answer that passes by for the tokens it cost; it neither delays nor alters anything.
+
+    tokens: of the prompt and of the completion so far, None where Ollama does not tell.
+    """
+
+    tokens = (None, None)
+    held = b""          # what the client is still to get, should no more come
+
+    def pass_on(self, piece, last):
+        """Take a piece and return what the client gets of it."""
+        return piece
+
+
+def told_tokens(members):
+    """Return the tokens that an answer's object tells of, in any dialect; what it leaves out is 0."""
+    usage = members.get("usage", [None])[-1]
+    told = fold(usage) if isinstance(usage, tuple) else members
+
+    def number(*keys):
+        values = [told[key][-1] for key in keys if key in told]
+        return min(max(values[0], 0), MOST_TOKENS) if values and isinstance(values[0], int) else 0
+
+    return (number("prompt_eval_count", "prompt_tokens", "input_tokens"),
+            number("eval_count", "completion_tokens", "output_tokens"))
+
+
+class ObjectTap(Tap):
+    """Reads the tokens in an answer that is one JSON object, of any size."""
+
+    tokens = (0, 0)
+
+    def __init__(self):
+        self._outline = Outline()
+
+    def pass_on(self, piece, last):
+        try:
+            self._outline.feed(piece)
+            if last:
+                self.tokens = told_tokens(self._outline.members())
+        except Unreadable:
+            self.tokens = (None, None)
+        return piece
+
+
+class StreamTap(Tap):
+    """Reads the tokens in a stream of lines: where none tells them, the pieces that went by count.
+
+    marks: what only the line that tells has in it, and what each piece has; no text can, for its quotes are escaped.
+    """
+
+    def __init__(self, marks):
+        self._mark, self._piece_mark = marks
+        self._line = b""        # one that has not ended yet
+        self._told, self._pieces = (0, 0), 0
+
+    @property
+    def tokens(self):
+        return self._told[0], self._told[1] or self._pieces
+
+    def pass_on(self, piece, last):
+        data = self._line + piece if self._line else piece
+        end = len(data) if last else data.rfind(b"\n") + 1
+        self.look_at(data[:end])
+        self._line = data[end:] if len(data) - end <= LINE_LIMIT else b""
+        return piece
+
+    def look_at(self, lines):
+        """Count the pieces in whole lines, and read the tokens in the line that tells them."""
+        self._pieces += lines.count(self._piece_mark)
+        if self._mark in lines:
+            for line in lines.split(b"\n"):
+                if self._mark in line:
+                    self.read(line)
+
+    def read(self, line):
+        """Read the tokens that a line tells; of Responses' events they are within the "response"."""
+        outline = Outline()
+        with contextlib.suppress(Unreadable):
+            outline.feed(line[line.find(b"{", max(line.find(b'"response":{'), 0)):])
+            self._told = told_tokens(outline.members())
+
+
+class SplicedTap(StreamTap):
+    """Takes the usage out again that a stream of events tells only because the gateway asked for it."""
+
+    USAGE = re.compile(rb',"usage":(?:null|\{(?:[^{}]|\{[^{}]*\})*\})(?=\}\s*\Z)')
+
+    def pass_on(self, piece, last):
+        data = self.held + piece
+        end = len(data) if last or len(data) > LINE_LIMIT else data.rfind(b"\n\n") + 2
+        end = 0 if end == 1 else end    # not found
+        events, self.held = data[:end], data[end:]
+        self.look_at(events)
+        return b"".join(map(self._without_usage, re.split(rb"(?<=\n\n)", events))) if b'"usage":' in events else events
+
+    def _without_usage(self, event):
+        usage = self.USAGE.search(event)
+        if usage and b'"choices":[]' in event:  # the extra event
+            return b""
+        return event[:usage.start()] + event[usage.end():] if usage else event
+
+
+STREAM_MARKS = {    # by content type and path, where that matters
+    "application/x-ndjson": (b'"done":true', b'"done":false'),
+    "text/event-stream": (b'"choices":[]', b'data: {"'),
+    "/v1/messages": (b'"usage":{', b"event: content_block_delta"),
+    "/v1/responses": (b'"usage":{', b".delta\n")}
+TELLS_NO_TOKENS = ("/api/embeddings", "/v1/audio/transcriptions")
+
+
+def tap_for(reply, route, asked):
+    """Return what is to look at an answer; None if it can have cost nothing."""
+    kind = reply.field("content-type").partition(";")[0].strip().lower()
+    if route.kind != "inference" or not 200 <= reply.status < 300:
+        return None
+    if route.path in TELLS_NO_TOKENS or kind not in STREAM_MARKS and kind != "application/json":
+        return Tap()
+    if kind == "application/json":
+        return ObjectTap()
+    marks = STREAM_MARKS.get(route.path, STREAM_MARKS[kind])
+    return SplicedTap(marks) if asked.usage_at and kind == "text/event-stream" else StreamTap(marks)
+
+
+def only_listed(reply, key, globs):
+    """Read a list of models and return it as bytes, those alone that a token's globs name; raise Refusal."""
+    data = bytearray()
+    while not reply.complete:
+        data += reply.read()
+        if len(data) > LIST_BYTES:
+            raise Refusal("upstream_failed", f"Ollama's list of models is larger than {LIST_BYTES} bytes")
+    if not 200 <= reply.status < 300:
+        return bytes(data)
+    try:
+        whole = json.loads(bytes(data))
+        name = "id" if key == "data" else "model"
+        whole[key] = [model for model in whole[key] or () if is_listed(model[name], globs)]
+        return json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise Refusal("upstream_failed", "Ollama's list of models cannot be read") from None
+
+
+def relay(reply, client, route, asked, token):
+    """Pass the answer on, each piece when it comes, but for the last one: return that.
+
+    While the client does not read, nothing is read for it.
+    """
+    record, fields, length = client.record, reply.fields, reply.length
+    if reply.status == 503 and not reply.field("retry-after"):  # Ollama's queue is full
+        fields = fields + [("Retry-After", RETRY_SECONDS)]
+    if route.lists and token.models:
+        listed = only_listed(reply, route.lists, token.models)
+        client.start(reply.status, reply.phrase, fields, len(listed))
+        return listed
+    if route.kind == "inference" and 200 <= reply.status < 300:
+        record.label = canonical(asked.model)
+    tap = record.tap = tap_for(reply, route, asked)
+    client.start(reply.status, reply.phrase, fields, None if asked.usage_at else length)
+    while True:
         if reply.waiting:
             client.flush()
-        piece = reply.read()
-        client.write(piece, last=reply.complete)
+        try:
+            piece = reply.read()
+        except Refusal:
+            client.write(tap.held if tap else b"")
+            raise
+        piece = tap.pass_on(piece, reply.complete) if tap else piece
+        if reply.complete:
+            return piece
+        client.write(piece)
 
 
 # == Record ===================================================================
@@ -2366,18 +3243,109 @@ def log_line(record):
     told = [("id", record.id), ("peer", record.peer), ("token", token), ("method", record.method),
             ("path", record.path), ("model", record.model), ("status", record.status), ("bytes", record.sent),
             ("first", since(record.answered)), ("total", since(record.ended))]
+    if record.admitted:
+        told += [("queued", f"{record.queued:.3f}"), *zip(("prompt", "completion"), record.tokens)]
     told += [(name, value) for name, value in (("outcome", record.outcome), ("why", record.why)) if value]
     return " ".join(f"{name}={log_value(value)}" for name, value in told)
 
 
-class Journal:
-    """Writes down finished requests in a thread of its own: a log line each, and in batches their tokens' last use."""
+PREFIX = "ollama_gateway_"
+ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
-    def __init__(self, store, log, clock=time.time):
-        self._store, self._log, self._clock = store, log, clock
-        store.wait_at_most(USED_SECONDS)  # while the database is locked, log lines are still to be written
-        self._records, self._uses = deque(), {}
-        self._complained = False
+
+def metric_lines(name, kind, text, samples):
+    """Write a metric in Prometheus' text format; samples: (suffix, {label: value}, number)."""
+    yield f"# HELP {PREFIX}{name} {text}"
+    yield f"# TYPE {PREFIX}{name} {kind}"
+    for suffix, labels, number in samples:
+        told = ",".join(f'{label}="{str(value).translate(ESCAPES)}"' for label, value in labels.items())
+        yield f"{PREFIX}{name}{suffix}" + (f"{{{told}}}" if told else "") + f" {number:.16g}"
+
+
+COUNTERS = {
+    "requests_total": ("Requests answered.", ("user", "token", "model", "route", "status")),
+    "tokens_total": ("Tokens of prompts and completions that Ollama told of.", ("user", "token", "model", "kind")),
+    "cancelled_total": ("Requests whose client left before their end.", ()),
+    "rate_limited_total": ("Requests refused for a limit.", ("limit",)),
+    "upstream_errors_total": ("Requests that failed because Ollama could not be reached or broke off.", ("code",)),
+}
+HISTOGRAMS = {
+    "first_byte_seconds": "Time from an inference request's head to its answer's first byte.",
+    "queue_wait_seconds": "Time that an inference request waited for its turn.",
+    "duration_seconds": "Time from an inference request's head to its answer's end.",
+}
+BUCKETS = (0.005, 0.02, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class Meters:
+    """Counts finished requests for Prometheus; a model is named only if Ollama has it, and the series are bounded."""
+
+    def __init__(self, gauges):
+        self._gauges, self._lock = gauges, threading.Lock()     # {name: (help, what returns the number)}
+        self._counts = {name: {} for name in COUNTERS}
+        self._buckets = {name: {} for name in HISTOGRAMS}
+
+    def observe(self, record):
+        """Count a finished request."""
+        user, name = (record.token.user, record.token.name) if record.token else ("", "")
+        with self._lock:
+            self._count("requests_total", user, name, record.label, record.route, record.status or "none")
+            for kind, tokens in zip(("prompt", "completion"), record.tokens):
+                if tokens:
+                    self._count("tokens_total", user, name, record.label, kind, by=tokens)
+            if record.outcome == "left":
+                self._count("cancelled_total")
+            if REFUSALS[record.code].status == 429 if record.code else False:
+                self._count("rate_limited_total", record.code)
+            if record.code in ("upstream_failed", "upstream_silent"):
+                self._count("upstream_errors_total", record.code)
+            if record.admitted:
+                self._time("queue_wait_seconds", record.label, record.queued)
+                self._time("duration_seconds", record.label, record.ended - record.began)
+            if record.admitted and record.answered:
+                self._time("first_byte_seconds", record.label, record.answered - record.began)
+
+    def _count(self, name, *labels, by=1):
+        series = self._counts[name]
+        if labels not in series and len(series) >= MOST_SERIES:
+            labels = ("other",) * len(labels)
+        series[labels] = series.get(labels, 0) + by
+
+    def _time(self, name, model, seconds):
+        series = self._buckets[name]
+        if model not in series and len(series) >= MOST_SERIES:
+            model = "other"
+        counts = series.setdefault(model, [0] * len(BUCKETS) + [0, 0.0])    # ..., beyond the last bucket, their sum
+        counts[bisect.bisect_left(BUCKETS, seconds)] += 1
+        counts[-1] += seconds
+
+    def lines(self):
+        """Yield all there is to tell, line by line."""
+        with self._lock:
+            for name, (text, labels) in COUNTERS.items():
+                series = self._counts[name] or ({} if labels else {(): 0})
+                yield from metric_lines(name, "counter", text, [("", dict(zip(labels, values)), number)
+                                                                for values, number in series.items()])
+            for name, text in HISTOGRAMS.items():
+                yield from metric_lines(name, "histogram", text, self._histogram(self._buckets[name]))
+        for name, (text, tell) in self._gauges.items():
+            yield from metric_lines(name, "gauge", text, [("", {}, tell())])
+
+    @staticmethod
+    def _histogram(series):
+        for model, (*counts, total) in series.items():
+            for bound, number in zip((*BUCKETS, "+Inf"), itertools.accumulate(counts)):
+                yield "_bucket", {"model": model, "le": bound}, number
+            yield "_sum", {"model": model}, total
+            yield "_count", {"model": model}, sum(counts)
+
+
+class Journal:
+    """Writes down finished requests in a thread of its own: a log line each, and twice a second the account."""
+
+    def __init__(self, account, meters, log):
+        self._account, self._meters, self._log = account, meters, log
+        self._records = deque()
         self._stirred, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
@@ -2392,38 +3360,26 @@ class Journal:
     def _run(self):
         stored = time.monotonic()
         while not self._closing.is_set():
-            self._stirred.wait(USED_SECONDS if self._uses else None)
+            self._stirred.wait(STORE_SECONDS)
             self._closing.wait(JOURNAL_SECONDS)  # gather: a wake-up for each request would cost it more than the line
             self._stirred.clear()
-            self._write_lines()
-            if time.monotonic() - stored >= USED_SECONDS:
+            self._write_records()
+            if time.monotonic() - stored >= STORE_SECONDS:
                 stored = time.monotonic()
-                self._store_uses()
-        self._write_lines()
-        self._store_uses()
+                self._account.store()
+        self._write_records()
+        self._account.store()
 
-    def _write_lines(self):
+    def _write_records(self):
         while self._records:
             record = self._records.popleft()
             try:
                 self._log(log_line(record))
+                self._meters.observe(record)
             except Exception:  # a line that cannot be written must not end the writing of all others
                 LOG.exception("request %s could not be logged", record.id)
             if record.token:
-                self._uses[record.token.id] = int(self._clock())
-
-    def _store_uses(self):
-        if not self._uses or not self._store.writable:
-            return self._uses.clear()
-        uses, self._uses = self._uses, {}
-        try:
-            self._store.touch(uses)
-            self._complained = False
-        except Failure as error:
-            self._uses = uses
-            if not self._complained:
-                LOG.warning("last uses of tokens are not stored for now: %s", error)
-            self._complained = True
+                self._account.used(record.token)
 
     def close(self):
         """Write what there is and stop."""
@@ -2444,12 +3400,35 @@ def preflight_page(_):
     return 204, "", b""
 
 
+def json_page(value):
+    return 200, "application/json", json.dumps(value).encode() + b"\n", [("Cache-Control", "no-store")]
+
+
 def health_page(upstream):
     """Return the page that tells, without a token, whether the gateway and Ollama are there."""
     def page(_):
         up = upstream.ask("/api/version", HEALTH_SECONDS) is not None
-        told = {"status": "ok", "upstream": "up" if up else "down", "version": VERSION}
-        return 200, "application/json", json.dumps(told).encode() + b"\n", [("Cache-Control", "no-store")]
+        return json_page({"status": "ok", "upstream": "up" if up else "down", "version": VERSION})
+    return page
+
+
+def me_page(limiter, store):
+    """Return the page that tells a token what it may, what of that is left, and what it used in the last seven days."""
+    def page(token):
+        today = int(time.time()) // DAY * DAY
+        try:
+            left = {name: {"limit": most, "remaining": left, "reset": reset}
+                    for name, most, left, reset in limiter.allowances(token)}
+            return json_page(dict(as_json(token), left=left, usage=store.usage("day", today - 6 * DAY, token)))
+        except Failure as error:
+            raise Refusal("uncounted", str(error)) from None
+    return page
+
+
+def metrics_page(meters):
+    """Return the page that Prometheus reads."""
+    def page(_):
+        return 200, "text/plain; version=0.0.4; charset=utf-8", "".join(f"{line}\n" for line in meters.lines()).encode()
     return page
 
 
@@ -2476,13 +3455,13 @@ def server_tls(settings):
     return context
 
 
-def connections_that_fit(most):
-    """Raise the limit of descriptors for so many connections, each with one upstream; return how many there may be."""
+def connections_that_fit(most, each):
+    """Raise the limit of descriptors for so many connections, of so many each; return how many there may be."""
     try:
         import resource
     except ImportError:
         return most  # Windows has no such limit
-    needed = 2 * most + POOL_SIZE + SPARE_DESCRIPTORS
+    needed = each * most + POOL_SIZE + SPARE_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
         wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
@@ -2490,7 +3469,7 @@ def connections_that_fit(most):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             soft = wanted
         if soft < needed:
-            return max((soft - POOL_SIZE - SPARE_DESCRIPTORS) // 2, 1)
+            return max((soft - POOL_SIZE - SPARE_DESCRIPTORS) // each, 1)
     return most
 
 
@@ -2500,17 +3479,28 @@ def build_server(settings, store, log=None):
     upstream = Upstream(settings.ollama_url, settings.connect_timeout, settings.first_byte_timeout,
                         settings.stall_timeout)
     limits = Limits(settings.max_body, settings.header_timeout, settings.idle_timeout)
+    connections = Connections(connections_that_fit(  # a connection's other one is upstream, or the queue's bell
+        settings.max_connections, 3 if settings.max_parallel else 2))
+    tokens = TokenTable(store)
+    account = Account(store, tokens)
+    turns = Turns(settings.max_parallel, settings.max_queue, settings.queue_timeout)
+    limiter = Limiter(turns, account)
+    meters = Meters({"in_flight_requests": ("Inference requests that are upstream.", lambda: turns.running),
+                     "queued_requests": ("Inference requests that wait for their turn.", lambda: turns.waiting),
+                     "connections": ("Open connections of clients.", lambda: len(connections))})
     gateway = Gateway(
         peers=Peers(settings.trusted_proxies),
-        router=Router(settings.base_path, settings.path_tokens, settings.cors_origins),
-        authenticator=Authenticator(TokenTable(store), Failures()),
+        router=Router(settings.base_path, settings.path_tokens, settings.cors_origins,
+                      ("metrics",) if settings.metrics_open else ()),
+        authenticator=Authenticator(tokens, Failures()),
+        limiter=limiter,
         upstream=upstream,
         relay=relay,
-        journal=Journal(store, log or LOG.info),
-        pages={"banner": banner_page, "health": health_page(upstream), "preflight": preflight_page})
+        journal=Journal(account, meters, log or LOG.info),
+        pages={"banner": banner_page, "health": health_page(upstream), "preflight": preflight_page,
+               "me": me_page(limiter, store), "metrics": metrics_page(meters)})
     try:
-        return GatewayServer(settings.host, settings.port, Handler, gateway, limits,
-                             connections_that_fit(settings.max_connections), tls)
+        return GatewayServer(settings.host, settings.port, Handler, gateway, limits, connections, tls)
     except (OSError, UnicodeError) as error:
         gateway.close()
         raise Failure(f"cannot listen on {settings.host} port {settings.port}: "
@@ -2523,7 +3513,8 @@ def build_server(settings, store, log=None):
 PROGRAM = "python3 ollama_gateway.py"
 ABOUT = "A gateway that lets people share an Ollama server: a token for each person\nand device, in one file."
 UNTYPED = dict(env_file=None, json=False, quiet=False, format=None)  # what commands ask for whether typed or not
-EXPORT_VERSION = 1
+BAR_COLUMNS, MOST_BAR_COLUMNS = 10, 60
+EXPORT_VERSION = 2          # 1 knew no limits
 DEFUSED = ("=", "+", "-", "@", "\t", "'")  # a spreadsheet takes a cell that starts so for a formula, or for a quote
 
 
@@ -2543,6 +3534,11 @@ def minute(seconds, otherwise):
     return otherwise if seconds is None else show_instant(seconds)[:16].replace("T", " ")
 
 
+def terminal_width():
+    """Return how many columns there are for what is printed, 0 where it goes into a file or another program."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+
+
 def text_width(text):
     """Return how many columns of a terminal a text takes."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
@@ -2557,34 +3553,35 @@ def fit(text, columns):
     return text + " " * (columns - text_width(text))
 
 
-def table(rows, width, elastic=2, dispensable=()):
+def table(rows, width, elastic=(0, 1), dispensable=()):
     """Return rows as aligned lines that fit the width, 0 for any.
 
-    What is too wide is taken from the first columns, down to 8, and then dispensable ones go, counted as they go.
+    What is too wide is taken from elastic columns, down to 8, and then dispensable ones go, counted as they go.
     """
     widths = [max(map(text_width, column)) for column in zip(*rows)]
-    least = sum(min(columns, 8) for columns in widths[:elastic]) + sum(widths[elastic:]) + 2 * len(widths) - 2
-    if width and least > width and dispensable:
+    spare = sum(max(widths[at] - 8, 0) for at in elastic)
+    excess = sum(widths) + 2 * len(widths) - 2 - (width or sys.maxsize)
+    if excess > spare and dispensable:
         at, *others = dispensable
         return table([row[:at] + row[at + 1:] for row in rows], width, elastic, others)
-    while width and sum(widths) + 2 * len(widths) - 2 > width and max(widths[:elastic]) > 8:
-        widths[widths.index(max(widths[:elastic]))] -= 1
+    for _ in range(min(excess, spare)):
+        widths[max(elastic, key=lambda at: widths[at])] -= 1
     return ["  ".join(fit(cell, columns) for cell, columns in zip(row, widths)).rstrip() for row in rows]
 
 
-def is_expired(token):
-    return token.expires_at is not None and token.expires_at <= time.time()
-
-
-def as_json(token):
-    return {"id": token.id, "user": token.user, "name": token.name, "hint": token.hint,
-            "created_at": show_instant(token.created_at), "expires_at": show_instant(token.expires_at),
-            "last_used_at": show_instant(token.last_used_at), "expired": is_expired(token), "admin": bool(token.admin)}
+def told_limits(token):
+    """Return a token's limits, each in a few words."""
+    told = ((token.rpm, "{} a minute"), (token.max_parallel, "{} at once"), (token.tokens_per_day, "{} tokens a day"),
+            (token.models, "{}"))
+    return [words.format(value) for value, words in told if value]
 
 
 def describe(token):
+    """Return a token and all it may in a sentence's part."""
+    limits = "; ".join(told_limits(token))
     return (f'the {"admin " if token.admin else ""}token "{token.user}/{token.name}", which '
-            + (f"expires {show_instant(token.expires_at)}" if token.expires_at else "does not expire"))
+            + (f"expires {show_instant(token.expires_at)}" if token.expires_at else "does not expire")
+            + (f" (limits: {limits})" if limits else ""))
 
 
 def read_expiry(text):
@@ -2600,6 +3597,19 @@ def read_expiry(text):
     if moment <= now:
         raise UsageError(f'--expires: "{text}" is in the past')
     return moment
+
+
+def read_limits(args):
+    """Return the limits that were typed, by column; "none" is None."""
+    limits = {}
+    for column in LIMITED:
+        text = getattr(args, column, None)
+        try:
+            if text is not None:
+                limits[column] = None if text == "none" else (model_globs if column == "models" else positive)(text)
+        except ValueError as error:
+            raise UsageError(f'--{column.replace("_", "-")}: "{text}" {error}, nor "none"') from None
+    return limits
 
 
 def open_command_store(args, create=False):
@@ -2622,7 +3632,7 @@ def show_secret(args, store, done, token, secret):
 def cmd_token_create(args):
     with open_command_store(args, create=True) as store:
         token, secret = store.create(args.user, args.name, read_expiry(getattr(args, "expires", "none")),
-                                     getattr(args, "admin", False))
+                                     getattr(args, "admin", False), **read_limits(args))
         show_secret(args, store, "Created", token, secret)
 
 
@@ -2639,24 +3649,24 @@ def cmd_token_list(args):
             return say(json.dumps([as_json(token) for token in tokens], indent=2))
         if not tokens:
             return say(f"No tokens in {store.path}.")
-        heads = ("USER", "NAME", "SECRET", "CREATED", "EXPIRES", "LAST USED", "")
+        heads = ("USER", "NAME", "SECRET", "CREATED", "EXPIRES", "LAST USED", "LIMITS")
         rows = [(token.user, token.name, token.hint + "…", day(token.created_at, ""),
                  "expired" if is_expired(token) else day(token.expires_at, "never"),
-                 minute(token.last_used_at, "never"), "admin" if token.admin else "") for token in tokens]
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
-        for line in table([heads] + rows, width, dispensable=(3, 4, 2)):
+                 minute(token.last_used_at, "never"), "; ".join(["admin"] * token.admin + told_limits(token)))
+                for token in tokens]
+        for line in table([heads] + rows, terminal_width(), (0, 1, -1), dispensable=(3, 4, 2)):
             say(line)
         say(f"{count(len(tokens), 'token')} in {store.path}")
 
 
 def cmd_token_update(args):
-    changes = {}
+    changes = read_limits(args)
     if hasattr(args, "expires"):
         changes["expires_at"] = read_expiry(args.expires)
     if hasattr(args, "admin"):
         changes["admin"] = args.admin
     if not changes:
-        raise UsageError("token update: say what to change: --expires, --admin or --no-admin")
+        raise UsageError("token update: say what to change: --expires, --admin, --no-admin, or a limit")
     with open_command_store(args) as store:
         say(f"Changed {describe(store.update(args.user, args.name, **changes))}, in {store.path}")
 
@@ -2667,13 +3677,14 @@ def cmd_token_delete(args):
         say(f'Deleted the token "{token.user}/{token.name}" from {store.path}: it stops at its next request.')
 
 
-def export_csv(rows):
+def as_csv(keys, rows):
+    """Write rows, dictionaries, as CSV that a spreadsheet takes for text."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(("version",) + TokenStore.EXPORTED)
+    writer.writerow(keys)
     for row in rows:
-        cells = ["" if row[key] is None else str(row[key]) for key in TokenStore.EXPORTED]
-        writer.writerow([EXPORT_VERSION] + ["'" + cell if cell.startswith(DEFUSED) else cell for cell in cells])
+        cells = ["" if row[key] is None else str(row[key]) for key in keys]
+        writer.writerow(["'" + cell if cell.startswith(DEFUSED) else cell for cell in cells])
     return file.getvalue()
 
 
@@ -2699,7 +3710,10 @@ def cmd_token_export(args):
     with open_command_store(args) as store:
         rows = [dict(row, **{key: show_instant(row[key]) for key in row if key.endswith("_at")},
                      admin=bool(row["admin"])) for row in store.export_rows()]
-        text = export_csv(rows) if form == "csv" else json.dumps({"version": EXPORT_VERSION, "tokens": rows}, indent=2)
+        if form == "csv":
+            text = as_csv(("version",) + TokenStore.EXPORTED, [dict(row, version=EXPORT_VERSION) for row in rows])
+        else:
+            text = json.dumps({"version": EXPORT_VERSION, "tokens": rows}, indent=2)
         if args.file == "-":
             return say(text.rstrip("\n"))
         replace_file(args.file, text.rstrip("\n") + "\n")
@@ -2715,32 +3729,41 @@ def exported_rows(text):
             raise ValueError("it has no list of tokens")
         versions = {str(whole.get("version"))}
     else:
-        reader = csv.DictReader(io.StringIO(text, newline=""), restkey="", restval="")
-        rows = [{key: cell[1:] if cell.startswith("'") else cell for key, cell in row.items() if key} for row in reader]
+        reader = csv.DictReader(io.StringIO(text, newline=""), restkey="")
+        rows = [{key: cell[1:] if cell and cell.startswith("'") else cell for key, cell in row.items() if key}
+                for row in reader]
         if "version" not in (reader.fieldnames or ()):
             raise ValueError("its first line does not name the columns")
+        if any(None in row.values() for row in rows):
+            raise ValueError("a row ends early")
         versions = {row["version"] for row in rows}
-    if versions - {str(EXPORT_VERSION)}:
-        raise ValueError(f"its version is {' and '.join(sorted(versions))}, this program reads {EXPORT_VERSION}")
-    return rows
+    if versions - set(map(str, range(1, EXPORT_VERSION + 1))):
+        raise ValueError(f"its version is {' and '.join(sorted(versions))}, this program reads up to {EXPORT_VERSION}")
+    return [dict(dict.fromkeys(LIMITED), **row) for row in rows] if versions == {"1"} else rows
 
 
 def imported_row(row, number):
     """Return an exported row as the store takes it; raise ValueError naming the row and what is wrong with it."""
-    admin = row.get("admin")
-    row = {key: row.get(key) or None for key in TokenStore.EXPORTED if key != "admin"}
     try:
-        for key, value in row.items():
+        texts = {key: row.get(key) or None for key in TokenStore.EXPORTED if key not in ("admin", *LIMITED)}
+        for key, value in texts.items():
             if not isinstance(value, str) and (value or key not in ("hint", "expires_at", "last_used_at")):
                 raise ValueError(f"it has no {key}")
-        row["hint"] = row["hint"] or ""
-        if not re.fullmatch("[0-9a-f]{64}", row["digest"]):
+        hint = texts["hint"] or ""
+        if not re.fullmatch("[0-9a-f]{64}", texts["digest"]):
             raise ValueError("its digest is no SHA-256")
-        if len(row["hint"]) > HINT_LENGTH or not row["hint"].isprintable():
+        if len(hint) > HINT_LENGTH or not hint.isprintable():
             raise ValueError(f"its hint is not up to {HINT_LENGTH} printable characters")
-        times = {key: instant(row[key]) if row[key] else None for key in row if key.endswith("_at")}
-        return dict(row, **times, admin=int(boolean(str(admin))),
-                    user=check_name("user", row["user"]), name=check_name("name", row["name"]))
+        times = {key: instant(texts[key]) if texts[key] else None for key in texts if key.endswith("_at")}
+        limits = {key: None if row[key] in (None, "") else read(str(row[key]))
+                  for key, read in zip(LIMITED, (model_globs, positive, positive, positive))}
+        admin = int(boolean(str(row.get("admin"))))
+        if admin and limits["models"]:
+            raise ValueError("an admin's token has no list of models")
+        return dict(texts, hint=hint, user=check_name("user", texts["user"]), name=check_name("name", texts["name"]),
+                    admin=admin, **times, **limits)
+    except KeyError as error:
+        raise ValueError(f"row {number}: it has no {error.args[0]}") from None
     except (ValueError, UsageError) as error:
         raise ValueError(f"row {number}: {error}") from None
 
@@ -2759,6 +3782,65 @@ def cmd_token_import(args):
         added = store.import_rows(rows)
         say(f"Imported {count(added, 'token')} into {store.path}; "
             f"already there: {len(rows) - added}")
+
+
+def read_since(text):
+    """Read "7d" or a date as the Unix seconds of an hour that is past."""
+    now = int(time.time())
+    try:
+        moment = now - int(duration(text)) if re.fullmatch(r"[0-9.]+[a-z]", text) else instant(text)
+    except ValueError as error:
+        raise UsageError(f'--since: "{text}" {error}') from None
+    if moment > now:
+        raise UsageError(f'--since: "{text}" is in the future')
+    return max(moment, 0) // HOUR * HOUR
+
+
+def tokens_in(row):
+    return (row["prompt_tokens"] or 0) + (row["completion_tokens"] or 0)
+
+
+def bars(shares, columns):
+    """Return a bar for each share of 0 to 1, the whole of so many columns long."""
+    eighths = "▏▎▍▌▋▊▉"
+    try:
+        eighths.encode(sys.stdout.encoding or "ascii")
+    except UnicodeError:
+        return ["#" * round(share * columns) for share in shares]
+    lengths = [round(share * columns * 8) for share in shares]
+    return ["█" * (length // 8) + (eighths[length % 8 - 1] if length % 8 else "") for length in lengths]
+
+
+def usage_table(rows, keys, width):
+    """Return the account's rows as a table's lines, with a bar each where the width, 0 for none, leaves room for it."""
+    numbers = [[column.replace("_tokens", "").upper() for column in MEASURED]]
+    numbers += [["unknown" if row[column] is None else f"{row[column]:.0f}" for column in MEASURED] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*numbers)]
+    names = [[key.upper() for key in keys]] + [[row[key] or "-" for key in keys] for row in rows]
+    cells = [[*name, *(cell.rjust(columns) for cell, columns in zip(number, widths))]
+             for name, number in zip(names, numbers)]
+    elastic = tuple(range(len(keys)))
+    room = width - max(map(text_width, table(cells, 0))) - 2
+    if room < BAR_COLUMNS:
+        return table(cells, width, elastic, (len(keys) + 5, len(keys) + 2, len(keys) + 1))
+    amounts = [tokens_in(row) for row in rows]
+    shares = bars([amount / (max(amounts) or 1) for amount in amounts], min(room, MOST_BAR_COLUMNS))
+    return table([cell + [bar] for cell, bar in zip(cells, ["", *shares])], width, elastic)
+
+
+def cmd_usage(args):
+    """Print the account."""
+    by, since = getattr(args, "by", "user"), read_since(getattr(args, "since", "7d"))
+    with open_command_store(args) as store:
+        rows = store.usage(by, since)
+        if args.json:
+            return say(json.dumps(rows, indent=2))
+        if args.format == "csv":
+            return say(as_csv(USAGE_BY[by] + MEASURED, rows).rstrip("\n"))
+        for line in usage_table(rows, USAGE_BY[by], terminal_width()) if rows else ():
+            say(line)
+        say(f"{count(sum(row['requests'] for row in rows), 'request')}, {count(sum(map(tokens_in, rows)), 'token')} "
+            f"since {minute(since, '')} UTC in {store.path}")
 
 
 def complain_once(handler):
@@ -2881,6 +3963,22 @@ def add_rights(parser):
                         help="may change models, and act as the owner's ollama.com account")
 
 
+def add_limits(parser):
+    limits = parser.add_argument_group("limits, each until \"none\" lifts it")
+    limits.add_argument("--models", metavar="LIST", help="the only models it may use, as llama3*,qwen2.5:7b")
+    limits.add_argument("--rpm", metavar="N", help="inference requests in any minute")
+    limits.add_argument("--max-parallel", metavar="N", help="inference requests at once")
+    limits.add_argument("--tokens-per-day", metavar="N", help="tokens of prompts and completions in a day of UTC")
+
+
+def add_usage(parser):
+    parser.add_argument("--by", choices=USAGE_BY, help="what a row is of (default: user)")
+    parser.add_argument("--since", metavar="WHEN", help="7d, 12h or 2027-01-31 (default: 7d)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print a JSON list")
+    form.add_argument("--csv", dest="format", action="store_const", const="csv", help="print CSV")
+
+
 def add_no_admin(parser):
     parser.add_argument("--no-admin", dest="admin", action="store_false", help="may no longer do that")
 
@@ -2905,13 +4003,15 @@ def add_import_file(parser):
     parser.add_argument("file", metavar="FILE", help='what "token export" wrote; "-" is stdin')
 
 
+USAGE = ("usage", cmd_usage, "tell who used how much", "usage --by model --since 30d", (add_usage,))
 SERVE = ("serve", cmd_serve, "run the gateway", "serve --host 0.0.0.0 --tls-cert box.pem", (add_serve,))
 TOKEN_COMMANDS = (  # name, what runs, help, example, what it takes
-    ("create", cmd_token_create, "make a token and show its secret, once", "token create ada laptop --expires 90d",
-     (add_names, add_rights, add_secret_form)),
+    ("create", cmd_token_create, "make a token and show its secret, once",
+     "token create ada laptop --expires 90d --models 'llama3*' --rpm 60",
+     (add_names, add_rights, add_limits, add_secret_form)),
     ("list", cmd_token_list, "list the tokens", "token list --user ada", (add_list_form,)),
     ("update", cmd_token_update, "change what a token may do, from its next request",
-     "token update ada laptop --expires none", (add_names, add_rights, add_no_admin)),
+     "token update ada laptop --expires none --rpm 30", (add_names, add_rights, add_no_admin, add_limits)),
     ("rotate", cmd_token_rotate, "give a token a new secret, and nothing else", "token rotate ada laptop",
      (add_names, add_secret_form)),
     ("delete", cmd_token_delete, "delete a token: it stops at its next request", "token delete ada laptop",
@@ -2942,6 +4042,7 @@ def build_parser():
     parser.add_argument("--version", action="version", version=f"ollama_gateway {VERSION}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_command(commands, common, *SERVE)
+    add_command(commands, common, *USAGE)
     token = commands.add_parser("token", parents=[common], help="make and manage tokens",
                                 description="Make and manage tokens.",
                                 epilog=f"example:\n  {PROGRAM} token create ada laptop --expires 90d")

@@ -65,6 +65,7 @@ README = os.path.join(HERE, "README.md")
 GUARD = 10   # seconds until whatever hangs is a failure; nothing that works comes near it
 
 NDJSON, SSE, JSON = "application/x-ndjson", "text/event-stream", "application/json; charset=utf-8"
+FORM_TYPE = [("Content-Type", "multipart/form-data; boundary=x")]
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 DIGEST = "sha256:" + "0" * 64
 
@@ -353,7 +354,8 @@ def usual_reply(seen, pause=0):
     model = asked.get("model") or asked.get("name") or "tiny"
     if path in TALKERS:
         talk, streams = TALKERS[path]
-        return talk(model, asked.get("stream", streams), pause)
+        asks = {"usage": True} if (asked.get("stream_options") or {}).get("include_usage") else {}
+        return talk(model, asked.get("stream", streams), pause, **asks)
     if path in ("/api/copy", "/api/delete"):
         return Reply.body(200, b"")
     return Reply.json(200, usual_value(path, model))
@@ -384,16 +386,42 @@ def ndjson_talk(part, model, streaming, pause):
     return Reply.stream(*[compact(line) + b"\n" for line in lines], pause=pause)
 
 
-def sse_talk(kind, whole, part, model, streaming, pause):
-    """Answer like /v1/chat/completions and /v1/completions."""
+def sse_talk(kind, whole, part, model, streaming, pause, usage=False):
+    """Answer like /v1/chat/completions and, with a usage in every event then, /v1/completions."""
     head = {"id": "chatcmpl-91", "object": kind, "created": 1795401704, "model": model, "system_fingerprint": "fp_ollama"}
     if not streaming:
         choice = {"index": 0, **whole("".join(WORDS)), "finish_reason": "stop"}
         return Reply.json(200, {**head, "choices": [choice], "usage": USAGE}, kind="application/json")
     choices = [{"index": 0, **part(word), "finish_reason": None} for word in WORDS] + [{"index": 0, **part(""), "finish_reason": "stop"}]
-    events = [b"data: %s\n\n" % compact({**head, "choices": [choice]}) for choice in choices]
+    nothing_yet = {"usage": dict.fromkeys(USAGE, 0)} if usage and kind == "text_completion" else {}
+    events = [b"data: %s\n\n" % compact({**head, "choices": [choice], **nothing_yet}) for choice in choices]
+    if usage:
+        events[-1] += b"data: %s\n\n" % compact({**head, "choices": [], "usage": USAGE})
     events[-1] += b"data: [DONE]\n\n"
     return Reply.stream(*events, kind=SSE, pause=pause)
+
+
+def responses_talk(model, streaming, pause):
+    """Answer like /v1/responses, as Ollama's source has it: openai/responses.go."""
+    whole = {"id": "resp_1", "object": "response", "status": "completed", "model": model, "output": [], "tools": [],
+             "usage": {"input_tokens": 8, "output_tokens": 5, "total_tokens": 13}, "metadata": {"usage": {"input_tokens": 1}}}
+    if not streaming:
+        return Reply.json(200, whole, kind="application/json")
+    events = [{"type": "response.created", "response": {**whole, "usage": None}}]
+    events += [{"type": "response.output_text.delta", "sequence_number": number, "delta": word} for number, word in enumerate(WORDS)]
+    events += [{"type": "response.completed", "sequence_number": 9, "response": whole}]
+    return Reply.stream(*[b"event: %s\ndata: %s\n\n" % (event["type"].encode(), compact(event)) for event in events], kind=SSE, pause=pause)
+
+
+def messages_talk(model, streaming, pause):
+    """Answer like /v1/messages, as Ollama's source has it: anthropic/anthropic.go."""
+    whole = {"id": "msg_1", "type": "message", "role": "assistant", "model": model, "content": [], "usage": {"input_tokens": 8, "output_tokens": 5}}
+    if not streaming:
+        return Reply.json(200, whole, kind="application/json")
+    events = [{"type": "message_start", "message": {**whole, "usage": {"input_tokens": 7, "output_tokens": 0}}}]
+    events += [{"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}} for word in WORDS]
+    events += [{"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": whole["usage"]}, {"type": "message_stop"}]
+    return Reply.stream(*[b"event: %s\ndata: %s\n\n" % (event["type"].encode(), compact(event)) for event in events], kind=SSE, pause=pause)
 
 
 TALKERS = {   # path -> how it talks, and whether it streams unless told otherwise
@@ -402,6 +430,8 @@ TALKERS = {   # path -> how it talks, and whether it streams unless told otherwi
     "/v1/chat/completions": (functools.partial(sse_talk, "chat.completion", lambda text: {"message": {"role": "assistant", "content": text}},
                                                lambda text: {"delta": {"role": "assistant", "content": text}}), False),
     "/v1/completions": (functools.partial(sse_talk, "text_completion", lambda text: {"text": text}, lambda text: {"text": text}), False),
+    "/v1/responses": (responses_talk, False),
+    "/v1/messages": (messages_talk, False),
 }
 
 
@@ -764,6 +794,10 @@ VALUES = {   # option -> its default, and two other values that differ
     "idle_timeout": ("75s", "5", "1m"),
     "drain_timeout": ("30s", "5", "1m"),
     "trusted_proxies": (None, "127.0.0.1", "10.0.0.0/8, ::1"),
+    "max_parallel": ("0", "1", "64"),
+    "max_queue": ("128", "1", "1000"),
+    "queue_timeout": ("60s", "5", "1h"),
+    "metrics_open": (None, "1", None),
 }
 BAD_VALUES = (
     ("ollama_url", "ftp://localhost", "localhost:11434", "http://", "http://host:99999", "http://host:x", "http://a b"),
@@ -782,6 +816,10 @@ BAD_VALUES = (
     ("idle_timeout", "soon"),
     ("drain_timeout", "-3s"),
     ("trusted_proxies", "localhost", "10.0.0.0/33", "10.0.0.1/8"),
+    ("max_parallel", "-1", "all", "1.5"),
+    ("max_queue", "0", "-1", "all"),
+    ("queue_timeout", "0", "soon"),
+    ("metrics_open", "perhaps"),
 )
 COMPANY = {"tls_key": {"tls_cert": "cert.pem"}}   # what an option needs beside it
 
@@ -891,8 +929,11 @@ def variable_of(name):
 # == Store and commands =======================================================
 
 SECRET = re.compile(r"ogw_[A-Za-z0-9_-]{43}")
-COMMANDS = ((), ("serve",), ("token",), *(("token", word) for word in ("create", "list", "update", "rotate", "delete", "export", "import")))
-KEYS = {"id", "user", "name", "hint", "created_at", "expires_at", "last_used_at", "expired", "admin"}
+COMMANDS = ((), ("serve",), ("usage",), ("token",),
+            *(("token", word) for word in ("create", "list", "update", "rotate", "delete", "export", "import")))
+KEYS = {"id", "user", "name", "hint", "created_at", "expires_at", "last_used_at", "expired", "admin", "models", "rpm", "max_parallel",
+        "tokens_per_day"}
+LIMITS = ("--models", "Llama3*, qwen2.5:7b", "--rpm", "60", "--max-parallel", "2", "--tokens-per-day", "100000")
 ODD_NAMES = ("=cmd|' /C calc'!A0", "+1", "@sum", "'quoted'", "a,b;c", 'say "hi"', "Zoë Ångström", "日本語", "x" * 64)
 BAD_NAMES = (("empty", ""), ("too long", "x" * 65), ("a line break", "a\nb"), ("a tab", "a\tb"), ("an escape", "\x1b[31mred"), ("a NUL", "a\0b"),
              ("a C1 control", "a\x9bb"), ("half a character", "a\udc80b"), ("a leading dash", "-a"), ("a right-to-left override", "a\u202eb"))
@@ -1179,15 +1220,29 @@ class Commands(CommandCase):
 class ExportAndImport(CommandCase):
 
     ROW = {"user": "ada", "name": "laptop", "digest": "0" * 64, "hint": "ogw_xxxx", "created_at": "2026-11-23T00:00:00Z", "expires_at": None,
-           "last_used_at": None, "admin": False}
+           "last_used_at": None, "admin": False, "models": None, "rpm": None, "max_parallel": None, "tokens_per_day": None}
 
     def test_rows_that_no_list_could_show_are_refused(self):
         for key, value in (("created_at", "9999-12-31T23:59:59-23:00"), ("created_at", "0001-01-01T00:00:00+23:00"), ("hint", "\x1b[2J"),
                            ("hint", "a\0b"), ("hint", "\ud800"), ("hint", "x" * 9), ("user", ["a"]), ("user", {}), ("user", "\ud800"),
-                           ("digest", "0" * 63), ("admin", "perhaps"), ("created_at", None)):
+                           ("digest", "0" * 63), ("admin", "perhaps"), ("created_at", None), ("models", "a b"), ("models", ["a"]), ("rpm", 0),
+                           ("rpm", "many"), ("max_parallel", -1), ("tokens_per_day", 1.5), ("tokens_per_day", True)):
             with self.subTest(key, value=value):
-                told = self.fails("token", "import", "-", stdin=json.dumps({"version": 1, "tokens": [dict(self.ROW, **{key: value})]}))
+                told = self.fails("token", "import", "-", stdin=json.dumps({"version": 2, "tokens": [dict(self.ROW, **{key: value})]}))
                 self.assertIn("nothing was imported", told)
+
+    def test_a_row_without_its_limits_or_an_admins_with_models_is_refused(self):
+        for label, row in (("without", {key: self.ROW[key] for key in self.ROW if key != "rpm"}),
+                           ("an admin's", dict(self.ROW, admin=True, models="tiny"))):
+            with self.subTest(label):
+                self.assertIn("row 1", self.fails("token", "import", "-", stdin=json.dumps({"version": 2, "tokens": [row]})))
+
+    def test_an_export_of_before_the_limits_is_read_too(self):
+        row = {key: value for key, value in self.ROW.items() if key not in gateway.LIMITED}
+        cells = [["version", *row], ["1", *("" if value is None else str(value) for value in row.values())]]
+        for text in (json.dumps({"version": 1, "tokens": [row]}), "\n".join(map(",".join, cells))):
+            self.succeeds("token", "import", "-", "--db", self.other, stdin=text)
+            self.assertEqual([(token["user"], token["rpm"], token["models"]) for token in self.tokens("--db", self.other)], [("ada", None, None)])
 
     def test_json_too_deep_to_be_read_is_refused(self):
         self.assertIn("nothing was imported", self.fails("token", "import", "-", stdin='{"a":' * 100_000))
@@ -1196,6 +1251,7 @@ class ExportAndImport(CommandCase):
         super().setUp()
         self.secrets = {name: self.create(name, name) for name in ODD_NAMES}
         self.secrets["root"] = self.create("root", "box", "--admin", "--expires", "2099-01-31")
+        self.secrets["limited"] = self.create("limited", "limited", *LIMITS)
         self.other = self.path("other.db")
 
     def export(self, name, *flags):
@@ -1587,7 +1643,7 @@ class Door(GatewayCase):
     def test_a_body_whose_model_cannot_be_told_is_for_administrators(self):
         hidden = (("many parts", b'{"x":[' + b"[]," * 50_001 + b'[]],"model":"big:cloud"}', [], 400),
                   ("many quotes", b'{"x":"' + b'\\"' * 100_001 + b'","model":"big:cloud"}', [], 400),
-                  ("many members", b"{" + b'"a":1,' * 34_000 + b'"model":"big:cloud"}', [], 400),
+                  ("many members", b"{" + b'"a":1,' * 50_000 + b'"model":"big:cloud"}', [], 400),
                   ("compressed", b"(zstd)", [("Content-Encoding", "zstd")], 415))
         for label, body, headers, status in hidden:
             for path in ("/api/chat", "/v1/responses"):
@@ -1597,7 +1653,7 @@ class Door(GatewayCase):
                     self.assertEqual(self.fake.received, [])
                     self.assertStatus(self.ask("POST", path, body, headers, token=self.admin), 200)
         form = b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\n' + b'"{' * 200_000 + b"\r\n--x--\r\n"
-        self.assertStatus(self.ask("POST", "/v1/audio/transcriptions", form), 200)
+        self.assertStatus(self.ask("POST", "/v1/audio/transcriptions", form, FORM_TYPE), 200)
 
 
 # == Routing ==================================================================
@@ -1618,9 +1674,11 @@ NO_ROUTES = (
     "/api%2Ftags", "/api/%74ags", "/api/tags%00", "/api/tags;x", "/api\\tags", "/api/tags\\", "/api/blobs/", "/api/blobs/x/y",
     f"/api/blobs/{DIGEST}/..", "/api/user/keys/", "/api/user/keys/a/b", "/v1", "/v1/", "/v2/models", "/v1/models/", "/v1/models/a/b",
     "/v1/models/..", "/v1/models/a%20b", "/v1/models/%2e%2e", "/v1/messages/count_tokens", "/v1/images/generations", "/t/x/api/tags",
-    "/debug/pprof/", "/metrics", "/index.html", "/favicon.ico", "/healthz")
+    "/debug/pprof/", "/metrics/", "/me/", "/index.html", "/favicon.ico", "/healthz")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 MODEL_BODY = {"model": "tiny", "name": "tiny", "stream": False}
+FORM_BODY = (b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\ntiny\r\n'
+             b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\nContent-Type: audio/wav\r\n\r\nRIFF\0\r\n--x--\r\n')
 
 
 class Routing(GatewayCase):
@@ -1632,7 +1690,8 @@ class Routing(GatewayCase):
         for method, path in FOR_ALL:
             with self.subTest(f"{method} {path}"):
                 self.fake.received.clear()
-                self.assertStatus(self.ask(method, path, self.body_for(method)), 200)
+                form = path.endswith("/transcriptions")
+                self.assertStatus(self.ask(method, path, FORM_BODY if form else self.body_for(method), FORM_TYPE if form else ()), 200)
                 self.assertEqual(self.seen(), [(method, path)])
 
     def test_management_and_the_hosts_account_are_for_administrators(self):
@@ -1646,7 +1705,7 @@ class Routing(GatewayCase):
                 self.assertEqual(self.seen(), [(method, path)])
 
     def test_the_table_of_routes_holds_nothing_else(self):
-        own = {"/", "/health"}
+        own = {"/", "/health", "/me", "/metrics"}
         known = set(FOR_ALL + FOR_ADMINISTRATORS)
         for route in gateway.ROUTES:
             pattern = re.compile(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(route.path)))
@@ -1901,7 +1960,7 @@ KEPT_BACK = (("Cookie", "session=1"), ("Origin", "http://localhost"), ("Referer"
 BODIES = (
     ("JSON as nobody would write it", b' {"model" :"tiny",\n\t"messages": [], "n": 1.0e+02, "n": 2, "u": "\\u00e9\xc3\xa9"}\n\n'),
     ("two values", b'{"model":"tiny","stream":false}{"x":1}'),
-    ("no JSON at all", bytes(range(256))),
+    ("no JSON at all", bytes(range(256))),   # an administrator's alone
     ("nothing", b""),
     ("three megabytes", b'{"model":"tiny","images":["' + b"iVBORw0KGgo" * 280_000 + b'"]}'),
 )
@@ -1940,10 +1999,11 @@ class Forwarding(GatewayCase):
                 with self.subTest(label, framing=framing), Client(self.server.server_address) as client:
                     self.fake.received.clear()
                     self.fake.replies["/api/chat"] = Reply.json(200, {})
+                    token = self.admin if label.startswith("no JSON") else self.token
                     if framing == "length":
-                        client.send(request("POST", "/api/chat", body, bearer(self.token)))
+                        client.send(request("POST", "/api/chat", body, bearer(token)))
                     else:
-                        head = request("POST", "/api/chat", None, [*bearer(self.token), ("Transfer-Encoding", "chunked")])
+                        head = request("POST", "/api/chat", None, [*bearer(token), ("Transfer-Encoding", "chunked")])
                         client.send(head, chunked(*(body[start:start + 50_000] for start in range(0, len(body), 50_000))))
                     self.assertStatus(client.answer(), 200)
                     self.assertTrue(self.upstream().body == body, "the body was changed")
@@ -2505,10 +2565,11 @@ class Outage(GatewayCase):
 
     def test_an_answer_before_the_whole_body_is_passed_on_though_nothing_more_is_read(self):
         early = b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\n{}"
+        body = compact({**CHAT, "images": ["x" * 12_000_000]})
         for path, token in (("/api/chat", self.token), (f"/api/blobs/{DIGEST}", self.admin)):
             with self.subTest(path), UnreadingOllama(early) as upstream:
                 server = self.serve(ollama_url=upstream.url)
-                client = self.begin("POST", path, b"x" * 12_000_000, token, server)
+                client = self.begin("POST", path, body, token, server)
                 self.assertEqual((client.answer().status, upstream.hung_up()), (413, True))
 
     def test_an_interim_answer_in_the_middle_of_a_body_is_nonsense(self):
@@ -2699,7 +2760,7 @@ GOOD_REQUESTS = (   # label, request, how many bytes of body go up
     ("a body", post(b"Content-Length: 2"), 2),
     ("a length with leading zeros", post(b"Content-Length: 002"), 2),
     ("chunks", post_chunks(b"1\r\n{\r\n1\r\n}\r\n0\r\n\r\n"), 2),
-    ("chunk sizes in either case, with zeros", post_chunks(b"00A\r\n0123456789\r\n00b\r\n01234567890\r\n000\r\n\r\n"), 21),
+    ("chunk sizes in either case, with zeros", post_chunks(b'00A\r\n{"a":"6789\r\n00b\r\n012345678"}\r\n000\r\n\r\n'), 21),
     ("no chunk but the last", post_chunks(b"0\r\n\r\n"), 0),
     ("a harmless trailer", post_chunks(b"2\r\n{}\r\n0\r\nX-Checksum: 1\r\n\r\n"), 2),
 )
@@ -3016,27 +3077,590 @@ class ModelName(unittest.TestCase):
             return [self.value(random, depth + 1) for _ in range(random.randrange(3))]
         if kind < 0.9:
             return {random.choice(("model", 'x"', "name")): self.value(random, depth + 1) for _ in range(random.randrange(3))}
-        return random.choice((1, None, True))
+        return random.choice((1, -2.5e3, None, True, "x" * 6000))
+
+    def read(self, body):
+        try:
+            return gateway.asked_in_json(body).model
+        except gateway.Unreadable as error:
+            return error
 
     def test_it_is_what_a_decoder_finds(self):
         source = random.Random(1)
         for _ in range(2000):
-            pairs = [(source.choice(("model", "MODEL", "name", 'p"\\', "messages")), self.value(source)) for _ in range(source.randrange(6))]
-            members = (json.dumps(key, ensure_ascii=source.random() < 0.5) + ":" + json.dumps(value) for key, value in pairs)
-            found = {key.lower(): value for key, value in pairs if key.lower() in ("model", "name") and isinstance(value, str)}
-            body = "{" + ", ".join(members) + "}"
-            self.assertEqual(gateway.named_model(body.encode()), found.get("model") or found.get("name", ""), body)
+            pairs = [(source.choice(("model", "MODEL", "name", 'p"\\', "messages", "")), self.value(source)) for _ in range(source.randrange(6))]
+            blank = source.choice(("", " ", "\n\t"))
+            members = (json.dumps(key, ensure_ascii=source.random() < 0.5) + blank + ":" + json.dumps(value) for key, value in pairs)
+            body = ("{" + f"{blank},{blank}".join(members) + "}" + source.choice(("", "\n", '{"model":"z"}'))).encode()
+            found = [[value for key, value in pairs if key.lower() == name] for name in ("model", "name")]
+            got = self.read(body)
+            if any(len(values) > 1 or values and len(json.dumps(values[0])) > 4000 for values in found):
+                self.assertIsInstance(got, gateway.Unreadable, body)
+            else:
+                names = [values[0] if values and isinstance(values[0], str) else "" for values in found]
+                self.assertEqual(got, names[0] or names[1], body)
+
+    def test_an_outline_is_the_same_however_its_bytes_come(self):
+        body = rb'{"model":"a\"\\","m":[{"x":"}\\\""},["]"]], "n" :-1.5e3,"s":{"a":{"b":null}},"t":"\u00e9\ud83d"} {"model":"z"}'
+        body = body.replace(b'"m"', b'"long":"' + b"x" * 5000 + b'\\"","m"')
+        whole = gateway.Outline()
+        whole.feed(body)
+        self.assertEqual((whole.members()["model"], whole.size), (['a"\\'], body.index(b" {")))
+        self.assertIs(whole.members()["long"][0], gateway.LONG)
+        for split in (at for at in range(1, len(body)) if body[at - 2:at + 2] != b"xxxx"):
+            outline = gateway.Outline()
+            outline.feed(body[:split])
+            outline.feed(body[split:])
+            self.assertEqual((outline.members(), outline.size), (whole.members(), whole.size), split)
 
     def test_a_long_prompt_full_of_quotes_is_passed_over(self):
         prompt = b'print(\\"hello, world\\")\\n' * 200_000   # step by step, not each time from its beginning
-        self.assertEqual(gateway.named_model(b'{"prompt":"' + prompt[:400_000] + b'","model":"tiny"}'), "tiny")
-        self.assertIs(gateway.named_model(b'{"prompt":"' + prompt + b'","model":"tiny"}'), None, "the steps have run out")
+        self.assertEqual(self.read(b'{"prompt":"' + prompt[:400_000] + b'","model":"tiny"}'), "tiny")
+        self.assertIsInstance(self.read(b'{"prompt":"' + prompt + b'","model":"tiny"}'), gateway.Unreadable, "the steps have run out")
 
-    def test_what_is_no_json_names_none(self):
-        for body in (b"", b"{", b"hello", b'{"model', b'{"model":', b'{"model":"', b'{"model":5}', b'["model","x"]', b'{"a":{"model":"x"}}',
-                     b'{"model":"\\ud8"}', b"}" * 10, b'{"model":"\xff"}'):
+    def test_what_is_no_json_object_tells_nothing(self):
+        for body in (b"", b"{", b"hello", b'{"model', b'{"model":', b'{"model":"', b'["model","x"]', b'{"model":"\\ud8"}', b"}" * 10,
+                     b'{"model":"\xff"}', b'{"x":"' + b"x" * 9000 + b'\xff","model":"a"}', b'{"model" "a"}', b'{"model":"a",}', b'{"model":\'a\'}',
+                     b'\xef\xbb\xbf{"model":"a"}', '{"model":"a"}'.encode("utf-16"), b'{"model":"a\nb"}', b"[" * 200_000,
+                     b'{"a":' * 3000 + b"1" + b"}" * 2999):
+            with self.subTest(body[:60]):
+                self.assertIsInstance(self.read(body), gateway.Unreadable)
+        for body in (b"{}", b'{"model":5}', b'{"a":{"model":"x"}}', b'{"model":null}', b'{"model":["a"]}'):
             with self.subTest(body):
-                self.assertEqual(gateway.named_model(body), "")
+                self.assertEqual(self.read(body), "")
+
+    def test_a_name_has_many_spellings(self):
+        own = ("tiny:latest", "library/tiny:latest", "registry.ollama.ai/library/tiny:latest")
+        for name in ("tiny", "TINY:Latest", "library/tiny", "registry.ollama.ai/library/tiny", "Registry.Ollama.AI/library/tiny:latest",
+                     "https://registry.ollama.ai/library/tiny", "://registry.ollama.ai/library/tiny", " tiny\n"):
+            self.assertEqual(gateway.spellings(name), own, name)
+        self.assertEqual(gateway.spellings("ada/tiny:7b"), ("ada/tiny:7b", "registry.ollama.ai/ada/tiny:7b"))
+        self.assertEqual(gateway.spellings("hf.co:443/ada/tiny"), ("hf.co:443/ada/tiny:latest",))
+        for name in ("", "tiny:", ":tiny", "/tiny", "//tiny", "x://tiny", "a/b/c/d", "tiny@sha256:1", "tiny:a:b", "ti ny", "tiny\0", "../tiny",
+                     "tïny"):
+            self.assertEqual(gateway.spellings(name), (), name)
+
+    def test_globs_name_models_in_any_spelling(self):
+        for globs, inside, outside in (
+            ("tiny", "tiny TINY:latest library/tiny registry.ollama.ai/library/tiny", "tiny:7b tiny-2 ada/tiny hf.co/library/tiny"),
+            ("tiny*", "tiny tiny:7b tiny-2:latest", "my-tiny ada/tiny tiny:cloud tiny:7b-cloud tiny:7b-CLOUD"),
+            ("*tiny", "tiny my-tiny ada/tiny hf.co/ada/tiny", "tiny:7b tiny-2"),
+            ("library/*", "tiny a:b", "ada/tiny"), ("registry.ollama.ai/*", "tiny ada/tiny", "hf.co/ada/tiny"),
+            ("hf.co/ada/*,a?:7b", "hf.co/ada/x ab:7b", "ada/x hf.co/eve/x a:7b"),
+            ("*", "tiny ada/tiny hf.co/ada/tiny", "big:cloud big:1b-cloud big-cloud big:cloud:local a:b:c"),
+            ("big:*cloud,x", "big:cloud big:1b-cloud x", "big:1b other:cloud")):
+            for name in inside.split():
+                self.assertTrue(gateway.is_listed(name, globs), (name, globs))
+            for name in outside.split():
+                self.assertFalse(gateway.is_listed(name, globs), (name, globs))
+
+
+# == Lists of models ==========================================================
+
+OTHER_MODELS = [dict(MODEL, name=name, model=name) for name in ("Tiny:Latest", "secret:7b", "ada/tiny:latest", "big:cloud")]
+DISPOSITION = b'--x\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+
+
+def form(*fields, end=b"--x--\r\n", more=b""):
+    """A form of (name, value) pairs, with more in each field's disposition."""
+    return b"".join(DISPOSITION % (name, more, value) for name, value in fields) + end
+
+
+class Listed(GatewayCase):
+    """A token with a list of models has these, whatever is tried."""
+
+    def setUp(self):
+        super().setUp()
+        self.listed = self.store.create("eve", "phone", models="tiny,ada/*")[1]
+
+    def try_all(self, method, path, body=None, headers=()):
+        """Ask with the listed token, the unlisted and the admin's; return the statuses."""
+        self.fake.received.clear()
+        return [self.ask(method, path, body, headers, token=token).status for token in (self.listed, self.token, self.admin)]
+
+    def test_only_its_models_are_in_the_lists(self):
+        self.fake.replies["/api/tags"] = self.fake.replies["/api/ps"] = Reply.json(200, {"models": OTHER_MODELS, "more": 1.5})
+        self.fake.replies["/v1/models"] = Reply.json(200, {"object": "list", "data": [dict(V1_MODEL, id=row["name"]) for row in OTHER_MODELS]})
+        for path, key, name in (("/api/tags", "models", "name"), ("/api/ps", "models", "model"), ("/v1/models", "data", "id")):
+            with self.subTest(path):
+                for token, count in ((self.listed, 2), (self.token, 4), (self.admin, 4)):
+                    self.assertEqual(len(self.ask("GET", path, token=token).json()[key]), count)
+                answer = self.ask("GET", path, token=self.listed)
+                self.assertEqual([row[name] for row in answer.json()[key]], ["Tiny:Latest", "ada/tiny:latest"])
+                self.assertEqual(int(answer.headers["content-length"]), len(answer.body))
+                head = self.ask("HEAD", path, token=self.listed)
+                self.assertEqual((head.headers["content-length"], head.body), (answer.headers["content-length"], b""))
+        self.assertEqual(self.ask("GET", "/api/tags", token=self.listed).json()["more"], 1.5)
+
+    def test_a_list_that_cannot_be_cut_down_is_not_shown(self):
+        for reply in (Reply.body(200, b'{"models": [{"name": "secret"}'), Reply.json(200, ["secret"]), Reply.json(200, {"other": ["secret"]}),
+                      Reply.json(200, {"models": [{"nom": "secret"}]}), Reply.json(200, {"models": [{"model": 5}]})):
+            self.fake.replies["/api/tags"] = reply
+            self.assertNotIn("secret", self.assertRefused(self.ask("GET", "/api/tags", token=self.listed), 502))
+        self.fake.replies["/api/tags"] = Reply.json(500, {"error": "no"})
+        self.assertEqual(self.ask("GET", "/api/tags", token=self.listed).json(), {"error": "no"})
+        self.fake.replies["/v1/models"] = Reply.json(200, {"object": "list", "data": None})
+        self.assertEqual(self.ask("GET", "/v1/models", token=self.listed).json()["data"], [])
+
+    def test_another_model_is_forbidden_on_every_route_that_names_one(self):
+        for route in gateway.ROUTES:
+            if not route.names or route.access == "admin":
+                continue
+            for model, status in (("tiny", 200), ("Library/TINY:latest", 200), ("ada/x:7b", 200), ("secret", 403), ("tiny:7b", 403),
+                                  ("big:cloud", 403)):
+                with self.subTest(route.path, model=model):
+                    self.fake.received.clear()
+                    path, body, headers = route.path.replace("{model}", model.replace("/", "%2F")), {"model": model}, ()
+                    if route.names == "form":
+                        body, headers = form((b"model", model.encode()), (b"prompt", b"secret")), FORM_TYPE
+                    answer = self.ask(route.method, path, None if route.names == "path" else body, headers, token=self.listed)
+                    if status == 200:
+                        self.assertTrue(self.fake.received, answer)
+                    else:
+                        told = self.assertRefused(answer, 403, path)
+                        self.assertIn(model, told)
+                        self.assertEqual(self.fake.received, [])
+
+    def test_the_name_counts_where_there_is_no_model(self):
+        for body, status in (({"name": "secret"}, 403), ({"model": "", "name": "secret"}, 403), ({"model": None, "name": "secret"}, 403),
+                             ({"model": "tiny", "name": "secret"}, 200), ({"name": "tiny"}, 200), ({}, 400), (None, 400), ({"model": ["tiny"]}, 400)):
+            with self.subTest(body):
+                self.assertEqual(self.try_all("POST", "/api/show", body), [status, 200, 200])
+
+    def test_no_body_gets_a_model_past_the_list(self):
+        for label, body, statuses in (
+            ("two keys in two cases", b'{"model":"tiny","MODEL":"secret"}', (400, 400)),
+            ("two keys in one", b'{"model":"secret","model":"tiny"}', (400, 400)),
+            ("a key that is escaped", b'{"model":"tiny","mod\\u0065l":"secret"}', (400, 400)),
+            ("another case alone", b'{"MoDeL":"secret"}', (403, 200)),
+            ("an escaped name", b'{"model":"\\u0073ecret"}', (403, 200)),
+            ("an escaped cloud", b'{"model":"big:\\u0063loud"}', (403, 403)),
+            ("a cloud behind blanks", b'{"model":" big:Cloud\\t\xc2\xa0"}', (403, 403)),
+            ("a local cloud", b'{"model":"big:cloud:local"}', (403, 403)),
+            ("a name behind many blanks", b'{"model":"' + b" " * 5000 + b'secret:cloud"}', (400, 400)),
+            ("a name between others", b'{"name":"tiny","model":"secret","x":{"model":"tiny"}}', (403, 200)),
+            ("names in two cases", b'{"name":"tiny","Name":"secret"}', (400, 400)),
+            ("a first object that counts", b'{"model":"secret"}{"model":"tiny"}', (403, 200)),
+            ("a list around it", b'[{"model":"secret"}]', (400, 400)),
+            ("no UTF-8", b'{"model":"tiny","x":"\xff"}', (400, 400)),
+            ("a byte order mark", b'\xef\xbb\xbf{"model":"tiny"}', (400, 400)),
+            ("UTF-16", '{"model":"tiny"}'.encode("utf-16"), (400, 400)),
+            ("a NUL", b'{"model":"tiny\\u0000"}', (403, 200)),
+            ("a digest", b'{"model":"tiny@sha256:00"}', (403, 200)),
+            ("a registry's port", b'{"model":"registry.ollama.ai:443/library/tiny"}', (403, 200)),
+            ("a path", b'{"model":"../tiny"}', (403, 200)),
+            ("a glob", b'{"model":"*"}', (403, 200)),
+        ):
+            for path in "/api/chat", "/v1/chat/completions", "/v1/messages":
+                with self.subTest(label, path=path):
+                    self.assertEqual(self.try_all("POST", path, body), [*statuses, 200])
+                    self.assertEqual([seen.body for seen in self.fake.received], [body] * (1 + statuses.count(200)), "unchanged")
+
+    def test_no_form_gets_a_model_past_the_list(self):
+        path, tiny, secret = "/v1/audio/transcriptions", (b"model", b"tiny"), (b"model", b"secret")
+        for label, body, kind, query, statuses in (
+            ("as clients write it", form(tiny), None, "", (200, 200)),
+            ("a file beside it", FORM_BODY, None, "", (200, 200)),
+            ("the model of another", form(secret), None, "", (403, 200)),
+            ("two models", form(tiny, secret), None, "", (400, 400)),
+            ("none", form((b"x", b"y")), None, "", (400, 200)),
+            ("another in the query, where net/http looks first", form(tiny), None, "?model=secret", (400, 400)),
+            ("a file of that name", form(tiny, more=b'; filename="a"'), None, "", (400, 400)),
+            ("a name that is encoded", form((b"model*=utf-8''model\"; name=\"x", b"secret")), None, "", (400, 400)),
+            ("no quotes", form(tiny).replace(b'"model"', b"model"), None, "", (400, 400)),
+            ("a content that is encoded", form(tiny).replace(b"\r\n\r\n", b"\r\nContent-Transfer-Encoding: quoted-printable\r\n\r\n"), None, "",
+             (400, 400)),
+            ("a folded header", form(tiny).replace(b"; name", b";\r\n name"), None, "", (400, 400)),
+            ("bare line ends", form(tiny).replace(b"\r\n", b"\n"), None, "", (400, 400)),
+            ("a bare line end before a delimiter", form(tiny).replace(b"tiny\r\n", b'tiny\n--x\r\n'), None, "", (400, 400)),
+            ("a preamble", b"x\r\n" + form(tiny), None, "", (400, 400)),
+            ("an epilogue", form(tiny) + form(secret), None, "", (400, 400)),
+            ("no end", form(tiny, end=b""), None, "", (400, 400)),
+            ("a boundary that goes on", form(tiny).replace(b"--x\r\n", b"--xy\r\n"), None, "", (400, 400)),
+            ("two boundaries", form(tiny), "multipart/form-data; boundary=x; boundary=y", "", (400, 400)),
+            ("a boundary that is encoded", form(tiny), "multipart/form-data; boundary*=utf-8''x", "", (400, 400)),
+            ("another kind of form", b"model=secret", "application/x-www-form-urlencoded", "", (400, 400)),
+            ("a boundary in quotes", form(tiny), 'Multipart/Form-Data; charset=utf-8; boundary="x"', "", (200, 200)),
+            ("many parts", form(tiny, *[(b"x", b"y")] * 100), None, "", (400, 400)),
+        ):
+            with self.subTest(label):
+                headers = [("Content-Type", kind)] if kind else FORM_TYPE
+                self.assertEqual(self.try_all("POST", path + query, body, headers), [*statuses, 200])
+
+    def test_a_compressed_body_is_refused(self):
+        for path in "/api/chat", "/v1/responses":
+            self.assertEqual(self.try_all("POST", path, {"model": "tiny"}, [("Content-Encoding", "zstd")]), [415, 415, 200])
+
+    def test_a_model_on_the_account_must_be_named_as_such(self):
+        for models, status in (("*", 403), ("big*", 403), ("big:cloud", 200), ("*-cloud,*:cloud", 200)):
+            token = self.store.create("bob", models.replace("*", "+"), models=models)[1]
+            self.assertStatus(self.ask("POST", "/api/chat", {"model": "big:CLOUD"}, token=token), status)
+
+    def test_a_change_of_the_list_counts_at_the_next_request(self):
+        with Client(self.server.server_address) as client:
+            for models, status in (("tiny", 403), ("secret*", 200), (None, 200), ("x", 403)):
+                self.store.update("eve", "phone", models=models)
+                self.assertStatus(client.ask("POST", "/api/chat", {"model": "secret"}, bearer(self.listed)), status)
+
+    def test_an_admins_token_has_no_list(self):
+        with self.assertRaises(gateway.UsageError):
+            self.store.create("eve", "box", admin=True, models="tiny")
+        with self.assertRaises(gateway.UsageError):
+            self.store.update("eve", "phone", admin=True)
+        self.assertEqual([(token.name, token.admin) for token in self.store.list("eve")], [("phone", False)])
+
+
+# == Limits ===================================================================
+
+
+class FreeAccount:
+    """An account that knows what was spent, and counts nothing."""
+
+    spent_today = 0
+
+    def spent(self, token):
+        return self.spent_today
+
+    def day_left(self):
+        return 3600
+
+    def counting(self, record):
+        return contextlib.nullcontext()
+
+
+class LimitsByTheClock(unittest.TestCase):
+
+    def setUp(self):
+        self.now = 1000.0
+        self.account = FreeAccount()
+        self.limiter = gateway.Limiter(gateway.Turns(0, 1, 1), self.account, lambda: self.now)
+        self.route = next(route for route in gateway.ROUTES if route.path == "/api/chat")
+
+    def token(self, **limits):
+        blank = dict.fromkeys(gateway.Token._fields)
+        return gateway.Token(**{**blank, "id": 1, "user": "ada", "name": "laptop", **limits})
+
+    def hold(self, token):
+        """Let a request in; return what ends it, or the refusal's code."""
+        held = contextlib.ExitStack()
+        try:
+            held.enter_context(self.limiter.admit(self.route, token, gateway.Record("", 0), None))
+        except gateway.Refusal as refusal:
+            return refusal.code, dict(refusal.fields)["Retry-After"]
+        return held.close
+
+    def test_no_minute_has_more_requests_than_it_may(self):
+        token, admitted = self.token(rpm=3), []
+        for second in range(0, 400, 7):
+            self.now = 1000.0 + second
+            for _ in range(2):
+                end = self.hold(token)
+                if callable(end):
+                    end()
+                    admitted.append(self.now)
+        self.assertTrue(all(sum(start <= moment < start + 60 for moment in admitted) <= 3 for start in admitted))
+        self.assertGreaterEqual(len(admitted), 3 * 400 // 60, "and as many as may")
+
+    def test_a_burst_at_the_edge_of_a_minute_is_not_doubled(self):
+        token = self.token(rpm=2)
+        self.now = 1019.0   # of whatever minute
+        self.assertTrue(callable(self.hold(token)) and callable(self.hold(token)))
+        self.now = 1021.5
+        self.assertEqual(self.hold(token), ("rate_limited", "58"))
+        self.now = 1079.0
+        self.assertTrue(callable(self.hold(token)))
+
+    def test_refused_ones_do_not_count(self):
+        token = self.token(rpm=1)
+        self.hold(token)()
+        for _ in range(5):
+            self.assertEqual(self.hold(token)[0], "rate_limited")
+        self.now += 60
+        self.assertTrue(callable(self.hold(token)))
+
+    def test_so_many_run_at_once(self):
+        token = self.token(max_parallel=2)
+        ends = [self.hold(token), self.hold(token)]
+        self.assertEqual(self.hold(token)[0], "too_many_at_once")
+        ends[0]()
+        self.assertTrue(callable(self.hold(token)))
+
+    def test_a_days_tokens_are_not_exceeded_by_new_requests(self):
+        token = self.token(tokens_per_day=10)
+        self.account.spent_today = 9
+        self.assertTrue(callable(self.hold(token)))
+        self.account.spent_today = 13
+        self.assertEqual(self.hold(token), ("budget_spent", "3600"))
+
+    def test_a_lower_limit_counts_at_once(self):
+        for _ in range(4):
+            self.hold(self.token(rpm=9))
+            self.now += 10
+        self.assertEqual(self.hold(self.token(rpm=2)), ("rate_limited", "40"))
+        self.assertTrue(callable(self.hold(self.token())), "and none is none")
+
+    def test_the_limit_nearest_exhaustion_is_told(self):
+        token = self.token(rpm=10, max_parallel=2, tokens_per_day=1000)
+        self.assertEqual(self.limiter.fields(token), (("RateLimit-Limit", 10), ("RateLimit-Remaining", 10), ("RateLimit-Reset", 0)))
+        end = self.hold(token)
+        self.assertEqual(dict(self.limiter.fields(token))["RateLimit-Limit"], 2)
+        end()
+        self.account.spent_today = 900
+        self.assertEqual(self.limiter.fields(token), (("RateLimit-Limit", 1000), ("RateLimit-Remaining", 100), ("RateLimit-Reset", 3600)))
+        self.assertEqual(self.limiter.fields(self.token()), ())
+
+    def test_what_cannot_be_read_refuses(self):
+        self.account.spent = unittest.mock.Mock(side_effect=gateway.Failure("no"))
+        self.assertEqual(self.hold(self.token(tokens_per_day=10))[0], "uncounted")
+        self.assertEqual(self.limiter.fields(self.token(tokens_per_day=10)), ())
+
+    def test_read_only_routes_pass_by(self):
+        token = self.token(rpm=1)
+        self.hold(token)
+        with self.limiter.admit(gateway.Route("GET", "/api/tags", "token", "read"), token, gateway.Record("", 0), None):
+            pass
+
+
+class Limited(GatewayCase):
+    """Limits over the wire."""
+
+    def limited(self, **limits):
+        return self.store.create("eve", f"phone {len(self.store.list())}", **limits)[1]
+
+    def test_beyond_a_limit_it_is_429_in_the_routes_dialect_with_its_name(self):
+        token = self.limited(rpm=1)
+        self.assertStatus(self.ask("POST", "/api/chat", CHAT, token=token), 200)
+        for path, kind in (("/api/chat", None), ("/v1/chat/completions", "rate_limit_error"), ("/v1/messages", "rate_limit_error")):
+            with self.subTest(path):
+                answer = self.ask("POST", path, CHAT, token=token)
+                self.assertIn("1 requests a minute", self.assertRefused(answer, 429, path))
+                self.assertTrue(1 <= int(answer.headers["retry-after"]) <= 60)
+                self.assertEqual(kind and answer.json()["error"]["type"], kind)
+        self.assertEqual(len(self.fake.received), 1)
+
+    def test_every_answer_of_a_limited_token_tells_what_is_left(self):
+        token = self.limited(rpm=2)
+        for method, path, body, status, left in (
+            ("GET", "/api/tags", None, 200, 2), ("POST", "/api/pull", {}, 403, 2), ("POST", "/api/chat", {"model": "a:cloud"}, 403, 2),
+            ("POST", "/api/chat", CHAT, 200, 1), ("POST", "/api/embed", {"model": "tiny"}, 200, 0), ("POST", "/api/chat", CHAT, 429, 0),
+            ("GET", "/me", None, 200, 0)):
+            with self.subTest(path, status=status):
+                answer = self.ask(method, path, body, token=token)
+                self.assertStatus(answer, status)
+                self.assertEqual([answer.headers.get(f"ratelimit-{name}") for name in ("limit", "remaining")], ["2", str(left)])
+                self.assertTrue(0 <= int(answer.headers["ratelimit-reset"]) <= 60)
+        self.assertNotIn("ratelimit-limit", self.ask("GET", "/api/tags").headers)
+
+    def test_failed_and_cancelled_requests_count_and_refused_ones_do_not(self):
+        token = self.limited(rpm=3)
+        self.fake.replies["/api/chat"] = [Reply.json(404, {"error": "no"}), Reply.stream(LINE, until_hangup), Reply.json(200, {})]
+        self.assertStatus(self.ask("POST", "/api/chat", {"model": "a:cloud"}, token=token), 403)
+        self.assertStatus(self.ask("POST", "/api/chat", b"nonsense", token=token), 400)
+        self.assertStatus(self.ask("POST", "/api/chat", CHAT, token=token), 404)
+        client = self.begin("POST", "/api/chat", CHAT, token=token)
+        client.read(client.head(), until=LINE)
+        client.close()
+        self.fake.hangups.get(timeout=GUARD)
+        self.assertEqual([self.ask("POST", "/api/chat", CHAT, token=token).status for _ in range(3)], [200, 429, 429])
+
+    def test_one_after_the_other_is_never_two_at_once(self):
+        token = self.limited(max_parallel=1)
+        self.assertEqual({self.ask("POST", "/api/chat", {**CHAT, "stream": number % 2 > 0}, token=token).status for number in range(60)}, {200})
+
+    def test_real_clients_at_once_are_held_to_it(self):
+        hold, token = self.hold(), self.limited(max_parallel=3)
+        self.fake.replies["/api/chat"] = Reply.stream(LINE, hold, LINE)
+        clients = [self.begin("POST", "/api/chat", CHAT, token=token) for _ in range(8)]
+        heads = [client.head() for client in clients]
+        self.assertEqual(sorted(head.status for head in heads), [200] * 3 + [429] * 5)
+        hold.set()
+        self.assertEqual([client.read(head).ended for client, head in zip(clients, heads)], ["clean"] * 8)
+        self.assertStatus(self.ask("POST", "/api/chat", CHAT, token=token), 200)
+
+    def test_a_budget_is_used_up_and_a_restart_does_not_refill_it(self):
+        token = self.limited(tokens_per_day=20)   # each answer costs 13
+        self.assertEqual([self.ask("POST", "/api/chat", CHAT, token=token).status for _ in range(3)], [200, 200, 429])
+        self.server.gateway.close()
+        again = self.serve()
+        answer = self.ask("POST", "/v1/chat/completions", CHAT, token=token, server=again)
+        self.assertIn("20 tokens a day", self.assertRefused(answer, 429, "/v1/chat/completions"))
+        self.assertTrue(0 < int(answer.headers["retry-after"]) <= 86400)
+        self.store.update("eve", self.store.list("eve")[0].name, tokens_per_day=100)
+        self.assertStatus(self.ask("POST", "/api/chat", CHAT, token=token, server=again), 200)
+
+    def test_two_gateways_on_one_database_share_a_budget(self):
+        token, other = self.limited(tokens_per_day=20), self.serve()
+        self.assertStatus(self.ask("POST", "/api/chat", CHAT, token=token, server=other), 200)
+        self.assertStatus(self.ask("POST", "/api/chat", CHAT, token=token), 200)
+        eventually(lambda: self.ask("GET", "/me", token=token, server=other).json()["left"]["tokens_per_day"]["remaining"] == 0)
+        self.assertStatus(self.ask("POST", "/api/chat", CHAT, token=token, server=other), 429)
+
+    def test_a_tokens_limits_are_its_own(self):
+        one, other = self.limited(rpm=1), self.limited(rpm=1)
+        self.assertEqual([self.ask("POST", "/api/chat", CHAT, token=token).status for token in (one, other, one)], [200, 200, 429])
+
+
+# == The queue ================================================================
+
+
+class TurnsInOrder(unittest.TestCase):
+
+    def setUp(self):
+        self.turns = gateway.Turns(1, 100, 60)
+        self.addCleanup(LEAKS.check)
+
+    def line_up(self, user):
+        """Take a place; return it and what gives it up."""
+        held = contextlib.ExitStack()
+        self.addCleanup(held.close)
+        return held.enter_context(self.turns.line_up(user)), held.close
+
+    def served(self, lined_up):
+        """End one request after another and return whose turns they were."""
+        order = []
+        while lined_up:
+            (called,) = [pair for pair in lined_up if pair[0].called]
+            order.append(called[0].user)
+            lined_up.remove(called)
+            called[1]()
+        return "".join(order)
+
+    def test_one_users_fifty_delay_anothers_one_by_one_turn(self):
+        lined_up = [self.line_up("a") for _ in range(51)] + [self.line_up("b")]
+        self.assertEqual(self.served(lined_up), "a" + "ab" + "a" * 49)   # the first of them ran already
+
+    def test_turns_go_round_and_each_users_come_in_order(self):
+        lined_up = [self.line_up(user) for user in "aaabbc"]
+        places = [place for place, _ in lined_up]
+        called = []
+        for place in places:
+            place.bell and setattr(place.bell, "ring", lambda place=place: called.append(place))
+        self.assertEqual(self.served(list(lined_up)), "aabcab")
+        self.assertEqual([place for place in called if place.user == "a"], places[1:3])
+
+    def test_more_places_are_taken_at_once(self):
+        self.turns = gateway.Turns(3, 100, 60)
+        lined_up = [self.line_up(user) for user in "aaaab"]
+        self.assertEqual([place.called for place, _ in lined_up], [True, True, True, False, False])
+        self.assertEqual((self.turns.running, self.turns.waiting), (3, 2))
+        lined_up[1][1]()
+        lined_up[0][1]()
+        self.assertEqual((self.turns.running, self.turns.waiting), (3, 0))
+
+    def test_who_gives_up_a_place_is_passed_over(self):
+        lined_up = [self.line_up(user) for user in "aabab"]
+        for number in (2, 3):
+            lined_up.pop(2)[1]()
+        self.assertEqual(self.served(lined_up), "aab")
+
+    def test_so_many_of_a_user_may_wait(self):
+        self.turns = gateway.Turns(1, 2, 60)
+        for user in "aaa":
+            self.line_up(user)
+        with self.assertRaises(gateway.Refusal) as caught:
+            self.line_up("a")
+        self.assertEqual(caught.exception.code, "queue_full")
+        self.line_up("b")
+
+    def test_without_a_limit_nobody_waits(self):
+        self.turns = gateway.Turns(0, 1, 60)
+        self.assertTrue(all(self.line_up("a")[0].called for _ in range(50)))
+
+
+class Queue(GatewayCase):
+    """The queue over the wire: one request at a time goes upstream."""
+
+    flags = {"max_parallel": "1", "max_queue": "3"}
+
+    def setUp(self):
+        super().setUp()
+        self.other = self.store.create("bob", "phone")[1]
+        self.first = self.hold()
+        self.fake.replies["/api/chat"] = [Reply.stream(LINE, self.first), Reply.stream(LINE)]
+
+    def begin_first(self):
+        client = self.begin("POST", "/api/chat", CHAT)
+        return client, client.read(client.head(), until=LINE)
+
+    def line_up(self, *tokens):
+        """Have requests wait, one after the other; their models tell them apart."""
+        clients = []
+        for number, token in enumerate(tokens):
+            waiting = self.waiting()
+            clients.append(self.begin("POST", "/api/chat", {**CHAT, "model": f"m{number}"}, token=token))
+            eventually(lambda waiting=waiting: self.waiting() > waiting, "the request's waiting")
+        return clients
+
+    def waiting(self):
+        lines = self.ask("GET", "/metrics", token=self.admin).body.decode().splitlines()
+        return int(next(line for line in lines if line.startswith("ollama_gateway_queued_requests ")).split()[1])
+
+    def test_the_others_wait_and_the_users_turns_go_round(self):
+        self.begin_first()
+        clients = self.line_up(self.token, self.token, self.other)
+        self.assertStatus(self.ask("GET", "/api/tags"), 200)   # which passes by
+        self.first.set()
+        self.assertEqual([client.answer().status for client in clients], [200] * 3)
+        order = [json.loads(seen.body)["model"] for seen in self.fake.received if seen.path == "/api/chat"]
+        self.assertEqual(order, ["tiny", "m0", "m2", "m1"])
+        self.assertTrue(float(self.logged(lambda fields: fields["model"] == "m1")["queued"]) > 0)
+
+    def test_beyond_the_queue_it_is_503_and_does_not_count(self):
+        self.begin_first()
+        self.line_up(*[self.token] * 3)
+        answer = self.ask("POST", "/v1/messages", CHAT)
+        self.assertIn("--max-queue", self.assertRefused(answer, 503, "/v1/messages"))
+        self.assertTrue(int(answer.headers["retry-after"]))
+        self.assertEqual(self.ask("GET", "/me").json()["usage"], [])
+        self.first.set()
+
+    def test_a_waiting_client_that_leaves_gives_up_its_place_at_once(self):
+        self.begin_first()
+        for label, leave in LEAVING:
+            with self.subTest(label):
+                client, = self.line_up(self.token)
+                leave(client)
+                eventually(lambda: self.waiting() == 0, "the giving up of the place")
+        self.first.set()
+        self.assertEqual([seen.path for seen in self.fake.received].count("/api/chat"), 1)
+        eventually(lambda: [row["cancelled"] for row in self.store.usage("user", 0)] == [3], "the account of it")
+
+    def test_one_that_waits_too_long_is_told_when_to_come_again(self):
+        server = self.serve(max_parallel="1", queue_timeout="0.2s")
+        client = self.begin("POST", "/api/chat", CHAT, server=server)
+        client.read(client.head(), until=LINE)
+        answer = self.ask("POST", "/v1/chat/completions", CHAT, server=server)
+        self.assertIn("--queue-timeout", self.assertRefused(answer, 503, "/v1/chat/completions"))
+        self.assertTrue(int(answer.headers["retry-after"]))
+        self.first.set()
+        client.close()
+
+    def test_a_client_that_leaves_while_it_runs_lets_the_next_one_in(self):
+        self.fake.replies["/api/chat"] = [Reply.stream(LINE, until_hangup), Reply.stream(LINE)]
+        running, _ = self.begin_first()
+        waiting, = self.line_up(self.other)
+        running.close()
+        self.assertStatus(waiting.answer(), 200)
+
+    def test_a_failing_upstream_lets_the_next_one_in(self):
+        self.fake.replies["/api/chat"] = [Reply.stream(LINE, self.first, cut), Reply.json(500, {"error": "no"}), Reply.stream(LINE)]
+        self.begin_first()
+        clients = self.line_up(self.token, self.other)
+        self.first.set()
+        self.assertEqual([client.answer().status for client in clients], [500, 200])
+
+    def test_ollamas_own_full_queue_is_passed_on_with_when_to_come_again(self):
+        for given, told in (({}, "5"), ({"Retry-After": "7"}, "7")):
+            self.fake.replies["/api/chat"] = Reply.json(503, {"error": "server busy"}, **given)
+            answer = self.ask("POST", "/api/chat", CHAT)
+            self.assertEqual((answer.status, answer.json(), answer.headers["retry-after"]), (503, {"error": "server busy"}, told))
+
+    def test_waiting_requests_of_a_token_count_as_running(self):
+        self.begin_first()
+        token = self.store.create("eve", "phone", max_parallel=1)[1]
+        self.line_up(token)
+        self.assertStatus(self.ask("POST", "/api/chat", CHAT, token=token), 429)
+        self.first.set()
 
 
 # == Recording ================================================================
@@ -3070,7 +3694,7 @@ class Recording(GatewayCase):
         for body in (b"", b"[]", b"nonsense", b'{"model":', b'{"model": 5}', b"\xff\xfe", b'{"options": {"model": "b"}}'):
             with self.subTest(body):
                 self.lines.clear()
-                self.assertStatus(self.ask("POST", "/api/chat", body), 200)
+                self.assertStatus(self.ask("POST", "/api/chat", body, token=self.admin), 200)
                 self.assertEqual(self.logged()["model"], "-")
 
     def test_a_refusal_is_a_line_too(self):
@@ -3348,7 +3972,8 @@ class Load(GatewayCase):
     def test_a_body_may_be_as_large_as_the_setting_and_a_blob_larger(self):
         server = self.serve(max_body="2MiB")
         for size, status in ((2 * 1024 * 1024, 200), (2 * 1024 * 1024 + 1, 413)):
-            for framing, sent in (("length", b"x" * size), ("chunks", chunked(b"x" * size))):
+            body = b'{"x":"%s"}' % (b"x" * (size - 8))
+            for framing, sent in (("length", body), ("chunks", chunked(body))):
                 with self.subTest(framing, size=size):
                     client = self.client(server)
                     fields = [("Transfer-Encoding", "chunked")] if framing == "chunks" else [("Content-Length", str(size))]
@@ -3896,9 +4521,9 @@ class Trouble(GatewayCase):
 
     def test_last_uses_that_cannot_be_stored_are_told_once_and_kept(self):
         full = gateway.Failure("the disk is full")
-        with unittest.mock.patch.object(self.store, "touch", side_effect=full) as touch, self.assertLogs("ollama_gateway") as logs:
+        with unittest.mock.patch.object(self.store, "add_usage", side_effect=full) as add, self.assertLogs("ollama_gateway") as logs:
             self.assertStatus(self.ask("GET", "/api/tags"), 200)
-            eventually(lambda: touch.call_count >= 2, "a second try")
+            eventually(lambda: add.call_count >= 2, "a second try")
         self.assertEqual(["the disk is full" in line for line in logs.output], [True])
         eventually(lambda: self.store.list("ada")[0].last_used_at, "the last use's being stored after all")
 
@@ -4168,7 +4793,7 @@ class LiveInference(LiveCase):
                 self.assertEqual(self.assert_same("POST", path, {"model": "tiny-embed", **rest}).status, 200)
 
     def test_errors_answer_alike(self):
-        for path, body in (("/api/chat", {"model": "nope", "messages": []}), ("/api/generate", b"hello"),
+        for path, body in (("/api/chat", {"model": "nope", "messages": []}), ("/api/generate", b""), ("/api/generate", b'{"prompt":"x"}'),
                            ("/v1/chat/completions", {"model": "nope", "messages": CHAT["messages"]}),
                            ("/api/chat", {"model": "tiny", "messages": [{"role": "user", "content": 5}]})):
             with self.subTest(path, body=body):
