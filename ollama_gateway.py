@@ -3822,7 +3822,7 @@ def usage_table(rows, keys, width):
     elastic = tuple(range(len(keys)))
     room = width - max(map(text_width, table(cells, 0))) - 2
     if room < BAR_COLUMNS:
-        return table(cells, width, elastic, (len(keys) + 5, len(keys) + 2, len(keys) + 1))
+        return table(cells, width, elastic, [len(keys) + at for at in (5, 2, 1, 0)])
     amounts = [tokens_in(row) for row in rows]
     shares = bars([amount / (max(amounts) or 1) for amount in amounts], min(room, MOST_BAR_COLUMNS))
     return table([cell + [bar] for cell, bar in zip(cells, ["", *shares])], width, elastic)

@@ -3663,6 +3663,491 @@ class Queue(GatewayCase):
         self.first.set()
 
 
+# == The account ==============================================================
+
+CHUNK = '{"id":"chatcmpl-311","object":"chat.completion.chunk","created":1795401704,"model":"tiny","system_fingerprint":"fp_ollama","choices":['
+TEXT_HEAD = '{"id":"cmpl-617","object":"text_completion","created":1795571834,"choices":['
+TEXT_TAIL = '"model":"tiny","system_fingerprint":"fp_ollama"'
+CHAT_LINE = '{"model":"tiny","created_at":"2026-11-23T02:41:43.56846717Z","message":{"role":"assistant","content":"%s"},'
+NO_USAGE = ',"usage":{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}'
+
+
+def events(*values):
+    return "".join(f"data: {value}\n\n" for value in values).encode()
+
+
+RECORDED = (    # route, content type, what a real Ollama answered (0.9.3, shortened), whether we asked for the usage, what it cost
+    ("/api/chat", NDJSON, "".join(
+        [CHAT_LINE % text + '"done":false}\n' for text in ("Info", " уча", r'\"done\":true')]
+        + [CHAT_LINE % "" + '"done_reason":"length","done":true,"total_duration":21941249,"load_duration":8747656,"prompt_eval_count":8,'
+           '"prompt_eval_duration":2617067,"eval_count":6,"eval_duration":9931259}\n']).encode(), False, (8, 6)),
+    ("/api/generate", JSON, b'{"model":"tiny","created_at":"2026-11-23T02:41:34.559073114Z","response":"Infoinding \\"eval_count\\":99 ","done":true,'
+     b'"done_reason":"length","context":[1404,29901,22172],"total_duration":19657958,"load_duration":6588271,"prompt_eval_count":8,'
+     b'"prompt_eval_duration":2661894,"eval_count":6,"eval_duration":9804650,"logprobs":[{"token":"x","eval_count":99}]}', False, (8, 6)),
+    ("/api/generate", JSON, b'{"model":"tiny","created_at":"2026-11-23T02:41:34.6Z","response":"","done":true,"done_reason":"load"}', False, (0, 0)),
+    ("/api/embed", JSON, b'{"model":"tiny-embed","embeddings":[[-0.1646678,-0.10103558]],"total_duration":1203041,"prompt_eval_count":3}', False,
+     (3, 0)),
+    ("/v1/embeddings", JSON, b'{"object":"list","data":[{"object":"embedding","embedding":[-0.1],"index":0}],"model":"tiny-embed",'
+     b'"usage":{"prompt_tokens":3,"total_tokens":3}}\n', False, (3, 0)),
+    ("/v1/chat/completions", "application/json", b'{"id":"chatcmpl-709","object":"chat.completion","created":1795401704,"model":"tiny","choices":'
+     b'[{"index":0,"message":{"role":"assistant","content":"keepAnt\\u003e"},"finish_reason":"length"}],"usage":{"prompt_tokens":8,'
+     b'"completion_tokens":5,"total_tokens":13}}\n', False, (8, 5)),
+    *[("/v1/chat/completions", SSE, events(
+        CHUNK + '{"index":0,"delta":{"role":"assistant","content":"ном"},"finish_reason":null}]}',
+        CHUNK + '{"index":0,"delta":{"role":"assistant","content":"\\"usage\\":{}"},"finish_reason":null}]}',
+        CHUNK + '{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":"length"}]}',
+        CHUNK + '],"usage":{"prompt_tokens":8,"completion_tokens":3,"total_tokens":11}}', "[DONE]"), ours, (8, 3)) for ours in (True, False)],
+    *[("/v1/completions", SSE, events(
+        TEXT_HEAD + '{"text":" tier","index":0,"finish_reason":null}],' + TEXT_TAIL + NO_USAGE + "}",
+        TEXT_HEAD + '{"text":"","index":0,"finish_reason":"length"}],' + TEXT_TAIL + NO_USAGE + "}",
+        TEXT_HEAD + "]," + TEXT_TAIL + ',"usage":{"prompt_tokens":8,"completion_tokens":2,"total_tokens":10}}', "[DONE]"), ours, (8, 2))
+      for ours in (True, False)],
+)
+EXTRA_EVENT = re.compile(rb'data: [^\n]*"choices":\[\][^\n]*\n\n')
+
+
+class Tapping(unittest.TestCase):
+    """What an answer cost is read from its bytes however they come, and nothing else of them is touched."""
+
+    def tap(self, path, kind, ours):
+        reply = unittest.mock.Mock(status=200, **{"field.return_value": kind})
+        return gateway.tap_for(reply, next(route for route in gateway.ROUTES if route.path == path), gateway.Asked("tiny", int(ours)))
+
+    def test_recorded_answers_split_at_every_byte(self):
+        for path, kind, body, ours, cost in RECORDED:
+            expected = EXTRA_EVENT.sub(b"", body).replace(NO_USAGE.encode(), b"") if ours else body
+            for split in range(1, len(body)):
+                with self.subTest(path, ours=ours, split=split):
+                    tap = self.tap(path, kind, ours)
+                    self.assertEqual(tap.pass_on(body[:split], False) + tap.pass_on(body[split:], True), expected)
+                    self.assertEqual(tap.tokens, cost)
+
+    def test_recorded_answers_byte_by_byte(self):
+        for path, kind, body, ours, cost in RECORDED:
+            with self.subTest(path, ours=ours):
+                tap = self.tap(path, kind, ours)
+                for at in range(len(body)):
+                    tap.pass_on(body[at:at + 1], at == len(body) - 1)
+                self.assertEqual(tap.tokens, cost)
+
+    def test_an_answer_that_is_not_streamed_is_read_whatever_its_size(self):
+        tap = self.tap("/api/embed", JSON, False)
+        tap.pass_on(b'{"model":"tiny-embed","embeddings":[', False)
+        for _ in range(2000):
+            tap.pass_on(b"[" + b"-0.1646678," * 400 + b"1],", False)
+        tap.pass_on(b'[1]],"prompt_eval_count":7}', True)
+        self.assertEqual(tap.tokens, (7, 0))
+
+    def test_a_line_as_long_as_a_context_is_read(self):
+        tap = self.tap("/api/generate", NDJSON, False)
+        line = b'{"done":true,"context":[' + b"29901," * 130_000 + b'1],"prompt_eval_count":9,"eval_count":2}\n'
+        for at in range(0, len(line), 65536):
+            tap.pass_on(line[at:at + 65536], False)
+        self.assertEqual(tap.tokens, (9, 2))
+
+    def test_odd_numbers_are_none(self):
+        for value in (b"-5", b"1e9", b'"7"', b"null", b"[1]"):
+            tap = self.tap("/api/embed", JSON, False)
+            tap.pass_on(b'{"prompt_eval_count":' + value + b"}", True)
+            self.assertEqual(tap.tokens, (0, 0), value)
+
+    def test_the_gateway_waits_for_no_line_but_where_it_takes_something_out(self):
+        for kind, path, ours in ((NDJSON, "/api/chat", False), (SSE, "/v1/chat/completions", False)):
+            self.assertEqual(self.tap(path, kind, ours).pass_on(b'data: {"cho', False), b'data: {"cho')
+
+
+class Accounting(GatewayCase):
+    """What each request cost is known, by user, token, model, route and hour."""
+
+    def usage(self, by="user", **where):
+        """The account's rows, once there are any."""
+        return eventually(lambda: self.store.usage(by, 0, **where), "the account")
+
+    def assertUsed(self, **expected):
+        row, = eventually(lambda: [row for row in self.store.usage("user", 0) if row["requests"] == expected.get("requests", 1)], "the account")
+        self.assertEqual({key: row[key] for key in expected}, expected)
+
+    def rows(self):
+        with contextlib.closing(sqlite3.connect(self.db)) as db:
+            return db.execute("SELECT user, name, model, route, requests, errors, cancelled, prompt_tokens, completion_tokens FROM usage "
+                              "ORDER BY route").fetchall()
+
+    def test_every_dialect_is_counted_streaming_or_not(self):
+        spoken = [(path, stream, 8, 5) for path in ("/api/generate", "/api/chat", "/v1/chat/completions", "/v1/completions", "/v1/responses",
+                                                    "/v1/messages") for stream in (True, False)]
+        for path, stream, prompt, completion in spoken + [("/api/embed", False, 3, 0), ("/v1/embeddings", False, 3, 0)]:
+            with self.subTest(path, stream=stream):
+                self.lines.clear()
+                self.assertStatus(self.ask("POST", path, {**CHAT, "stream": stream}), 200)
+                fields = self.logged()
+                self.assertEqual((fields["prompt"], fields["completion"]), (str(prompt), str(completion)))
+        self.assertUsed(requests=14, errors=0, cancelled=0, prompt_tokens=12 * 8 + 6, completion_tokens=60)
+
+    def test_where_ollama_does_not_tell_the_tokens_are_unknown(self):
+        self.ask("POST", "/api/embeddings", {"model": "tiny"})
+        self.ask("POST", "/v1/audio/transcriptions", FORM_BODY, FORM_TYPE)
+        self.assertUsed(requests=2, errors=0, prompt_tokens=None, completion_tokens=None)
+        self.ask("POST", "/api/embed", {"model": "tiny"})
+        self.assertUsed(requests=3, prompt_tokens=3, completion_tokens=0)
+
+    def test_the_usage_is_asked_for_and_what_it_adds_is_taken_out(self):
+        for path in "/v1/chat/completions", "/v1/completions":
+            usual = self.ask("POST", path, {**CHAT, "stream": True}, token=self.admin).body
+            for label, options, asks in (("nothing asked", b"", False), ("null", b',"stream_options":null', False),
+                                         ("other things asked", b',"stream_options":{"x":1}', False),
+                                         ("asked not to", b',"stream_options":{"include_usage":false}', False),
+                                         ("asked", b',"stream_options":{"include_usage":true}', True),
+                                         ("asked in another case", b',"Stream_Options":{"Include_usage":true}', True)):
+                with self.subTest(path, label=label):
+                    self.fake.received.clear()
+                    body = b' {"model":"tiny","stream":true' + options + b"} \n"
+                    answer = self.ask("POST", path, body)
+                    sent = self.upstream().body
+                    if asks:
+                        self.assertEqual(sent, body)
+                    else:
+                        self.assertEqual(sent, body.replace(b"} \n", b',"stream_options":{"include_usage":true}} \n'))
+                        self.assertEqual(self.upstream().headers["content-length"], str(len(sent)))
+                        self.assertEqual(answer.body, usual)
+            self.assertNotIn(b"usage", usual)
+
+    def test_nothing_is_asked_for_that_would_change_another_answer(self):
+        for path, body in (("/v1/chat/completions", b'{"model":"tiny"}'), ("/v1/chat/completions", b'{"model":"tiny","stream":"true"}'),
+                           ("/api/chat", b'{"model":"tiny","stream":true}'), ("/v1/messages", b'{"model":"tiny","stream":true}')):
+            with self.subTest(path):
+                self.fake.received.clear()
+                self.ask("POST", path, body)
+                self.assertEqual(self.upstream().body, body)
+
+    def test_the_usage_is_asked_for_in_a_body_that_waits_in_a_file(self):
+        body = compact({**CHAT, "images": ["x" * 3_000_000], "stream": True})
+        self.assertStatus(self.ask("POST", "/v1/chat/completions", body), 200)
+        self.assertTrue(self.upstream().body == body[:-1] + b',"stream_options":{"include_usage":true}}')
+
+    def test_a_refusal_of_the_upstream_is_passed_on_as_it_is(self):
+        self.fake.replies["/v1/chat/completions"] = Reply.json(404, {"error": {"message": "no", "usage": {}}}, kind="application/json")
+        answer = self.ask("POST", "/v1/chat/completions", {**CHAT, "stream": True})
+        self.assertEqual((answer.status, answer.json()), (404, {"error": {"message": "no", "usage": {}}}))
+        self.assertUsed(requests=1, errors=1, prompt_tokens=0, completion_tokens=0)
+
+    def test_a_stream_that_breaks_or_is_left_counts_the_pieces_that_went_by(self):
+        line = b'{"model":"tiny","message":{"role":"assistant","content":"x"},"done":false}\n'
+        event = b'data: {"id":"1","choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
+        delta = b'event: content_block_delta\ndata: {"type":"content_block_delta"}\n\n'
+        start = b'event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":4,"output_tokens":0}}}\n\n'
+        text = b'event: response.output_text.delta\ndata: {}\n\n'
+        for path, kind, pieces, cost in (
+                ("/api/chat", NDJSON, [line] * 3, (0, 3)), ("/v1/chat/completions", SSE, [event] * 3, (0, 3)),
+                ("/v1/messages", SSE, [start, delta, delta], (0, 2)), ("/v1/responses", SSE, [text], (0, 1))):
+            for outcome, ending in (("broken", cut), ("left", until_hangup)):
+                with self.subTest(path, outcome=outcome):
+                    self.lines.clear()
+                    self.fake.replies[path] = Reply.stream(*pieces, ending, kind=kind)
+                    client = self.begin("POST", path, {**CHAT, "stream": True})
+                    answer = client.read(client.head(), until=b"".join(pieces))
+                    client.read(answer) if outcome == "broken" else client.close()
+                    fields = self.logged()
+                    self.assertEqual((fields["outcome"], fields["prompt"], fields["completion"]), (outcome, *map(str, cost)))
+        self.assertUsed(requests=8, errors=4, cancelled=4, completion_tokens=18)
+
+    def test_a_row_is_an_hour_a_user_a_token_a_model_and_a_route(self):
+        for model in "tiny", "TINY:latest", "library/tiny", "tiny:7b":
+            self.ask("POST", "/api/chat", {**CHAT, "model": model})
+        self.ask("POST", "/api/generate", {"model": "tiny"}, token=self.admin)
+        self.ask("GET", "/api/tags")
+        self.ask("POST", "/api/show", {"model": "tiny"})
+        eventually(lambda: sum(row[4] for row in self.rows()) == 5, "the account")
+        self.assertEqual(self.rows(), [("ada", "laptop", "tiny:7b", "/api/chat", 1, 0, 0, 8, 5),
+                                       ("ada", "laptop", "tiny:latest", "/api/chat", 3, 0, 0, 24, 15),
+                                       ("root", "box", "tiny:latest", "/api/generate", 1, 0, 0, 8, 5)])
+
+    def test_models_that_ollama_does_not_have_make_no_rows(self):
+        self.fake.replies["/api/chat"] = Reply.json(404, {"error": "no"})
+        for number in range(5):
+            self.ask("POST", "/api/chat", {"model": f"nonsense-{number}"})
+        eventually(lambda: sum(row[4] for row in self.rows()) == 5, "the account")
+        self.assertEqual(self.rows(), [("ada", "laptop", "", "/api/chat", 5, 5, 0, 0, 0)])
+
+    def test_it_outlives_the_token(self):
+        self.ask("POST", "/api/chat", CHAT)
+        self.usage()
+        self.store.delete("ada", "laptop")
+        self.assertEqual([(row["user"], row["completion_tokens"]) for row in self.store.usage("user", 0)], [("ada", 5)])
+
+    def test_a_running_stream_is_in_it_already(self):
+        hold = self.hold()
+        self.fake.replies["/api/chat"] = Reply.stream(*[compact({"done": False}) + b"\n"] * 4, hold,
+                                                      compact({"done": True, "prompt_eval_count": 8, "eval_count": 5}) + b"\n")
+        client = self.begin("POST", "/api/chat", CHAT)
+        answer = client.read(client.head(), until=b"\n" * 1)
+        self.assertUsed(requests=1, prompt_tokens=0, completion_tokens=4, errors=0)
+        hold.set()
+        client.read(answer)
+        eventually(lambda: self.usage()[0]["completion_tokens"] == 5, "the account's end")
+        self.assertUsed(requests=1, prompt_tokens=8, completion_tokens=5)
+
+    def test_killed_at_once_it_loses_the_last_second_alone(self):
+        serving = self.enter(Serving(self.folder, "--port", "0", "--ollama-url", self.fake.url, "--db", self.db))
+        line = compact({"done": False}) + b"\n"
+        self.fake.replies["/api/generate"] = Reply.stream(line, line, until_hangup)
+        self.assertStatus(self.ask("POST", "/api/chat", CHAT, server=serving), 200)
+        client = self.begin("POST", "/api/generate", CHAT, server=serving)
+        client.read(client.head(), until=line * 2)
+        eventually(lambda: len(self.store.usage("token", 0)) == 1 and self.store.usage("token", 0)[0]["requests"] == 2, "the account")
+        serving.process.kill()
+        serving.process.wait(GUARD)
+        self.assertUsed(requests=2, prompt_tokens=8, completion_tokens=7)
+
+    def test_what_cannot_be_stored_is_stored_later(self):
+        with unittest.mock.patch.object(self.store, "add_usage", side_effect=gateway.Failure("the disk is full")) as add, \
+                self.assertLogs("ollama_gateway") as logs:
+            self.ask("POST", "/api/chat", CHAT)
+            eventually(lambda: add.call_count >= 2, "a second try")
+            self.ask("POST", "/api/chat", CHAT)
+        self.assertEqual(len(logs.output), 1)
+        self.assertUsed(requests=2, prompt_tokens=16, completion_tokens=10)
+
+    def test_me_tells_a_token_what_it_may_and_what_it_used(self):
+        token = self.store.create("eve", "phone", rpm=60, tokens_per_day=1000, models="tiny*", max_parallel=4)[1]
+        self.ask("POST", "/api/chat", CHAT, token=token)
+        self.ask("POST", "/api/chat", CHAT)
+        eventually(lambda: len(self.store.usage("user", 0)) == 2, "the account")
+        told = self.ask("GET", "/me", token=token).json()
+        self.assertEqual(set(told), KEYS | {"left", "usage"})
+        self.assertEqual((told["user"], told["models"], told["rpm"]), ("eve", ["tiny*"], 60))
+        self.assertEqual({name: (left["limit"], left["remaining"]) for name, left in told["left"].items()},
+                         {"rpm": (60, 59), "max_parallel": (4, 4), "tokens_per_day": (1000, 987)})
+        self.assertEqual([(row["requests"], row["prompt_tokens"], row["completion_tokens"]) for row in told["usage"]], [(1, 8, 5)])
+        self.assertNotIn(token[8:], json.dumps(told))
+        self.assertEqual(self.ask("GET", "/me").json()["left"], {})
+        self.assertRefused(self.ask("GET", "/me", token=""), 401)
+        self.assertEqual([seen.path for seen in self.fake.received], ["/api/chat"] * 2)
+
+
+class AccountByTheClock(Case):
+    """The account's days, on a clock of its own."""
+
+    def setUp(self):
+        super().setUp()
+        self.now = 20_000 * 86400.0 + 86400 - 10    # ten seconds before midnight
+        self.store = self.open_store()
+        self.token = self.store.create("ada", "laptop", tokens_per_day=10)[0]
+        self.account = self.open_account()
+
+    def open_account(self):
+        return gateway.Account(self.store, self.enter(contextlib.closing(gateway.TokenTable(self.store))), lambda: self.now)
+
+    def use(self, completion, account=None):
+        record = gateway.Record("", 0)
+        record.token, record.route, record.label, record.status = self.token, "/api/chat", "tiny:latest", 200
+        record.tap = unittest.mock.Mock(tokens=(0, completion))
+        with (account or self.account).counting(record):
+            pass
+
+    def test_a_day_ends_at_midnight_utc_and_never_comes_back(self):
+        self.use(4)
+        self.assertEqual((self.account.spent(self.token), self.account.day_left()), (4, 10))
+        self.now += 10
+        self.assertEqual((self.account.spent(self.token), self.account.day_left()), (0, 86400))
+        self.use(3)
+        self.now -= 3600    # somebody sets the clock back
+        self.use(2)
+        self.assertEqual(self.account.spent(self.token), 5)
+        self.account.store()
+        self.assertEqual([row["completion_tokens"] for row in self.store.usage("day", 0)], [4, 5])
+
+    def test_what_is_not_stored_yet_counts_too(self):
+        self.use(4)
+        self.account.store()
+        self.use(3)
+        for _ in range(3):
+            self.now += 1
+            self.assertEqual(self.account.spent(self.token), 7)
+        self.account.store()
+        self.now += 1
+        self.assertEqual(self.account.spent(self.token), 7)
+
+    def test_another_gateways_use_counts_once_it_is_stored(self):
+        other = self.open_account()
+        self.assertEqual(self.account.spent(self.token), 0)
+        self.use(9, other)
+        other.store()
+        self.now += 1
+        self.assertEqual(self.account.spent(self.token), 9)
+
+    def test_a_database_that_cannot_be_written_still_has_a_budget(self):
+        self.store.writable = False
+        self.use(4)
+        self.account.store()
+        self.now += 5
+        self.assertEqual(self.account.spent(self.token), 4)
+        self.assertEqual(self.store.usage("user", 0), [])
+
+
+class UsageCommand(CommandCase):
+
+    def setUp(self):
+        super().setUp()
+        self.create()
+        self.hour = int(time.time()) // 3600 * 3600
+        with contextlib.closing(gateway.open_store(self.db)) as store:
+            store.add_usage({
+                (self.hour, "ada", "laptop", "tiny:latest", "/api/chat"): [3, 1, 0, 30, 60, 4.5],
+                (self.hour, "ada", "phone", "", "/api/chat"): [1, 1, 0, 0, 0, 0.5],
+                (self.hour - 2 * 86400, "=bob", "box", "tiny:latest", "/api/embeddings"): [2, 0, 1, None, None, 1.0],
+                (self.hour - 20 * 86400, "=bob", "box", "big:70b", "/api/chat"): [7, 0, 0, 700, 70, 99.0]}, {})
+
+    def rows(self, *flags):
+        return json.loads(self.succeeds("usage", "--json", *flags))
+
+    def test_it_is_told_by_what_is_asked_for(self):
+        ada = {"requests": 4, "errors": 2, "cancelled": 0, "prompt_tokens": 30, "completion_tokens": 60, "seconds": 5.0}
+        bob = {"requests": 2, "errors": 0, "cancelled": 1, "prompt_tokens": None, "completion_tokens": None, "seconds": 1.0}
+        self.assertEqual(self.rows(), [{"user": "ada", **ada}, {"user": "=bob", **bob}])
+        self.assertEqual([(row["user"], row["name"], row["requests"]) for row in self.rows("--by", "token")],
+                         [("ada", "laptop", 3), ("=bob", "box", 2), ("ada", "phone", 1)])
+        self.assertEqual([(row["model"], row["requests"]) for row in self.rows("--by", "model", "--since", "30d")],
+                         [("big:70b", 7), ("tiny:latest", 5), ("", 1)])
+        days = [row["day"] for row in self.rows("--by", "day", "--since", "30d")]
+        self.assertEqual((len(days), days), (3, sorted(days)))
+        self.assertEqual(self.rows("--since", "1h")[0]["user"], "ada")
+        self.assertEqual(len(self.rows("--since", "2020-01-01")), 2)
+
+    def test_csv_is_text_to_a_spreadsheet(self):
+        rows = list(csv.reader(io.StringIO(self.succeeds("usage", "--csv"))))
+        self.assertEqual(rows, [["user", *gateway.MEASURED], ["ada", "4", "2", "0", "30", "60", "5.0"], ["'=bob", "2", "0", "1", "", "", "1.0"]])
+
+    def test_a_table_says_what_is_unknown_and_names_the_database(self):
+        out = self.succeeds("usage")
+        self.assertIn(self.db, out)
+        self.assertRegex(out, r"=bob +2 +0 +1 +unknown +unknown +1")
+        self.assertRegex(out, r"6 requests, 90 tokens since 20\d\d-\d\d-\d\d \d\d:00 UTC")
+        self.assertNotIn("█", out)
+        self.assertRegex(self.succeeds("usage", "--by", "model"), "(?m)^- ")
+
+    def test_a_terminal_that_is_wide_enough_shows_a_bar_a_row(self):
+        rows = self.rows("--since", "30d", "--by", "token")
+        for width, encoding, bar in ((120, "utf-8", "█"), (120, "ascii", "#"), (70, "utf-8", ""), (40, "utf-8", "")):
+            with self.subTest(width, encoding=encoding), unittest.mock.patch("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding)):
+                lines = gateway.usage_table(rows, ("user", "name"), width)
+                self.assertEqual(len(lines), 4)
+                self.assertTrue(all(gateway.text_width(line) <= width for line in lines), lines)
+                self.assertEqual([bool(re.search("[█▏▎▍▌▋▊▉#]", line)) for line in lines], [False, bool(bar), bool(bar), False])
+                if bar:
+                    self.assertGreater(lines[1].count(bar), 3 * lines[2].count(bar))
+
+    def test_a_wrong_time_is_told_and_no_database_is_made(self):
+        for since in ("soon", "7", "2999-01-01", "-1d"):
+            with self.subTest(since):
+                self.assertIn("--since", self.fails("usage", f"--since={since}", status=2))
+        self.fails("usage", "--by", "colour", status=2)
+        self.fails("usage", "--db", self.path("missing.db"))
+        self.assertFalse(os.path.exists(self.path("missing.db")))
+
+    def test_without_any_it_says_so(self):
+        self.assertRegex(self.succeeds("usage", "--since", "1s", "--db", self.create_empty()), "^0 requests, 0 tokens since")
+
+    def create_empty(self):
+        self.succeeds("token", "create", "x", "y", "--db", self.path("empty.db"))
+        return self.path("empty.db")
+
+
+# == Metrics ==================================================================
+
+SAMPLE = re.compile(r'([a-z_]+)(?:\{((?:[a-z]+="(?:[^"\\\n]|\\[\\"n])*",?)*)\})? (\S+)')
+
+
+class Metrics(GatewayCase):
+
+    def metrics(self, server=None, token=None):
+        """The samples by name and labels, after a check of the format."""
+        answer = self.ask("GET", "/metrics", server=server, token=self.admin if token is None else token)
+        self.assertStatus(answer, 200)
+        self.assertTrue(answer.headers["content-type"].startswith("text/plain; version=0.0.4"))
+        samples, typed = {}, set()
+        for line in answer.body.decode().split("\n")[:-1]:
+            if line.startswith("#"):
+                self.assertRegex(line, r"\A# (HELP|TYPE) ollama_gateway_\w+ \S")
+                typed.add(line.split()[2])
+                continue
+            name, labels, number = SAMPLE.fullmatch(line).groups()
+            self.assertIn(re.sub("_(bucket|sum|count)$", "", name) if "seconds" in name else name, typed)
+            labels = tuple(re.findall(r'="((?:[^"\\]|\\.)*)"', labels or ""))
+            self.assertNotIn((name, labels), samples)
+            samples[name[len("ollama_gateway_"):], labels] = float(number)
+        return samples
+
+    def eventual(self, *key):
+        return eventually(lambda: self.metrics().get(key), key)
+
+    def test_it_takes_an_admin_token_or_the_owners_leave(self):
+        self.assertRefused(self.ask("GET", "/metrics", token=""), 401)
+        self.assertRefused(self.ask("GET", "/metrics"), 403)
+        self.assertTrue(self.metrics())
+        self.assertTrue(self.metrics(self.serve(metrics_open="on"), token=""))
+
+    def test_requests_tokens_and_times_are_counted(self):
+        self.ask("POST", "/api/chat", CHAT)
+        self.ask("POST", "/api/chat", {**CHAT, "stream": False})
+        self.ask("GET", "/api/tags", token="")
+        self.eventual("requests_total", ("", "", "", "/api/tags", "401"))
+        samples = self.metrics()
+        for key, number in ((("requests_total", ("ada", "laptop", "tiny:latest", "/api/chat", "200")), 2),
+                            (("tokens_total", ("ada", "laptop", "tiny:latest", "prompt")), 16),
+                            (("tokens_total", ("ada", "laptop", "tiny:latest", "completion")), 10),
+                            (("in_flight_requests", ()), 0), (("queued_requests", ()), 0), (("cancelled_total", ()), 0)):
+            self.assertEqual(samples[key], number, key)
+        self.assertGreaterEqual(samples["connections", ()], 1)
+        for name in "first_byte_seconds", "queue_wait_seconds", "duration_seconds":
+            buckets = [(labels[1], number) for (key, labels), number in samples.items() if key == name + "_bucket"]
+            self.assertEqual(buckets[-1], ("+Inf", 2))
+            self.assertEqual([number for _, number in buckets], sorted(number for _, number in buckets))
+            self.assertEqual(samples[name + "_count", ("tiny:latest",)], 2)
+            self.assertGreaterEqual(samples[name + "_sum", ("tiny:latest",)], 0)
+
+    def test_what_went_wrong_is_counted(self):
+        self.fake.replies["/api/chat"] = Reply.stream(LINE, until_hangup)
+        client = self.begin("POST", "/api/chat", CHAT)
+        client.read(client.head(), until=LINE)
+        self.assertEqual(self.metrics()["in_flight_requests", ()], 1)
+        client.close()
+        self.fake.replies["/api/embed"] = Reply.raw(b"nonsense")
+        self.ask("POST", "/api/embed", CHAT)
+        self.store.update("ada", "laptop", max_parallel=1, rpm=1)
+        self.ask("POST", "/api/generate", CHAT)
+        self.ask("POST", "/api/generate", CHAT)
+        self.assertEqual([self.eventual("cancelled_total", ()), self.eventual("upstream_errors_total", ("upstream_failed",)),
+                          self.eventual("rate_limited_total", ("rate_limited",))], [1, 1, 1])
+
+    def test_unknown_models_and_paths_make_no_series(self):
+        before = len(self.metrics())
+        self.fake.replies["/api/chat"] = Reply.json(404, {"error": "no"})
+        for number in range(5):
+            self.ask("POST", "/api/chat", {"model": f"nonsense-{number}"})
+            self.ask("GET", f"/nonsense-{number}")
+            self.ask("GET", f"/v1/models/nonsense-{number}", token=f"ogw_{number}")
+        eventually(lambda: ("requests_total", ("", "", "", "/v1/models/{model}", "401")) in self.metrics(), "the counting")
+        self.assertEqual({labels[2] for name, labels in self.metrics() if name == "requests_total"}, {""})
+        self.assertLess(len(self.metrics()) - before, 60)
+
+    def test_names_are_escaped(self):
+        token = self.store.create('a"b\\c', "d}e,f")[1]
+        self.ask("GET", "/api/tags", token=token)
+        self.eventual("requests_total", ('a\\"b\\\\c', "d}e,f", "", "/api/tags", "200"))
+
+    def test_the_series_are_bounded(self):
+        meters, record = gateway.Meters({}), gateway.Record("", 0)
+        record.admitted = record.answered = record.ended = 1.0
+        record.token = self.store.list("ada")[0]
+        with unittest.mock.patch.object(gateway, "MOST_SERIES", 3):
+            for number in range(9):
+                record.label = f"m{number}"
+                meters.observe(record)
+        lines = [line for line in meters.lines() if "requests_total{" in line or "duration_seconds_count" in line]
+        self.assertEqual(len(lines), 8)
+        self.assertEqual(sum(float(line.split()[-1]) for line in lines), 18)
+
+
 # == Recording ================================================================
 
 
@@ -4830,6 +5315,57 @@ class LiveInference(LiveCase):
     def finished(self, path):
         with open(os.environ["OLLAMA_TEST_LOG"], encoding="utf-8", errors="replace") as log:
             return sum("[GIN]" in line and f'"{path}"' in line for line in log)
+
+
+class LiveAccount(LiveCase):
+    """The account has what Ollama itself counts."""
+
+    def counted(self, path, body, stream):
+        """Ask through the gateway, a stream with its usage, and return what Ollama tells it cost."""
+        asked = {**body, "stream": stream, **({"stream_options": {"include_usage": True}} if stream and path.startswith("/v1/") else {})}
+        lines = [line[line.find(b"{"):] for line in self.through("POST", path, asked, token=self.admin).body.splitlines() if b"{" in line]
+        told = json.loads(lines[-1])
+        told = told.get("usage") or told
+        return (told.get("prompt_eval_count", told.get("prompt_tokens", 0)), told.get("eval_count", told.get("completion_tokens", 0)))
+
+    def test_every_dialect_is_counted_as_ollama_counts(self):
+        talk = {"model": "tiny", "options": SAME, "temperature": 0, "seed": 1, "max_tokens": 8}
+        for path, body, streams in (
+                ("/api/generate", {**talk, "prompt": "hello"}, (True, False)), ("/api/chat", {**talk, "messages": CHAT["messages"]}, (True, False)),
+                ("/v1/chat/completions", {**talk, "messages": CHAT["messages"]}, (True, False)),
+                ("/v1/completions", {**talk, "prompt": "hello"}, (True, False)),
+                ("/api/embed", {"model": "tiny-embed", "input": ["hello", "a b"]}, (False,)),
+                ("/v1/embeddings", {"model": "tiny-embed", "input": "hello"}, (False,))):
+            for stream in streams:
+                with self.subTest(path, stream=stream):
+                    cost = self.counted(path, body, stream)
+                    self.lines.clear()
+                    self.assertStatus(self.through("POST", path, {**body, "stream": stream}), 200)
+                    fields = self.logged()
+                    self.assertEqual((int(fields["prompt"]), int(fields["completion"])), cost)
+                    self.assertGreater(cost[0], 0)
+
+    def test_a_spelling_that_ollama_understands_is_understood_here(self):
+        for name in ("tiny", "TINY:Latest", "library/tiny", "registry.ollama.ai/library/tiny:latest", "x://registry.ollama.ai/library/tiny",
+                     " tiny", "tiny:", "/tiny", "library//tiny", "registry.ollama.ai:443/library/tiny", "tiny@sha256:1", "tiny\0", "tiny:a:b",
+                     "ada/tiny"):
+            with self.subTest(name):
+                known = self.directly("POST", "/api/show", {"model": name}).status == 200
+                self.assertLessEqual(known, gateway.is_listed(name, "tiny"))
+                self.assertEqual(known, self.through("POST", "/api/show", {"model": name}).status == 200)
+
+    def test_of_two_equal_keys_the_last_one_wins_in_any_case(self):
+        """What the gateway refuses, and what its asking for the usage is built on."""
+        self.assertEqual(self.directly("POST", "/api/show", b'{"model":"nope","MODEL":"tiny"}').status, 200)
+        stream = b'{"model":"tiny","prompt":"x","max_tokens":1,"stream":true,%s"stream_options":{"include_usage":true}}'
+        for before in (b"", b'"stream_options":null,', b'"Stream_options":{"include_usage":false},'):
+            self.assertIn(b'"total_tokens":', self.directly("POST", "/v1/completions", stream % before).body)
+
+    def test_a_listed_token_sees_its_models(self):
+        token = self.store.create("eve", "phone", models="tiny,tiny-e*")[1]
+        for path, key, name in (("/api/tags", "models", "name"), ("/v1/models", "data", "id")):
+            self.assertEqual(sorted(row[name] for row in self.through("GET", path, token=token).json()[key]), ["tiny-embed:latest", "tiny:latest"])
+        self.assertStatus(self.through("POST", "/api/generate", {"model": "long", "prompt": "x"}, token=token), 403)
 
 
 class LiveModels(LiveCase):
