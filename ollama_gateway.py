@@ -89,6 +89,8 @@ NAME_LENGTH = 64            # fits a line of the table and of the log
 
 LINE_BYTES = 8 * KIB        # a request line; RFC 9112 3 asks for 8000 at least
 HEAD_BYTES = 32 * KIB       # all fields; SDKs send under 2 KiB, cookies of a shared domain up to 16
+KNOWN_HEADS = 256           # of those that were parsed already, how many are kept
+KNOWN_HEAD_BYTES = 1 * KIB  # of one that is kept; SDKs stay below that
 FIELD_COUNT = 100           # what http.client accepts too
 TRAILER_BYTES = 4 * KIB     # nobody sends any
 SPOOL_BYTES = 1 * MIB       # a larger body waits in a temporary file, not in memory
@@ -517,15 +519,19 @@ def as_json(token):
                 max_parallel=token.max_parallel, tokens_per_day=token.tokens_per_day)
 
 
-class Request:
+class Request(NamedTuple):
     """A request's head, parsed: field names in lower case, a repeated field's values joined by commas."""
 
-    __slots__ = ("method", "path", "query", "version", "fields", "repeated", "path_secret")
-
-    def __init__(self, method, path, query, version, fields, repeated):
-        self.method, self.path, self.query, self.version = method, path, query, version
-        self.fields, self.repeated = fields, repeated
-        self.path_secret = None     # what stood behind /t/, once it is taken out of the path
+    method: str
+    path: str
+    query: str
+    version: str
+    fields: dict
+    repeated: frozenset                 # names of fields that came more than once
+    closes: bool                        # the client wants no other request on the connection
+    shown_path: str                     # without secrets
+    upward: str                         # those of its fields that go upstream, as lines of a head
+    path_secret: Optional[str] = None   # what stood behind /t/, once it is taken out of the path
 
 
 class Limits(NamedTuple):
@@ -1793,7 +1799,12 @@ class GatewayServer(http.server.ThreadingHTTPServer):
         self.gateway, self.limits, self.tls = gateway, limits, tls
         self.connections = connections
         self._turned_away = deque()     # (wire, when to close it)
+        self._ids = map((secrets.token_hex(4) + "%08x").__mod__, itertools.count())
         super().__init__(found[4], handler)
+
+    def next_id(self):
+        """Return an id for a request: nobody else's, at no system call."""
+        return next(self._ids)
 
     def server_bind(self):
         """Bind without http.server's look-up of the host's name; :: takes IPv4 too."""
@@ -1888,7 +1899,14 @@ REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/(
 HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")  # RFC 9110 7.2, RFC 3986 3.2.2
 ABSOLUTE = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 SECRET_IN_PATH = re.compile(rf"(?<=/t/)[^/]+|{SECRET_PREFIX}[\w-]+", re.IGNORECASE)
+PATH_TOKEN = re.compile("/t/([^/]+)(/.*)")
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
+
+
+def upward_lines(fields, dropped):
+    """Return, as a head's lines, the fields that go upstream: no credential, no cookie, nothing hop-by-hop."""
+    return "".join(f"{name}: {value}\r\n" for name, value in fields.items()
+                   if (name in FORWARDED or name.startswith(FORWARDED_PREFIXES)) and name not in dropped)
 
 
 def parse_request(line, block):
@@ -1911,7 +1929,13 @@ def parse_request(line, block):
     if not target.startswith("/") or "#" in target:
         raise Malformed("the request's target is no path")
     path, mark, query = target.partition("?")
-    return Request(method, path, mark + query, version, fields, repeated)
+    named = list_members(fields.get("connection", ""))
+    return Request(method, path, mark + query, version, fields, frozenset(repeated), version == "1.0" or "close" in named,
+                   SECRET_IN_PATH.sub("*", path), upward_lines(fields, named))
+
+
+# Clients ask with the same head again and again: not parsing it is a tenth of what a small answer costs.
+parse_known_request = functools.lru_cache(KNOWN_HEADS)(parse_request)
 
 
 def request_body_framing(request):
@@ -1929,7 +1953,9 @@ def request_body_framing(request):
 
 
 def dialect_of(path):
-    """Return which clients' error objects belong to a path."""
+    """Return which clients' error objects belong to a path, behind a token too."""
+    behind_token = PATH_TOKEN.fullmatch(path)
+    path = behind_token[2] if behind_token else path
     if path == "/v1/messages" or path.startswith("/v1/messages/"):
         return "anthropic"
     return "openai" if path.startswith("/v1/") else "ollama"
@@ -2027,11 +2053,11 @@ def client_errors(late):
 class ClientStream:
     """The client's side of one request: its head and body in, one answer out, and how the answer ended."""
 
-    def __init__(self, wire, peer, limits):
+    def __init__(self, wire, peer, limits, request_id):
         self.wire, self.limits, self.request = wire, limits, None
         self.body = CloseDelimitedBody()      # until the head tells better, all that comes is of this request
         self.record = Record(peer, time.monotonic())
-        self.record.id = secrets.token_hex(8)
+        self.record.id = request_id
         self.extra = []             # fields that every answer carries
         self.standing = tuple       # returns those that tell how much of the token's limits is left by then
         self.started = False        # bytes of an answer have gone out: it can be changed no more
@@ -2049,10 +2075,11 @@ class ClientStream:
         """Read and parse the request's head; raise Refusal."""
         with client_errors(f"the headers took longer than {self.limits.header_timeout:g} s"):
             line, block = self.wire.read_head(Deadline(self.limits.header_timeout))
-            self.request = request = parse_request(line, block)
+            parse = parse_known_request if len(line) + len(block) <= KNOWN_HEAD_BYTES else parse_request
+            self.request = request = parse(line, block)
             self._note(request)
             self.body = request_body_framing(request)
-        self._keep = request.version == "1.1" and "close" not in list_members(request.fields.get("connection", ""))
+        self._keep = not request.closes
         if "expect" in request.fields and request.version == "1.1":
             if request.fields["expect"].lower() != "100-continue":
                 raise Refusal("unknown_expectation", "only 100-continue can be expected here")
@@ -2061,10 +2088,9 @@ class ClientStream:
 
     def _note(self, request):
         given = request.fields.get("x-request-id", "")
-        if REQUEST_ID.fullmatch(given):
+        if given and REQUEST_ID.fullmatch(given):
             self.record.id = given
-        self.record.method = request.method
-        self.record.path = SECRET_IN_PATH.sub("*", request.path)
+        self.record.method, self.record.path = request.method, request.shown_path
 
     def read_body(self, watched=None):
         """Return the next piece of the request's body, b"" only at its end; raise Refusal if it is not as promised."""
@@ -2115,8 +2141,11 @@ class ClientStream:
 
     # -- out
 
-    def start(self, status, phrase, fields, length=None):
-        """Begin the answer; without a length it goes on until `write` is told that a piece is the last."""
+    def start(self, status, phrase, lines, content_type, length=None):
+        """Begin the answer; without a length it goes on until `write` is told that a piece is the last.
+
+        lines: the head's own fields, as text.
+        """
         request = self.request
         if status in (204, 304) or request is not None and request.method == "HEAD":
             self._framing = "none"
@@ -2125,21 +2154,19 @@ class ClientStream:
         else:
             self._framing = "chunked" if request.version == "1.1" else "open"
         self._keep = self._keep and self.body.complete and not self.wire.last_request
-        lines = [f"HTTP/1.1 {status} {phrase}"]
-        for name, value in fields:
-            lines.append(f"{name}: {value}")
-            if name.lower() == "content-type" and value.startswith(STREAM_TYPES):
-                self._stream_type = value
-                lines.append("X-Accel-Buffering: no")  # or nginx, before us, holds the pieces back
-        lines += [f"{name}: {value}" for name, value in (*self.extra, *self.standing())]
-        lines.append(f"X-Request-Id: {self.record.id}")
+        head = f"HTTP/1.1 {status} {phrase}\r\n{lines}X-Request-Id: {self.record.id}\r\n"
+        if content_type.startswith(STREAM_TYPES):
+            self._stream_type = content_type
+            head += "X-Accel-Buffering: no\r\n"  # or nginx, before us, holds the pieces back
+        for name, value in (*self.extra, *self.standing()):
+            head += f"{name}: {value}\r\n"
         if length is not None and status not in (204, 304):
-            lines.append(f"Content-Length: {length}")
+            head += f"Content-Length: {length}\r\n"
         elif self._framing == "chunked":
-            lines.append("Transfer-Encoding: chunked")
+            head += "Transfer-Encoding: chunked\r\n"
         if not self._keep:
-            lines.append("Connection: close")
-        self._pending = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+            head += "Connection: close\r\n"
+        self._pending = (head + "\r\n").encode("latin-1")
         self.record.status = status
 
     def write(self, piece, last=False):
@@ -2163,10 +2190,11 @@ class ClientStream:
 
     def answer(self, status, content_type, body, fields=()):
         """Give a whole answer of our own."""
-        own = [("Date", email.utils.formatdate(usegmt=True))]
+        own = [("Date", email.utils.formatdate(usegmt=True)), *fields]
         if body:
             own += [("Content-Type", content_type), ("X-Content-Type-Options", "nosniff")]
-        self.start(status, http.HTTPStatus(status).phrase, own + list(fields), len(body))
+        lines = "".join(f"{name}: {value}\r\n" for name, value in own)
+        self.start(status, http.HTTPStatus(status).phrase, lines, content_type, len(body))
         self.write(body, last=True)
 
     def refuse(self, refusal):
@@ -2234,7 +2262,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         if not self.wire.buffer and not self._wait_for_request():
             return
-        client = ClientStream(self.wire, self.client_address[0], self.server.limits)
+        client = ClientStream(self.wire, self.client_address[0], self.server.limits, self.server.next_id())
         self.server.gateway.serve(client)
         self.close_connection = not client.reusable
         self.patience = self.server.limits.idle_timeout
@@ -2266,7 +2294,7 @@ class Gateway:
             request = client.read_request()
             record.peer = self._peers.reported(record.peer, request)
             client.extra += self._router.cors_fields(request)
-            route, path = self._router.match(request)
+            request, route, path = self._router.match(request)
             record.route = route.path
             if route.access != "public":
                 record.token = token = self._authenticator.identify(request, record.peer, client.wire.pause)
@@ -2355,7 +2383,6 @@ FOR_ADMINS = {"model": "changes models", "account": "acts as the owner's ollama.
               "page": "tells of everybody's use"}
 TELLS_USAGE_IF_ASKED = ("/v1/chat/completions", "/v1/completions")  # in a stream, by stream_options
 
-PATH_TOKEN = re.compile("/t/([^/]+)(/.*)")
 
 def asked_of(route, path, request, body):
     """Return what a request asks for; raise Unreadable if that cannot be told."""
@@ -2395,14 +2422,14 @@ class Router:
         return exact, [(re.compile(pattern), methods) for pattern, methods in patterns.items()]
 
     def match(self, request):
-        """Return the request's route and its path upstream; raise Refusal. A path token is moved out of the path."""
+        """Return the request, a path token moved out of its path, its route and its path upstream; raise Refusal."""
         exact, patterns = self._plain
         behind_token = PATH_TOKEN.fullmatch(request.path) if self._path_tokens else None
         if behind_token:
             exact, patterns = self._behind_token
-            request.path_secret, request.path = behind_token.groups()
+            request = request._replace(path_secret=behind_token[1], path=behind_token[2])
         if request.method == "OPTIONS":
-            return PREFLIGHT, ""
+            return request, PREFLIGHT, ""
         methods, segment = exact.get(request.path), ""
         for pattern, candidates in patterns if methods is None else ():
             found = pattern.fullmatch(request.path)
@@ -2415,7 +2442,7 @@ class Router:
             allowed = sorted(set(methods) | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set()))
             raise Refusal("wrong_method", f"the path takes {', '.join(allowed)}", [("Allow", ", ".join(allowed))])
         route = methods[method]
-        return route, route.path.partition("{")[0] + segment
+        return request, route, route.path.partition("{")[0] + segment if segment else route.path
 
     @staticmethod
     def permit(route, token, request):
@@ -2808,10 +2835,9 @@ class Exchange(urllib.request.Request):
     full_url = data = fragment = None  # in place of Request's properties
 
     def __init__(self, base, method, path, fields, body, watched=None):
-        self.full_url = base.geturl() + path
-        self.type, self.host, self.selector = base.scheme, base.netloc, base.path + path
+        self.type, self.host, self.full_url = base.scheme, base.netloc, path
         self.method, self.headers, self.body, self.watched = method, {}, body, watched
-        self.head = (f"{method} {self.selector} HTTP/1.1\r\nHost: {self.host}\r\nAccept-Encoding: identity\r\n"
+        self.head = (f"{method} {base.path}{path} HTTP/1.1\r\nHost: {base.netloc}\r\nAccept-Encoding: identity\r\n"
                      f"{fields}{body.framing}\r\n").encode("latin-1")
 
 
@@ -2879,40 +2905,58 @@ class Pool:
                 self._idle.pop().close()
 
 
+class ReplyHead(NamedTuple):
+    """The head of the upstream's answer, parsed."""
+
+    status: int
+    phrase: str
+    fields: dict            # by their names in lower case
+    lines: str              # those that go to the client, as they came
+    length: Optional[int]
+    chunked: bool
+    keeps: bool             # the connection may go on after the answer
+
+
+def parse_reply_head(line, block):
+    """Read an answer's head strictly; raise Malformed."""
+    match = STATUS_LINE.fullmatch(line)
+    if not match or match[2] == b"101":
+        raise Malformed("its answer has no status line")
+    pairs = parse_fields(block)
+    fields, _ = combine(pairs)
+    hop = list_members(fields.get("connection", ""))
+    length, coding = fields.get("content-length"), fields.get("transfer-encoding")
+    if coding is not None and (length is not None or coding.lower() != "chunked" or match[1] != b"1"):
+        raise Malformed("its answer's framing is ambiguous")
+    lines = "".join(f"{name}: {value}\r\n" for name, value in pairs if name.lower() not in hop and passes_on(name.lower()))
+    return ReplyHead(int(match[2]), (match[3] or b"").decode("latin-1"), fields, lines,
+                     None if length is None else content_length(length), coding is not None,
+                     match[1] == b"1" and "close" not in hop)
+
+
+# Within a second, heads are alike: not parsing them again is a tenth of what a small answer costs.
+parse_known_reply_head = functools.lru_cache(KNOWN_HEADS)(parse_reply_head)
+
+
 class Reply:
     """The upstream's answer: its head at once, its body piece by piece; leaving its with block frees the connection."""
 
     def __init__(self, line, block, exchange, wire, pool, stall_timeout):
-        match = STATUS_LINE.fullmatch(line)
-        if not match or match[2] == b"101":
-            raise Malformed("its answer has no status line")
-        self.status, self.phrase = int(match[2]), (match[3] or b"").decode("latin-1")
-        fields = parse_fields(block)
-        named, _ = combine(fields)
-        hop = list_members(named.get("connection", ""))
-        self.fields = [(name, value) for name, value in fields if name.lower() not in hop and passes_on(name.lower())]
-        self.length = None
-        self._body = self._framed(named, exchange.method, match[1] == b"1")
-        self.reusable = match[1] == b"1" and "close" not in hop
+        parse = parse_known_reply_head if len(block) <= KNOWN_HEAD_BYTES else parse_reply_head
+        self.head = head = parse(line, block)
+        self.status, self.length, self.reusable = head.status, head.length, head.keeps
+        if exchange.method == "HEAD" or head.status in (204, 304):  # RFC 9112 6.3
+            self._body = LengthBody(0)
+        elif head.chunked:
+            self._body = ChunkedBody()
+        else:
+            self._body = CloseDelimitedBody() if head.length is None else LengthBody(head.length)
         self._wire, self._pool, self._watched = wire, pool, exchange.watched
         self._stall_timeout = stall_timeout
 
-    def _framed(self, named, method, modern):
-        """Return the decoder of the body (RFC 9112 6.3)."""
-        if "content-length" in named:
-            self.length = content_length(named["content-length"])
-        coding = named.get("transfer-encoding")
-        if coding is not None and (self.length is not None or coding.lower() != "chunked" or not modern):
-            raise Malformed("its answer's framing is ambiguous")
-        if method == "HEAD" or self.status in (204, 304):
-            return LengthBody(0)
-        if coding is not None:
-            return ChunkedBody()
-        return CloseDelimitedBody() if self.length is None else LengthBody(self.length)
-
     def field(self, name):
         """Return the value of a field, by its name in lower case, "" if there is none."""
-        return next((value for other, value in self.fields if other.lower() == name), "")
+        return self.head.fields.get(name, "")
 
     @property
     def complete(self):
@@ -2947,7 +2991,7 @@ class PooledHandler(urllib.request.BaseHandler):
     def __init__(self, pool, stall_timeout):
         self._pool, self._stall_timeout = pool, stall_timeout
 
-    def http_open(self, exchange):
+    def default_open(self, exchange):
         """Send the exchange and return the Reply; its timeout is for the answer's head.
 
         A kept connection may die as we use it: when not a byte of an answer came, and the body can be sent again, it
@@ -2961,8 +3005,6 @@ class PooledHandler(urllib.request.BaseHandler):
                 raise
         self._pool.clear()
         return self._exchange(self._pool.lease(exchange.watched, fresh=True), exchange)
-
-    https_open = http_open
 
     def _exchange(self, wire, exchange):
         with wire:
@@ -2993,16 +3035,6 @@ class PooledHandler(urllib.request.BaseHandler):
             return False
 
 
-def forwarded_fields(request, request_id):
-    """Return, as a head's lines, the client's fields that go up: no credential, no cookie, nothing hop-by-hop."""
-    dropped = list_members(request.fields.get("connection", ""))
-    lines = [f"X-Request-Id: {request_id}\r\n"]
-    for name, value in request.fields.items():
-        if (name in FORWARDED or name.startswith(FORWARDED_PREFIXES)) and name not in dropped:
-            lines.append(f"{name}: {value}\r\n")
-    return "".join(lines)
-
-
 class Upstream:
     """Ollama, as the gateway sees it."""
 
@@ -3015,7 +3047,7 @@ class Upstream:
 
     def open(self, method, path, request, body, request_id, watched):
         """Pass a request on and return the Reply; raise Refusal if none comes. Leaving, the watched client ends it."""
-        fields = forwarded_fields(request, request_id)
+        fields = f"X-Request-Id: {request_id}\r\n{request.upward}"
         exchange = Exchange(self._url, method, path + request.query, fields, body, watched)
         try:
             return self._opener.open(exchange, timeout=self._first_byte_timeout)
@@ -3200,17 +3232,18 @@ def relay(reply, client, route, asked, token):
 
     While the client does not read, nothing is read for it.
     """
-    record, fields, length = client.record, reply.fields, reply.length
+    record, lines = client.record, reply.head.lines
     if reply.status == 503 and not reply.field("retry-after"):  # Ollama's queue is full
-        fields = fields + [("Retry-After", RETRY_SECONDS)]
+        lines += f"Retry-After: {RETRY_SECONDS}\r\n"
     if route.lists and token.models:
         listed = only_listed(reply, route.lists, token.models)
-        client.start(reply.status, reply.phrase, fields, len(listed))
+        client.start(reply.status, reply.head.phrase, lines, reply.field("content-type"), len(listed))
         return listed
     if route.kind == "inference" and 200 <= reply.status < 300:
         record.label = canonical(asked.model)
     tap = record.tap = tap_for(reply, route, asked)
-    client.start(reply.status, reply.phrase, fields, None if asked.usage_at else length)
+    client.start(reply.status, reply.head.phrase, lines, reply.field("content-type"),
+                 None if asked.usage_at else reply.length)
     while True:
         if reply.waiting:
             client.flush()

@@ -1902,6 +1902,11 @@ class PathTokens(GatewayCase):
             with self.subTest(method):
                 self.assertStatus(self.at("/", "nonsense", method), 200)
 
+    def test_refusals_behind_a_secret_speak_the_routes_dialect(self):
+        for path, status in (("/v1/nonsense", 404), ("/v1/messages", 405), ("/v1/models/a:cloud", 403), ("/api/nonsense", 404)):
+            with self.subTest(path):
+                self.assertRefused(self.ask("GET", f"/t/{self.token}{path}", token=""), status, path)
+
     def test_a_bad_secret_is_forbidden_in_the_words_of_the_401(self):
         refused = self.assertRefused(self.ask("GET", "/ollama/tags", token="ogw_nonsense"), 401)
         for secret in ("nonsense", self.token[:-1], self.token + "x", self.token.swapcase()):
