@@ -111,6 +111,7 @@ LINE_LIMIT = 8 * MIB        # of a stream's line; Ollama's own client reads no l
 MOST_TOKENS = 10 ** 9       # that one request can have cost
 PROBE_SECONDS = 2           # how long the upstream may take to say its version
 JOURNAL_SECONDS = 0.05      # how long finished requests gather before they are written
+TOUCH_SECONDS = 3           # how old a file's time must be to tell two changes apart: FAT counts in twos
 STORE_SECONDS = 0.5         # how long the account and tokens' last uses gather before they are stored
 CLOSE_SECONDS = 2           # how long a stopping server waits for its threads to cut what they serve
 AWAY_SECONDS = 2            # how long one that was turned away may take to read why
@@ -199,6 +200,11 @@ def show_instant(seconds):
     return None if seconds is None else (datetime(1970, 1, 1) + timedelta(seconds=seconds)).isoformat() + "Z"
 
 
+def count(number, what):
+    """Write a number of things: "1 token", "2 tokens"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def boolean(text):
     if text.lower() in ("1", "true", "yes", "on"):
         return True
@@ -215,21 +221,22 @@ def port_number(text):
 
 def positive(text):
     if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
-        raise ValueError("is no whole number from 1")
+        raise ValueError("is no whole number from 1 to 999999999")
     return int(text)
 
 
 def whole(text):
     if not re.fullmatch("[0-9]{1,9}", text):
-        raise ValueError("is no whole number from 0")
+        raise ValueError("is no whole number from 0 to 999999999")
     return int(text)
 
 
 def model_globs(text):
     """Read a comma list of models' names, in which * and ? stand for others; return it tidied."""
     globs = [part.strip().lower() for part in text.split(",") if part.strip()]
-    if not globs or not all(re.fullmatch(r"[a-z0-9._:/*?-]{1,200}", glob) for glob in globs):
-        raise ValueError("is no list of models like llama3*,qwen2.5:7b")
+    if not globs or "none" in globs or not all(re.fullmatch(r"[a-z0-9._:/*?-]{1,200}", glob) for glob in globs) \
+            or any(glob.rpartition("/")[2].count(":") > 1 for glob in globs):
+        raise ValueError("is no list of models like llama3*,qwen2.5:7b: letters, digits, and any of . _ : / - * ?")
     return ",".join(globs)
 
 
@@ -340,7 +347,7 @@ OPTIONS = (
     Option("--log-file", "GATEWAY_LOG_FILE", None, str, "FILE",
            "a log file, rotated at 10 MB; app.log if LOG_FILE_LEVEL is set"),
 )
-DATABASE_OPTION = next(option for option in OPTIONS if option.flag == "--db")
+DATABASE_OPTION = next(option for option in OPTIONS if option.flag == "--db")   # every command has it
 
 ENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=(.*)")
 QUOTED = re.compile(r"""(?:'([^']*)'|"((?:[^"\\]|\\.)*)")\s*(?:\#.*)?""", re.VERBOSE)
@@ -534,7 +541,7 @@ class Request(NamedTuple):
     path_secret: Optional[str] = None   # what stood behind /t/, once it is taken out of the path
 
 
-class Limits(NamedTuple):
+class ConnectionLimits(NamedTuple):
     """What a connection may take: bytes and seconds."""
 
     max_body: int
@@ -558,13 +565,13 @@ class Route(NamedTuple):
 class Record:
     """What will be known of a request when it has ended."""
 
-    __slots__ = ("id", "peer", "token", "method", "path", "route", "model", "label", "status", "sent", "tap", "counted",
-                 "began", "queued", "admitted", "answered", "ended", "outcome", "code", "why")
+    __slots__ = ("id", "peer", "token", "method", "path", "route", "model", "known_model", "status", "sent", "tap",
+                 "counted", "holds", "began", "queued", "admitted", "answered", "ended", "outcome", "code", "why")
 
     def __init__(self, peer, now):
-        self.peer, self.began, self.sent, self.queued = peer, now, 0, 0.0
+        self.peer, self.began, self.sent, self.queued, self.holds = peer, now, 0, 0.0, 0
         self.id = self.token = self.method = self.path = self.model = self.status = self.tap = None
-        self.route = self.label = ""        # the path in the table; the model's full name, once Ollama has owned to it
+        self.route = self.known_model = ""  # the path in the table; the model's full name, once Ollama has owned to it
         self.admitted = self.answered = self.ended = None   # when it went upstream, its answer began, all was over
         self.outcome = self.code = self.why = None          # "broken" or "left", if it did not end well; the refusal's
         self.counted = (0, 0, 0, None, None, 0.0)           # what of it the account has already
@@ -912,7 +919,7 @@ def fold(pairs):
     """Return {key in lower case: [its values]} of a JSON object's members."""
     members = {}
     for key, value in pairs:
-        members.setdefault(key.lower(), []).append(value)
+        members.setdefault(key.lower().replace("\u017f", "s"), []).append(value)  # Go folds the long s too
     return members
 
 
@@ -923,6 +930,7 @@ class Outline:
     """
 
     TOKEN = re.compile(rb'"(?:[^"\\]{0,256}")?|[{}\[\]]')  # a short plain string whole, of others the quote
+    QUOTE = re.compile(rb'(?<!\\)(?:(\\{2,})"|")')          # that ends a string, unless an odd run escapes it
     DECODER = json.JSONDecoder(object_pairs_hook=tuple, parse_constant=lambda _: LONG)
 
     def __init__(self, most_steps=sys.maxsize):
@@ -938,20 +946,30 @@ class Outline:
 
     def feed(self, data):
         """Take the next bytes; raise Unreadable when there are more strings and brackets than steps, or members."""
+        if self._escaped and data:
+            self._escaped = False
+            self._keep(data, 0, 1)
+            self.size += 1
+            data = data[1:]     # or QUOTE would look at what stands before
         at = 0
         while at < len(data) and not self.closed:
-            self._steps -= 1
-            if self._steps < 0 or len(self._kept) > OUTLINE_BYTES:
-                raise Unreadable("it has too many parts")
+            self._step()
             end = self._string_end(data, at) if self._quoted else self._token_end(data, at)
             self._keep(data, at, end)
             at = end
         self.size += at
 
+    def _step(self):
+        self._steps -= 1
+        if self._steps < 0 or len(self._kept) > OUTLINE_BYTES:
+            raise Unreadable("it has too many parts")
+
     def _token_end(self, data, at):
         token = self.TOKEN.search(data, at)
         if token is None:
             return len(data)
+        if self._depth == 1 and token.start() > at + VALUE_BYTES:
+            return token.start()    # blanks, or a number without end
         mark = token[0]
         if self._depth == 1:
             self._value = len(self._kept) + token.start() - at
@@ -963,23 +981,28 @@ class Outline:
         return token.end()
 
     def _string_end(self, data, at):
-        at += self._escaped
-        quote = data.find(b'"', at)
-        end = len(data) if quote < 0 else quote
-        run = data[at:end] if end > at and data[end - 1:end] == b"\\" else b""
-        odd = (len(run) - len(run.rstrip(b"\\"))) % 2 == 1     # an odd run of backslashes escapes what follows
-        self._escaped = odd and quote < 0
-        self._quoted = odd or quote < 0
-        return min(end + 1, len(data))
+        for quote in self.QUOTE.finditer(data, at):
+            if (quote.end(1) - quote.start(1)) % 2 == 0:
+                self._quoted = False
+                return quote.end()
+            self._step()
+        if data[-1:] == b"\\":
+            rest = data[at:]
+            self._escaped = (len(rest) - len(rest.rstrip(b"\\"))) % 2 == 1
+        return len(data)
 
     def _keep(self, data, at, end):
         """Keep the bytes, or in place of the whole value that they belong to a NaN, which no JSON has."""
+        within = self._quoted or self._depth > 1
         if not self._leaving_out:
             if max(end - at, len(self._kept) - self._value + end - at) <= VALUE_BYTES:
                 self._kept += data[at:end]
                 return
+            if not within and not self.closed and data[end - 1:end] not in b'"}]':
+                self._kept += b" ".join(data[at:end].split())[:VALUE_BYTES]  # what stands between keys and values
+                return
             self._kept[self._value:] = b"NaN"
-        self._leaving_out = self._quoted or self._depth > 1
+        self._leaving_out = within
 
     def members(self):
         """Return {key in lower case: [its values]}, as encoding/json matches keys: the last one wins.
@@ -1007,7 +1030,7 @@ def asks_for_usage(members):
     asks = False
     for options in members.get("stream_options", ()):
         if options is LONG:
-            return True     # whatever it asks for, it is not touched
+            raise Unreadable('its "stream_options" are too long')
         for value in fold(options).get("include_usage", ()) if isinstance(options, tuple) else [False]:
             asks = value is True
     return asks
@@ -1040,9 +1063,11 @@ def asked_in_json(data, wants_usage=False):
         if values[0] is LONG:
             raise Unreadable(f'its "{key}" is too long')
         names.append(values[0] if isinstance(values[0], str) else "")
-    asks = wants_usage and members.get("stream", [False])[-1] is True and not asks_for_usage(members)
-    spliced = asks and len(data) - outline.size < READ_BYTES
-    return Asked(names[0] or names[1], outline.size - 1 if spliced else 0)
+    if not wants_usage or True not in members.get("stream", ()) or asks_for_usage(members):
+        return Asked(names[0] or names[1])
+    if len(data) - outline.size > READ_BYTES:
+        raise Unreadable("much follows it")
+    return Asked(names[0] or names[1], outline.size - 1)
 
 
 FORM = re.compile(r'multipart/form-data(?: *; *charset=[\w-]+)? *; *boundary=(?:"([^"\\]{1,70})"|([^\s";]{1,70})) *',
@@ -1062,7 +1087,8 @@ def form_parts(content_type, data):
         raise Unreadable("it is no multipart/form-data with a plain boundary")
     delimiter = b"--" + (form[1] or form[2]).encode("latin-1")
     found = [match.span() for match in itertools.islice(re.finditer(re.escape(delimiter), data), FORM_PARTS + 2)]
-    if not found or found[0][0] or len(found) > FORM_PARTS + 1 or data[found[-1][1]:] not in (b"--", b"--\r\n"):
+    if not found or found[0][0] or len(found) > FORM_PARTS + 1 \
+            or data[found[-1][1]:found[-1][1] + 5] not in (b"--", b"--\r\n"):
         raise Unreadable("it is no form, or has too many parts")
     for (_, start), (end, _) in zip(found, found[1:]):
         head_end = data.find(b"\r\n\r\n", start, end)
@@ -1320,15 +1346,16 @@ def _find_file(path, create):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
 
 
+USAGE_KEY = ("hour", "user", "name", "model", "route")
 MEASURED = ("requests", "errors", "cancelled", "prompt_tokens", "completion_tokens", "seconds")
 TOKENS_USED = "ifnull(prompt_tokens, 0) + ifnull(completion_tokens, 0)"
 USAGE_BY = {"user": ("user",), "token": ("user", "name"), "model": ("model",), "day": ("day",)}
 
 
-def check_rights(token):
+def check_rights(user, name, admin, models):
     """Raise UsageError for an admin's token with a list of models, which nothing would hold it to."""
-    if token.admin and token.models:
-        raise UsageError(f'the token "{token.user}/{token.name}" would be an admin\'s, who may use every model, and '
+    if admin and models:
+        raise UsageError(f'the token "{user}/{name}" would be an admin\'s, who may use every model, and '
                          "have a list of models: give it --models none, or --no-admin")
 
 
@@ -1374,7 +1401,16 @@ class TokenStore:
             raise Failure(f"the database {self.path} is read-only: make it and its folder writable to change tokens")
         return self._access("BEGIN IMMEDIATE")
 
+    @contextlib.contextmanager
+    def _changing(self):
+        """Hold a transaction that changes tokens, and have every TokenTable take note."""
+        with self._writing() as db:
+            yield db
+        with contextlib.suppress(OSError):
+            os.utime(self.path)
+
     def _get(self, db, user, name):
+        check_name("user", user), check_name("name", name)
         row = db.execute(f"SELECT {self.COLUMNS} FROM tokens WHERE user = ? AND name = ?", (user, name)).fetchone()
         if row is None:
             raise Failure(f'no token "{user}/{name}" in {self.path}: see "token list"')
@@ -1387,19 +1423,19 @@ class TokenStore:
         """
         check_name("user", user), check_name("name", name)
         secret = SECRET_PREFIX + secrets.token_urlsafe(32)
-        with self._writing() as db:
+        with self._changing() as db:
             if db.execute("SELECT 1 FROM tokens WHERE user = ? AND name = ?", (user, name)).fetchone():
                 raise Failure(f'the token "{user}/{name}" exists already: choose another name, or "token rotate" it')
             _insert(db, user=user, name=name, digest=digest_of(secret), hint=hint_of(secret),
                     created_at=int(self._clock()), expires_at=expires_at, admin=bool(admin), **limits)
             token = self._get(db, user, name)
-            check_rights(token)
+            check_rights(user, name, token.admin, token.models)
             return token, secret
 
     def rotate(self, user, name):
         """Give a token a new secret and return both; the old one stops working."""
         secret = SECRET_PREFIX + secrets.token_urlsafe(32)
-        with self._writing() as db:
+        with self._changing() as db:
             token = self._get(db, user, name)
             db.execute("UPDATE tokens SET digest = ?, hint = ? WHERE id = ?",
                        (digest_of(secret), hint_of(secret), token.id))
@@ -1407,24 +1443,26 @@ class TokenStore:
 
     def update(self, user, name, **changes):
         """Change a token's expires_at, admin or limits; return it."""
-        with self._writing() as db:
+        with self._changing() as db:
             token = self._get(db, user, name)
             for column in Token._fields:
                 if column in changes:
                     db.execute(f"UPDATE tokens SET {column} = ? WHERE id = ?", (changes[column], token.id))
             token = self._get(db, user, name)
-            check_rights(token)
+            check_rights(user, name, token.admin, token.models)
             return token
 
     def delete(self, user, name):
         """Delete a token and return what it was."""
-        with self._writing() as db:
+        with self._changing() as db:
             token = self._get(db, user, name)
             db.execute("DELETE FROM tokens WHERE id = ?", (token.id,))
             return token
 
     def list(self, user=None):
         """Return the tokens, of one user or of all, by user and name."""
+        if user is not None:
+            check_name("user", user)
         with self._access() as db:
             rows = db.execute(f"SELECT {self.COLUMNS} FROM tokens WHERE ? IN (user, '') ORDER BY user, name, id",
                               (user or "",)).fetchall()
@@ -1433,30 +1471,30 @@ class TokenStore:
     def add_usage(self, rows, uses):
         """Add to the account, and note when tokens were last used.
 
-        rows: {(hour, user, name, model, route): what is MEASURED}; uses: {token id: Unix seconds}.
+        rows: {what makes USAGE_KEY: what is MEASURED}; uses: {token id: Unix seconds}.
         """
         add = ", ".join(f"{column} = coalesce({column} + excluded.{column}, {column}, excluded.{column})"
                         for column in MEASURED)
         with self._writing() as db:
-            db.executemany(f"INSERT INTO usage (hour, user, name, model, route, {', '.join(MEASURED)}) "
-                           f"VALUES ({', '.join('?' * 11)}) ON CONFLICT DO UPDATE SET {add}",
+            db.executemany(f"INSERT INTO usage ({', '.join(USAGE_KEY + MEASURED)}) "
+                           f"VALUES ({', '.join('?' * 11)}) ON CONFLICT ({', '.join(USAGE_KEY)}) DO UPDATE SET {add}",
                            [(*key, *row) for key, row in rows.items()])
-            db.executemany("UPDATE tokens SET last_used_at = max(ifnull(last_used_at, 0), ?) WHERE id = ?",
-                           [(when, token_id) for token_id, when in uses.items()])
+            db.executemany("UPDATE tokens SET last_used_at = ? WHERE id = ? AND ifnull(last_used_at, 0) < ?",
+                           [(when, token_id, when) for token_id, when in uses.items()])
 
     def usage(self, by, since, token=None):
         """Return the account by a key of USAGE_BY from an hour on, of one token or of all: a dictionary a row.
 
         Tokens that Ollama told nothing of are None.
         """
-        keys = USAGE_BY[by]
+        keys, whose = USAGE_BY[by], (token.user, token.name) if token else ()
         sums = ", ".join(f"sum({column})" for column in MEASURED)
         with self._access() as db:
             rows = db.execute(
                 f"SELECT {', '.join(keys)}, {sums} FROM (SELECT *, hour / {DAY} * {DAY} AS day FROM usage "
-                "WHERE hour >= ? AND (? IS NULL OR user = ? AND name = ?)) "
+                f"WHERE {'user = ? AND name = ? AND ' if whose else ''}hour >= ?) "
                 f"GROUP BY {', '.join(keys)} ORDER BY {'day' if by == 'day' else f'sum({TOKENS_USED}) DESC, 1'}",
-                (since, token and token.id, token and token.user, token and token.name)).fetchall()
+                (*whose, since)).fetchall()
         rows = [dict(zip(keys + MEASURED, row)) for row in rows]
         for row in rows:
             row["seconds"] = round(row["seconds"], 3)
@@ -1473,7 +1511,7 @@ class TokenStore:
     def import_rows(self, rows):
         """Add exported rows, all or none; a row that is here already is no change. Return how many were new."""
         added = 0
-        with self._writing() as db:
+        with self._changing() as db:
             for row in rows:
                 here = db.execute(f"SELECT {', '.join(self.EXPORTED)} FROM tokens "
                                   "WHERE user = ? AND name = ? OR digest = ?",
@@ -1512,22 +1550,25 @@ def open_store(path, create=False):
                     _scrub(db)
             stack.pop_all()
             return TokenStore(path, db, writable)
-    except (sqlite3.Error, OSError) as error:
-        raise Failure(f"cannot use the database {path}: {error}") from None
+    except (sqlite3.Error, OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise Failure(f"cannot use the database {path!a}: {error}") from None
 
 
 class TokenTable:
-    """All tokens by digest, in memory: what a request asks. It is as new as the last commit of anyone.
+    """All tokens by digest, in memory: what a request asks. It is as new as the last change of anyone.
 
-    `PRAGMA data_version` moves with every commit of another connection, a note of a last use too: only then is the
-    generation looked at, and only when that has moved are the tokens read again. The connection never waits: while the
-    database is locked, the table stays as it is.
+    Whoever changes tokens touches the database's file once that is committed (TokenStore), so while its time is as it
+    was, and older than any file system's tick, nothing has changed. Otherwise, and twice a second for those who do not
+    touch, SQLite is asked: `PRAGMA data_version` moves with every commit of another connection, the account's too; only
+    then is the generation looked at, and only when that has moved are the tokens read again. Asking for each request
+    would have them wait for each other. The connection never waits: while the database is locked, the table stays.
     """
 
     def __init__(self, store):
-        self._db = _connect(store.path, store.writable)
+        self._path, self._db = store.path, _connect(store.path, store.writable)
         self._lock = threading.Lock()
-        self._seen = self._generation = None
+        self._seen = self._generation = self._touched = None
+        self._asked = 0.0
         try:
             self._refresh()
             self._db.execute("PRAGMA busy_timeout = 0")
@@ -1537,10 +1578,20 @@ class TokenTable:
 
     def find(self, secret):
         """Return the token of a secret, expired or not, or None."""
-        with self._lock:
-            with contextlib.suppress(sqlite3.OperationalError):  # busy: the old table is good
-                self._refresh()
-            return self._tokens.get(digest_of(secret))
+        now = time.time()
+        try:
+            touched = os.stat(self._path).st_mtime
+        except OSError:
+            touched = now
+        if touched != self._touched or abs(now - touched) < TOUCH_SECONDS or abs(now - self._asked) > STORE_SECONDS:
+            with self._lock:
+                try:
+                    self._refresh()
+                    self._touched, self._asked = touched, now
+                except sqlite3.OperationalError as error:
+                    if "locked" not in str(error):  # then the old table is good
+                        raise
+        return self._tokens.get(digest_of(secret))
 
     def spent(self, token, since):
         """Return the tokens of prompts and completions that the account has of a token since; raise Failure."""
@@ -1568,116 +1619,6 @@ class TokenTable:
 
     def close(self):
         self._db.close()
-
-
-class Account:
-    """Who used what: gathered in memory, stored by the journal within a second, and asked by the limiter for budgets.
-
-    Of a request that runs, the account has what went by so far: a killed gateway loses the last second alone.
-    """
-
-    def __init__(self, store, tokens, clock=time.time):
-        self._store, self._tokens, self._clock = store, tokens, clock
-        store.wait_at_most(STORE_SECONDS)   # while the database is locked, log lines are still to be written
-        self._lock = threading.Lock()
-        self._running = set()
-        self._pending, self._storing = {}, {}   # what is yet to be stored, and what is just being stored
-        self._uses = {}
-        self._spent = {}        # {(user, name): (day, tokens, when that was read)}
-        self._day = 0
-        self._complained = False
-
-    @contextlib.contextmanager
-    def counting(self, record):
-        """Count a request for the length of the with block, and how that ended."""
-        errors, cancelled = 1, 0    # unless it ends otherwise
-        with self._lock:
-            self._running.add(record)
-        try:
-            yield
-            errors = int(record.status >= 400)
-        except ClientLeft:
-            errors, cancelled = 0, 1
-            raise
-        finally:
-            with self._lock:
-                self._running.discard(record)
-                self._count(record, errors, cancelled)
-
-    def _count(self, record, errors=0, cancelled=0):
-        """Add what a request has used since it was last counted."""
-        seconds = time.monotonic() - record.admitted if record.admitted else 0.0
-        now = (1, errors, cancelled, *record.tokens, seconds)
-        new = [n if n is None or b is None else n - b for n, b in zip(now, record.counted)]
-        record.counted = now
-        token, day = record.token, self._today()
-        hour = max(int(self._clock()) // HOUR * HOUR, day * DAY)
-        self._add({(hour, token.user, token.name, record.label, record.route): new})
-        spent = self._spent.get((token.user, token.name))
-        if spent and spent[0] == day:
-            self._spent[token.user, token.name] = (day, spent[1] + (new[3] or 0) + (new[4] or 0), spent[2])
-
-    def _add(self, rows):
-        for key, row in rows.items():
-            old = self._pending.get(key, (None,) * len(row))
-            self._pending[key] = [o if n is None else n if o is None else o + n for o, n in zip(old, row)]
-
-    def used(self, token):
-        """Note that a token is in use."""
-        with self._lock:
-            self._uses[token.id] = int(self._clock())
-
-    def _today(self):
-        """Return the day of UTC since 1970, which never goes backwards."""
-        self._day = max(self._day, int(self._clock()) // DAY)
-        return self._day
-
-    def day_left(self):
-        """Return how many seconds are left of the day of UTC."""
-        return (self._today() + 1) * DAY - int(self._clock())
-
-    def spent(self, token):
-        """Return how many tokens of its day a token with a budget has used; raise Failure if that cannot be read.
-
-        What other gateways on the database let it use is known a second later.
-        """
-        if not token.tokens_per_day:
-            return 0
-        with self._lock:
-            now, day, key = self._clock(), self._today(), (token.user, token.name)
-            known_day, spent, known_at = self._spent.get(key, (None, 0, 0))
-            if known_day != day or not self._storing and abs(now - known_at) >= STORE_SECONDS:
-                spent = self._tokens.spent(token, day * DAY) + sum(
-                    (row[3] or 0) + (row[4] or 0) for rows in (self._pending, self._storing)
-                    for where, row in rows.items() if where[1:3] == key and where[0] >= day * DAY)
-                self._spent[key] = (day, spent, now)
-            return spent
-
-    def store(self):
-        """Store what was gathered; what cannot be stored is kept for the next time."""
-        with self._lock:
-            for record in self._running:
-                if record.label:
-                    self._count(record)
-            if not self._store.writable:
-                today = self._today() * DAY     # budgets still need that
-                self._pending = {key: row for key, row in self._pending.items() if key[0] >= today}
-                return self._uses.clear()
-            self._storing, self._pending = self._pending, {}
-            uses, self._uses = self._uses, {}
-        try:
-            if self._storing or uses:
-                self._store.add_usage(self._storing, uses)
-            self._complained = False
-        except Failure as error:
-            with self._lock:
-                self._add(self._storing)
-                self._uses = {**uses, **self._uses}
-            if not self._complained:
-                LOG.warning("the account and tokens' last uses are not stored for now: %s", error)
-            self._complained = True
-        finally:
-            self._storing = {}
 
 
 # == Accept ===================================================================
@@ -1930,8 +1871,9 @@ def parse_request(line, block):
         raise Malformed("the request's target is no path")
     path, mark, query = target.partition("?")
     named = list_members(fields.get("connection", ""))
-    return Request(method, path, mark + query, version, fields, frozenset(repeated), version == "1.0" or "close" in named,
-                   SECRET_IN_PATH.sub("*", path), upward_lines(fields, named))
+    return Request(method, path, mark + query, version, fields, frozenset(repeated),
+                   closes=version == "1.0" or "close" in named, shown_path=SECRET_IN_PATH.sub("*", path),
+                   upward=upward_lines(fields, named))
 
 
 # Clients ask with the same head again and again: not parsing it is a tenth of what a small answer costs.
@@ -2012,7 +1954,10 @@ class HeldBody:
                 self._file.write(extra + rest)
         self.size += len(extra)
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         if self._file is not None:
             self._file.close()
 
@@ -2030,6 +1975,12 @@ class LiveBody:
         self._chunked = isinstance(client.body, ChunkedBody)
         self.framing = "transfer-encoding: chunked\r\n" if self._chunked else f"content-length: {client.body.left}\r\n"
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """There is nothing to put away."""
+
     def pieces(self, upstream):
         """Yield the bytes as they go on the wire; the upstream is watched while the client is silent."""
         while not self._client.body.complete:
@@ -2037,17 +1988,24 @@ class LiveBody:
             yield chunk(piece, self._client.body.complete) if self._chunked else piece
 
 
-@contextlib.contextmanager
-def client_errors(late):
-    """Turn what goes wrong in reading from a client into its refusal, or into the news that it left."""
-    try:
-        yield
-    except Malformed as error:
-        raise Refusal(error.code, str(error)) from None
-    except TimeoutError:
-        raise Refusal("too_slow", late) from None
-    except OSError as error:
-        raise ClientLeft(str(error)) from None
+class ClientErrors:
+    """Turns what goes wrong in reading from a client, in a with block, into its refusal, or the news that it left."""
+
+    def __init__(self, late, seconds):
+        self._late, self._seconds = late, seconds
+
+    def __enter__(self):
+        """There is nothing to do."""
+
+    def __exit__(self, kind, error, _):
+        if kind is None:
+            return
+        if issubclass(kind, Malformed):
+            raise Refusal(error.code, str(error)) from None
+        if issubclass(kind, TimeoutError):
+            raise Refusal("too_slow", self._late.format(self._seconds)) from None
+        if issubclass(kind, OSError):
+            raise ClientLeft(str(error)) from None
 
 
 class ClientStream:
@@ -2059,7 +2017,7 @@ class ClientStream:
         self.record = Record(peer, time.monotonic())
         self.record.id = request_id
         self.extra = []             # fields that every answer carries
-        self.standing = tuple       # returns those that tell how much of the token's limits is left by then
+        self.limit_fields = tuple   # returns those that tell how much of the token's limits is left by then
         self.started = False        # bytes of an answer have gone out: it can be changed no more
         self.finished = False
         self._expects = False       # the client waits for 100 Continue before it sends its body
@@ -2073,7 +2031,7 @@ class ClientStream:
 
     def read_request(self):
         """Read and parse the request's head; raise Refusal."""
-        with client_errors(f"the headers took longer than {self.limits.header_timeout:g} s"):
+        with ClientErrors("the headers took longer than {:g} s", self.limits.header_timeout):
             line, block = self.wire.read_head(Deadline(self.limits.header_timeout))
             parse = parse_known_request if len(line) + len(block) <= KNOWN_HEAD_BYTES else parse_request
             self.request = request = parse(line, block)
@@ -2097,22 +2055,16 @@ class ClientStream:
         if self._expects and not self.body.complete and not self.wire.buffer:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._expects = False
-        with client_errors(f"nothing of the body came for {BODY_SECONDS} s"):
+        with ClientErrors("nothing of the body came for {:g} s", BODY_SECONDS):
             return self.wire.read_piece(self.body, Deadline(BODY_SECONDS), watched)
 
-    @contextlib.contextmanager
     def take_body(self, live):
-        """Hold the request's body for the with block: to be passed on as it comes, or, read whole, as often as needed.
+        """Return the request's body, for a with block: to be passed on as it comes, or, read whole, as often as needed.
 
         Raises Refusal if it is too large to be held, or there is no room for it.
         """
         if live:
-            yield LiveBody(self)
-        else:
-            with contextlib.closing(self._hold_body()) as body:
-                yield body
-
-    def _hold_body(self):
+            return LiveBody(self)
         if self.body.complete:
             return HeldBody(declared="content-length" in self.request.fields)
         data = bytearray()
@@ -2158,7 +2110,7 @@ class ClientStream:
         if content_type.startswith(STREAM_TYPES):
             self._stream_type = content_type
             head += "X-Accel-Buffering: no\r\n"  # or nginx, before us, holds the pieces back
-        for name, value in (*self.extra, *self.standing()):
+        for name, value in (*self.extra, *self.limit_fields()):
             head += f"{name}: {value}\r\n"
         if length is not None and status not in (204, 304):
             head += f"Content-Length: {length}\r\n"
@@ -2298,7 +2250,7 @@ class Gateway:
             record.route = route.path
             if route.access != "public":
                 record.token = token = self._authenticator.identify(request, record.peer, client.wire.pause)
-                client.standing = functools.partial(self._limiter.fields, token)
+                client.limit_fields = functools.partial(self._limiter.fields, token, record)
                 self._router.permit(route, token, request)
             if route.kind == "page":
                 return client.answer(*self._pages[route.page](token))
@@ -2473,9 +2425,9 @@ class Router:
             raise Refusal("forbidden", f"{model} runs on the owner's ollama.com account: it takes an admin token, "
                                        "or one whose list of models names it")
         if globs and not model:
-            raise Refusal("malformed", f"the request names no model; this token is for {globs}")
+            raise Refusal("malformed", f"the request names no model; this token may use {globs}")
         if globs and not is_listed(model, globs):
-            raise Refusal("forbidden", f"this token is for {globs}, not for {model[:200]}")
+            raise Refusal("forbidden", f'this token may not use the model "{model[:200]}", only {globs}')
 
     def cors_fields(self, request):
         """Return the fields that let a configured origin's page read the answer (Fetch 3.2)."""
@@ -2615,15 +2567,13 @@ class Allowance(NamedTuple):
     left: int
     reset: int
 
-    REFUSED = {     # name: the refusal's code, and what it is called
-        "rpm": ("rate_limited", "requests a minute"),
-        "max_parallel": ("too_many_at_once", "requests at once"),
-        "tokens_per_day": ("budget_spent", "tokens a day (UTC)")}
-
     def refuse(self):
         """Raise the Refusal of a limit that is reached."""
-        code, what = self.REFUSED[self.name]
-        raise Refusal(code, f"this token may have {self.most} {what}: try again in {self.reset} s",
+        if self.name == "tokens_per_day":  # SDKs would sleep until midnight, without a word
+            raise Refusal("budget_spent", f"this token's {self.most} tokens a day are used up: try again after "
+                                          "00:00 UTC", [("X-Should-Retry", "false")], self.reset)
+        code, what = ("rate_limited", "a minute") if self.name == "rpm" else ("too_many_at_once", "at once")
+        raise Refusal(code, f"this token may have {count(self.most, 'request')} {what}: try again in {self.reset} s",
                       retry_after=self.reset)
 
 
@@ -2634,6 +2584,125 @@ class Standing:
 
     def __init__(self):
         self.running, self.recent = 0, deque()
+
+
+class Account:
+    """Who used what: gathered in memory, stored by the journal within a second, and asked by the limiter for budgets.
+
+    Of a request that runs, the account has what went by so far: a killed gateway loses the last second alone.
+    """
+
+    def __init__(self, store, tokens, clock=time.time):
+        self._store, self._tokens, self._clock = store, tokens, clock
+        store.wait_at_most(STORE_SECONDS)   # while the database is locked, log lines are still to be written
+        self._lock = threading.Lock()
+        self._running = set()
+        self._storing = threading.Lock()
+        self._pending = {}      # what is yet to be stored
+        self._uses = {}
+        self._spent = {}        # {(user, name): (day, tokens, when that was read)}
+        self._day = 0
+        self._complained = False
+
+    @contextlib.contextmanager
+    def counting(self, record):
+        """Count a request for the length of the with block, and how that ended."""
+        errors, cancelled = 1, 0    # unless it ends otherwise
+        with self._lock:
+            self._running.add(record)
+        try:
+            yield
+            errors = int(record.status >= 400)
+        except ClientLeft:
+            errors, cancelled = 0, 1
+            raise
+        finally:
+            with self._lock:
+                self._running.discard(record)
+                self._count(record, errors, cancelled)
+
+    def _count(self, record, errors=0, cancelled=0):
+        """Add what a request has used since it was last counted."""
+        seconds = time.monotonic() - record.admitted if record.admitted else 0.0
+        now = (1, errors, cancelled, *record.tokens, seconds)
+        new = [n if n is None or b is None else n - b for n, b in zip(now, record.counted)]
+        record.counted = now
+        token, day = record.token, self._today()
+        hour = max(int(self._clock()) // HOUR * HOUR, day * DAY)
+        self._add({(hour, token.user, token.name, record.known_model, record.route): new})
+        spent = self._spent.get((token.user, token.name))
+        if spent and spent[0] == day:
+            self._spent[token.user, token.name] = (day, spent[1] + (new[3] or 0) + (new[4] or 0), spent[2])
+
+    def _add(self, rows):
+        for key, row in rows.items():
+            old = self._pending.get(key, (None,) * len(row))
+            self._pending[key] = [o if n is None else n if o is None else o + n for o, n in zip(old, row)]
+
+    def used(self, token):
+        """Note that a token is in use."""
+        with self._lock:
+            self._uses[token.id] = int(self._clock())
+
+    def _today(self):
+        """Return the day of UTC since 1970, which never goes backwards."""
+        self._day = max(self._day, int(self._clock()) // DAY)
+        return self._day
+
+    def day_left(self):
+        """Return how many seconds are left of the day of UTC."""
+        return (self._today() + 1) * DAY - int(self._clock())
+
+    def spent(self, token):
+        """Return how many tokens of its day a token with a budget has used; raise Failure if that cannot be read.
+
+        What other gateways on the database let it use is known a second later.
+        """
+        if not token.tokens_per_day:
+            return 0
+        now, key = self._clock(), (token.user, token.name)
+        with self._lock:
+            day = self._today()
+            known_day, spent, known_at = self._spent.get(key, (None, 0, 0))
+            if known_day == day and (abs(now - known_at) < STORE_SECONDS or self._storing.locked()):
+                return spent
+        with self._storing, self._lock:     # what is not pending is in the database, and the other way round
+            try:
+                stored = self._tokens.spent(token, day * DAY)
+            except Failure:
+                if known_day != day:
+                    raise
+                return spent
+            spent = stored + sum((row[3] or 0) + (row[4] or 0) for where, row in self._pending.items()
+                                 if where[1:3] == key and where[0] >= day * DAY)
+            self._spent[key] = (day, spent, now)
+            return spent
+
+    def store(self):
+        """Store what was gathered; what cannot be stored is kept for the next time."""
+        with self._lock:
+            for record in self._running:
+                if record.known_model:
+                    self._count(record)
+            if not self._store.writable:
+                today = self._today() * DAY     # budgets still need that
+                self._pending = {key: row for key, row in self._pending.items() if key[0] >= today}
+                return self._uses.clear()
+        with self._storing:
+            with self._lock:
+                rows, self._pending = self._pending, {}
+                uses, self._uses = self._uses, {}
+            try:
+                if rows or uses:
+                    self._store.add_usage(rows, uses)
+                self._complained = False
+            except Failure as error:
+                with self._lock:
+                    self._add(rows)
+                    self._uses = {**uses, **self._uses}
+                if not self._complained:
+                    LOG.warning("the account and tokens' last uses are not stored for now: %s", error)
+                self._complained = True
 
 
 class Place:
@@ -2652,18 +2721,23 @@ class Place:
             self.bell.wait(Deadline(self._patience), wire)
         except TimeoutError:
             if not self.called:
-                raise Refusal("queue_timeout", "the request waited for its turn for "
-                                               f"{self._patience:g} s (--queue-timeout): try again later") from None
+                raise Refusal("queue_timeout", f"the server is busy: the request waited {self._patience:g} s for its "
+                                               "turn (--queue-timeout): try again later") from None
         return time.monotonic() - began
 
 
 class Turns:
-    """Lets so many requests at a time go upstream, 0 for any; of those that wait, the users' turns go round."""
+    """Lets so many requests at a time go upstream, 0 for any; the others wait, first in, first out within a user.
+
+    The next turn is the user's whose last one was longest ago.
+    """
 
     def __init__(self, most, most_waiting, patience):
         self._most, self._most_waiting, self._patience = most, most_waiting, patience
         self._lock = threading.Lock()
-        self._waiting = OrderedDict()   # {user: their places, in order}, the user whose turn is next first
+        self._waiting = {}      # {user: their places, in order}
+        self._served = {}       # {user: when the last turn was}, in turns, until nobody runs or waits
+        self._turns = itertools.count(1)
         self.running = 0
 
     @property
@@ -2684,12 +2758,11 @@ class Turns:
     def _enter(self, place):
         with self._lock:
             if not self._most or self.running < self._most and not self._waiting:
-                self.running += 1
-                place.called = True
-                return
+                return self._let_in(place)
             line = self._waiting.get(place.user, deque())
             if len(line) >= self._most_waiting:
-                raise Refusal("queue_full", f"{len(line)} requests of {place.user} are waiting already (--max-queue)")
+                raise Refusal("queue_full", f"the server is busy, and {len(line)} of your requests are waiting "
+                                            "already (--max-queue): try again later")
             try:
                 place.bell = Bell()
             except OSError as error:
@@ -2703,22 +2776,27 @@ class Turns:
                 self.running -= 1
                 self._call()
             else:
-                line = self._waiting[place.user]
-                line.remove(place)
-                if not line:
+                self._waiting[place.user].remove(place)
+                if not self._waiting[place.user]:
                     del self._waiting[place.user]
+            if not self.running and not self._waiting:
+                self._served.clear()
         if place.bell:
             place.bell.close()
 
+    def _let_in(self, place):
+        place.called = True
+        self.running += 1
+        self._served[place.user] = next(self._turns)
+
     def _call(self):
-        """Call whose turn it is; their user's next turn comes after everybody else's."""
+        """Call whose turn it is."""
         while self._waiting and self.running < self._most:
-            user, line = self._waiting.popitem(last=False)
-            place = line.popleft()
-            if line:
-                self._waiting[user] = line
-            place.called = True
-            self.running += 1
+            user = min(self._waiting, key=lambda user: self._served.get(user, 0))
+            place = self._waiting[user].popleft()
+            if not self._waiting[user]:
+                del self._waiting[user]
+            self._let_in(place)
             place.bell.ring()
 
 
@@ -2735,32 +2813,53 @@ class Limiter:
         if route.kind != "inference":
             yield
             return
-        with self._turns.line_up(token.user) as place, self._hold(token), self._account.counting(record):
+        with self._hold(token, record), self._turns.line_up(token.user) as place, self._account.counting(record):
             record.queued = place.wait(wire)
+            if record.queued:
+                self._refuse_beyond(self._budget(token))    # others' requests may have used it up meanwhile
             record.admitted = time.monotonic()
             yield
 
     @contextlib.contextmanager
-    def _hold(self, token):
-        try:
-            spent = self._account.spent(token)
-        except Failure as error:
-            raise Refusal("uncounted", f"what this token used today cannot be read: {error}") from None
+    def _hold(self, token, record):
+        budget = self._budget(token)
         with self._lock:
             standing = self._standings.setdefault(token.id, Standing())
-            for allowance in self._allowances(token, standing, spent):
-                if not allowance.left:
-                    allowance.refuse()
+            self._refuse_beyond(self._rates(token, standing) + budget)
             standing.running += 1
+            record.holds = 1
             if token.rpm:
                 standing.recent.append(self._clock())
         try:
             yield
+        except Refusal as refusal:
+            if refusal.code == "queue_full" and token.rpm:
+                standing.recent.pop()   # it was not let in
+            raise
         finally:
             with self._lock:
                 standing.running -= 1
+                record.holds = 0
+                if not standing.running and not standing.recent:
+                    self._standings.pop(token.id, None)
 
-    def _allowances(self, token, standing, spent):
+    @staticmethod
+    def _refuse_beyond(allowances):
+        for allowance in allowances:
+            if not allowance.left:
+                allowance.refuse()
+
+    def _budget(self, token):
+        if not token.tokens_per_day:
+            return []
+        try:
+            spent = self._account.spent(token)
+        except Failure as error:
+            raise Refusal("uncounted", f"what this token used today cannot be read: {error}") from None
+        return [Allowance("tokens_per_day", token.tokens_per_day, max(token.tokens_per_day - spent, 0),
+                          self._account.day_left())]
+
+    def _rates(self, token, standing, own=0):
         found = []
         if token.rpm:
             recent, now = standing.recent, self._clock()
@@ -2770,26 +2869,26 @@ class Limiter:
             reset = recent[over] + MINUTE - now if recent else 0
             found.append(Allowance("rpm", token.rpm, max(token.rpm - len(recent), 0), math.ceil(reset)))
         if token.max_parallel:
-            found.append(Allowance("max_parallel", token.max_parallel, max(token.max_parallel - standing.running, 0),
-                                   RETRY_SECONDS))
-        if token.tokens_per_day:
-            found.append(Allowance("tokens_per_day", token.tokens_per_day, max(token.tokens_per_day - spent, 0),
-                                   self._account.day_left()))
+            left = max(token.max_parallel - standing.running + own, 0)
+            found.append(Allowance("max_parallel", token.max_parallel, left, RETRY_SECONDS))
         return found
 
-    def allowances(self, token):
-        """Return what is left of each of a token's limits."""
+    def allowances(self, token, own=0):
+        """Return what is left of each of a token's limits, but for what of its own the asking request holds."""
         if not (token.rpm or token.max_parallel or token.tokens_per_day):
             return []
-        spent = self._account.spent(token)
+        budget = self._budget(token)
         with self._lock:
-            return self._allowances(token, self._standings.get(token.id, Standing()), spent)
+            return self._rates(token, self._standings.get(token.id, Standing()), own) + budget
 
-    def fields(self, token):
-        """Return the fields that tell of the limit nearest exhaustion, none for a token without limits."""
+    def fields(self, token, record):
+        """Return the fields that tell of the limit nearest exhaustion, none for a token without limits.
+
+        A client that has read the answer finds it so: what the request itself holds is free again by then.
+        """
         allowances = []
-        with contextlib.suppress(Failure):  # what cannot be read now is no reason not to answer
-            allowances = self.allowances(token)
+        with contextlib.suppress(Refusal):  # what cannot be read now is no reason not to answer
+            allowances = self.allowances(token, record.holds)
         if not allowances:
             return ()
         nearest = min(allowances, key=lambda allowance: allowance.left / allowance.most)
@@ -2928,7 +3027,8 @@ def parse_reply_head(line, block):
     length, coding = fields.get("content-length"), fields.get("transfer-encoding")
     if coding is not None and (length is not None or coding.lower() != "chunked" or match[1] != b"1"):
         raise Malformed("its answer's framing is ambiguous")
-    lines = "".join(f"{name}: {value}\r\n" for name, value in pairs if name.lower() not in hop and passes_on(name.lower()))
+    lines = "".join(f"{name}: {value}\r\n" for name, value in pairs
+                    if name.lower() not in hop and passes_on(name.lower()))
     return ReplyHead(int(match[2]), (match[3] or b"").decode("latin-1"), fields, lines,
                      None if length is None else content_length(length), coding is not None,
                      match[1] == b"1" and "close" not in hop)
@@ -3086,12 +3186,13 @@ class Upstream:
 
 
 class Tap:
-    """Looks at an answer that passes by for the tokens it cost; it neither delays nor alters anything.
+    """Looks at an answer that passes by for the tokens it cost.
 
     tokens: of the prompt and of the completion so far, None where Ollama does not tell.
     """
 
     tokens = (None, None)
+    alters = False      # the client gets other bytes than Ollama sent
     held = b""          # what the client is still to get, should no more come
 
     def pass_on(self, piece, last):
@@ -3133,7 +3234,8 @@ class ObjectTap(Tap):
 class StreamTap(Tap):
     """Reads the tokens in a stream of lines: where none tells them, the pieces that went by count.
 
-    marks: what only the line that tells has in it, and what each piece has; no text can, for its quotes are escaped.
+    marks: what the line that tells has in it, the last of them if there are more, and what each piece has. A text has
+    neither, for its quotes are escaped.
     """
 
     def __init__(self, marks):
@@ -3171,6 +3273,7 @@ class StreamTap(Tap):
 class SplicedTap(StreamTap):
     """Takes the usage out again that a stream of events tells only because the gateway asked for it."""
 
+    alters = True
     USAGE = re.compile(rb',"usage":(?:null|\{(?:[^{}]|\{[^{}]*\})*\})(?=\}\s*\Z)')
 
     def pass_on(self, piece, last):
@@ -3218,12 +3321,12 @@ def only_listed(reply, key, globs):
             raise Refusal("upstream_failed", f"Ollama's list of models is larger than {LIST_BYTES} bytes")
     if not 200 <= reply.status < 300:
         return bytes(data)
+    name = "id" if key == "data" else "model"
     try:
         whole = json.loads(bytes(data))
-        name = "id" if key == "data" else "model"
         whole[key] = [model for model in whole[key] or () if is_listed(model[name], globs)]
         return json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # or of another shape
         raise Refusal("upstream_failed", "Ollama's list of models cannot be read") from None
 
 
@@ -3240,17 +3343,18 @@ def relay(reply, client, route, asked, token):
         client.start(reply.status, reply.head.phrase, lines, reply.field("content-type"), len(listed))
         return listed
     if route.kind == "inference" and 200 <= reply.status < 300:
-        record.label = canonical(asked.model)
+        record.known_model = canonical(asked.model)
     tap = record.tap = tap_for(reply, route, asked)
     client.start(reply.status, reply.head.phrase, lines, reply.field("content-type"),
-                 None if asked.usage_at else reply.length)
+                 None if tap and tap.alters else reply.length)
     while True:
         if reply.waiting:
             client.flush()
         try:
             piece = reply.read()
         except Refusal:
-            client.write(tap.held if tap else b"")
+            if tap and tap.held:
+                client.write(tap.held)
             raise
         piece = tap.pass_on(piece, reply.complete) if tap else piece
         if reply.complete:
@@ -3261,25 +3365,28 @@ def relay(reply, client, route, asked, token):
 # == Record ===================================================================
 
 
+PLAIN = re.compile(r"[!#-<>-\[\]-~]+")
+
+
 def log_value(value):
     """Return a value for a log line: as it is if it is plain, else quoted, control characters escaped."""
     text = "-" if value in (None, "") else str(value)
-    return text if re.fullmatch(r"[!#-<>-\[\]-~]+", text) else json.dumps(text)
+    return text if PLAIN.fullmatch(text) else json.dumps(text)
 
 
 def log_line(record):
     """Return what there is to say of a finished request: never a secret, never a prompt."""
-    def since(moment):
-        return None if moment is None else f"{moment - record.began:.3f}"
-
-    token = record.token and f"{record.token.user}/{record.token.name}"
-    told = [("id", record.id), ("peer", record.peer), ("token", token), ("method", record.method),
-            ("path", record.path), ("model", record.model), ("status", record.status), ("bytes", record.sent),
-            ("first", since(record.answered)), ("total", since(record.ended))]
+    first = "-" if record.answered is None else f"{record.answered - record.began:.3f}"
+    token = "-" if record.token is None else log_value(f"{record.token.user}/{record.token.name}")
+    line = (f"id={record.id} peer={record.peer} token={token} method={record.method or '-'} "
+            f"path={log_value(record.path)} model={log_value(record.model)} status={record.status or '-'} "
+            f"bytes={record.sent} first={first} total={record.ended - record.began:.3f}")
     if record.admitted:
-        told += [("queued", f"{record.queued:.3f}"), *zip(("prompt", "completion"), record.tokens)]
-    told += [(name, value) for name, value in (("outcome", record.outcome), ("why", record.why)) if value]
-    return " ".join(f"{name}={log_value(value)}" for name, value in told)
+        prompt, completion = ("-" if tokens is None else tokens for tokens in record.tokens)
+        line += f" queued={record.queued:.3f} prompt={prompt} completion={completion}"
+    if record.outcome:
+        line += f" outcome={record.outcome}"
+    return line + f" why={log_value(record.why)}" if record.why else line
 
 
 PREFIX = "ollama_gateway_"
@@ -3302,6 +3409,7 @@ COUNTERS = {
     "rate_limited_total": ("Requests refused for a limit.", ("limit",)),
     "upstream_errors_total": ("Requests that failed because Ollama could not be reached or broke off.", ("code",)),
 }
+LIMIT_OF = {"rate_limited": "rpm", "too_many_at_once": "max_parallel", "budget_spent": "tokens_per_day"}
 HISTOGRAMS = {
     "first_byte_seconds": "Time from an inference request's head to its answer's first byte.",
     "queue_wait_seconds": "Time that an inference request waited for its turn.",
@@ -3322,21 +3430,21 @@ class Meters:
         """Count a finished request."""
         user, name = (record.token.user, record.token.name) if record.token else ("", "")
         with self._lock:
-            self._count("requests_total", user, name, record.label, record.route, record.status or "none")
+            self._count("requests_total", user, name, record.known_model, record.route, record.status or "none")
             for kind, tokens in zip(("prompt", "completion"), record.tokens):
                 if tokens:
-                    self._count("tokens_total", user, name, record.label, kind, by=tokens)
+                    self._count("tokens_total", user, name, record.known_model, kind, by=tokens)
             if record.outcome == "left":
                 self._count("cancelled_total")
-            if REFUSALS[record.code].status == 429 if record.code else False:
-                self._count("rate_limited_total", record.code)
+            if record.code and REFUSALS[record.code].status == 429:
+                self._count("rate_limited_total", LIMIT_OF.get(record.code, "failed_credentials"))
             if record.code in ("upstream_failed", "upstream_silent"):
                 self._count("upstream_errors_total", record.code)
             if record.admitted:
-                self._time("queue_wait_seconds", record.label, record.queued)
-                self._time("duration_seconds", record.label, record.ended - record.began)
+                self._time("queue_wait_seconds", record.known_model, record.queued)
+                self._time("duration_seconds", record.known_model, record.ended - record.began)
             if record.admitted and record.answered:
-                self._time("first_byte_seconds", record.label, record.answered - record.began)
+                self._time("first_byte_seconds", record.known_model, record.answered - record.began)
 
     def _count(self, name, *labels, by=1):
         series = self._counts[name]
@@ -3396,23 +3504,26 @@ class Journal:
             self._stirred.wait(STORE_SECONDS)
             self._closing.wait(JOURNAL_SECONDS)  # gather: a wake-up for each request would cost it more than the line
             self._stirred.clear()
-            self._write_records()
-            if time.monotonic() - stored >= STORE_SECONDS:
-                stored = time.monotonic()
-                self._account.store()
+            try:
+                self._write_records()
+                if time.monotonic() - stored >= STORE_SECONDS:
+                    stored = time.monotonic()
+                    self._account.store()
+            except Exception:  # a fault of ours must not end the writing of all that is to come
+                LOG.exception("the journal met a fault of the gateway")
         self._write_records()
         self._account.store()
 
     def _write_records(self):
+        lines = []
         while self._records:
             record = self._records.popleft()
-            try:
-                self._log(log_line(record))
-                self._meters.observe(record)
-            except Exception:  # a line that cannot be written must not end the writing of all others
-                LOG.exception("request %s could not be logged", record.id)
+            lines.append(log_line(record))
+            self._meters.observe(record)
             if record.token:
                 self._account.used(record.token)
+        if lines:
+            self._log("\n".join(lines))  # at once: a call of logging's for each would be a tenth of a small answer
 
     def close(self):
         """Write what there is and stop."""
@@ -3449,10 +3560,12 @@ def me_page(limiter, store):
     """Return the page that tells a token what it may, what of that is left, and what it used in the last seven days."""
     def page(token):
         today = int(time.time()) // DAY * DAY
+        left = {name: {"limit": most, "remaining": left, "reset": reset}
+                for name, most, left, reset in limiter.allowances(token)}
+        told = as_json(token)
+        del told["last_used_at"], told["expired"]   # it is used now, and is not
         try:
-            left = {name: {"limit": most, "remaining": left, "reset": reset}
-                    for name, most, left, reset in limiter.allowances(token)}
-            return json_page(dict(as_json(token), left=left, usage=store.usage("day", today - 6 * DAY, token)))
+            return json_page(dict(told, left=left, usage=store.usage("day", today - 6 * DAY, token)))
         except Failure as error:
             raise Refusal("uncounted", str(error)) from None
     return page
@@ -3507,11 +3620,11 @@ def connections_that_fit(most, each):
 
 
 def build_server(settings, store, log=None):
-    """Return the gateway's server, bound and ready to serve; `log` takes each finished request's line."""
+    """Return the gateway's server, bound and ready to serve; `log` takes the finished requests' lines, joined."""
     tls = server_tls(settings)
     upstream = Upstream(settings.ollama_url, settings.connect_timeout, settings.first_byte_timeout,
                         settings.stall_timeout)
-    limits = Limits(settings.max_body, settings.header_timeout, settings.idle_timeout)
+    limits = ConnectionLimits(settings.max_body, settings.header_timeout, settings.idle_timeout)
     connections = Connections(connections_that_fit(  # a connection's other one is upstream, or the queue's bell
         settings.max_connections, 3 if settings.max_parallel else 2))
     tokens = TokenTable(store)
@@ -3555,10 +3668,6 @@ def say(text, file=None):
     print(text, file=file or sys.stdout, flush=True)
 
 
-def count(number, what):
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 def day(seconds, otherwise):
     return otherwise if seconds is None else show_instant(seconds)[:10]
 
@@ -3586,17 +3695,20 @@ def fit(text, columns):
     return text + " " * (columns - text_width(text))
 
 
-def table(rows, width, elastic=(0, 1), dispensable=()):
-    """Return rows as aligned lines that fit the width, 0 for any.
+def table(rows, width, elastic, dispensable):
+    """Return rows, the first of them the columns' names, as aligned lines that fit the width, 0 for any.
 
-    What is too wide is taken from elastic columns, down to 8, and then dispensable ones go, counted as they go.
+    What is too wide is taken from elastic columns, down to 8, and then dispensable ones go, one after the other.
     """
     widths = [max(map(text_width, column)) for column in zip(*rows)]
+    names = [name.strip() for name in rows[0]]
+    elastic = [at for at, name in enumerate(names) if name in elastic]
     spare = sum(max(widths[at] - 8, 0) for at in elastic)
     excess = sum(widths) + 2 * len(widths) - 2 - (width or sys.maxsize)
-    if excess > spare and dispensable:
-        at, *others = dispensable
-        return table([row[:at] + row[at + 1:] for row in rows], width, elastic, others)
+    going = [names.index(name) for name in dispensable if name in names]
+    if excess > spare and going:
+        rows = [row[:going[0]] + row[going[0] + 1:] for row in rows]
+        return table(rows, width, [names[at] for at in elastic], dispensable)
     for _ in range(min(excess, spare)):
         widths[max(elastic, key=lambda at: widths[at])] -= 1
     return ["  ".join(fit(cell, columns) for cell, columns in zip(row, widths)).rstrip() for row in rows]
@@ -3605,7 +3717,7 @@ def table(rows, width, elastic=(0, 1), dispensable=()):
 def told_limits(token):
     """Return a token's limits, each in a few words."""
     told = ((token.rpm, "{} a minute"), (token.max_parallel, "{} at once"), (token.tokens_per_day, "{} tokens a day"),
-            (token.models, "{}"))
+            (token.models, "models {}"))
     return [words.format(value) for value, words in told if value]
 
 
@@ -3632,23 +3744,40 @@ def read_expiry(text):
     return moment
 
 
+def read_limit(column, text):
+    """Read one of LIMITED; raise ValueError naming it, the text and what is wrong with that."""
+    try:
+        return (model_globs if column == "models" else positive)(text)
+    except ValueError as error:
+        raise ValueError(f'{column.replace("_", "-")}: "{text}" {error}') from None
+
+
 def read_limits(args):
     """Return the limits that were typed, by column; "none" is None."""
-    limits = {}
-    for column in LIMITED:
-        text = getattr(args, column, None)
-        try:
-            if text is not None:
-                limits[column] = None if text == "none" else (model_globs if column == "models" else positive)(text)
-        except ValueError as error:
-            raise UsageError(f'--{column.replace("_", "-")}: "{text}" {error}, nor "none"') from None
-    return limits
+    typed = {column: getattr(args, column) for column in LIMITED if hasattr(args, column)}
+    try:
+        return {column: None if text == "none" else read_limit(column, text) for column, text in typed.items()}
+    except ValueError as error:
+        raise UsageError(f'--{error}, nor "none"') from None
+
+
+def command_settings(args, *wanted):
+    """Return what flag, environment or .env say of some settings, to a command that does not serve."""
+    typed = {"db": getattr(args, "db", None)}   # its other flags are its own
+    return load_settings(typed, os.environ, args.env_file, [option for option in OPTIONS if option.flag in wanted])
 
 
 def open_command_store(args, create=False):
     """Open the database that flag, environment or .env name for a command."""
-    settings = load_settings(vars(args), os.environ, args.env_file, (DATABASE_OPTION,))
-    return open_store(settings.db, create)
+    return open_store(command_settings(args, "--db").db, create)
+
+
+def local_url(args):
+    """Return where `serve` with the same settings is to be found from this machine."""
+    settings = command_settings(args, "--host", "--port", "--tls-cert", "--base-path")
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    host = f"[{host}]" if ":" in host else host
+    return f"{'https' if settings.tls_cert else 'http'}://{host}:{settings.port}{settings.base_path}"
 
 
 def show_secret(args, store, done, token, secret):
@@ -3659,7 +3788,7 @@ def show_secret(args, store, done, token, secret):
         return say(json.dumps(dict(as_json(token), token=secret), indent=2))
     say(f"{done} {describe(token)}, in {store.path}\n\n    {secret}\n\n"
         "It is shown only now; keep it like a password. To use it:\n\n"
-        f'    curl -H "Authorization: Bearer {secret}" http://127.0.0.1:8000/api/tags')
+        f'    curl -H "Authorization: Bearer {secret}" {local_url(args)}/tags')
 
 
 def cmd_token_create(args):
@@ -3675,19 +3804,33 @@ def cmd_token_rotate(args):
         show_secret(args, store, "Gave a new secret to", token, secret)
 
 
+TOKEN_COLUMNS = (
+    ("USER", lambda token: token.user),
+    ("NAME", lambda token: token.name),
+    ("SECRET", lambda token: token.hint + "…"),
+    ("CREATED", lambda token: day(token.created_at, "")),
+    ("EXPIRES", lambda token: "expired" if is_expired(token) else day(token.expires_at, "never")),
+    ("LAST USED", lambda token: minute(token.last_used_at, "never")),
+    ("ADMIN", lambda token: "admin" if token.admin else ""),
+    ("RPM", lambda token: str(token.rpm or "")),
+    ("PARALLEL", lambda token: str(token.max_parallel or "")),
+    ("A DAY", lambda token: str(token.tokens_per_day or "")),
+    ("MODELS", lambda token: token.models),
+)
+
+
 def cmd_token_list(args):
     with open_command_store(args) as store:
         tokens = store.list(getattr(args, "user", None))
         if args.json:
             return say(json.dumps([as_json(token) for token in tokens], indent=2))
         if not tokens:
-            return say(f"No tokens in {store.path}.")
-        heads = ("USER", "NAME", "SECRET", "CREATED", "EXPIRES", "LAST USED", "LIMITS")
-        rows = [(token.user, token.name, token.hint + "…", day(token.created_at, ""),
-                 "expired" if is_expired(token) else day(token.expires_at, "never"),
-                 minute(token.last_used_at, "never"), "; ".join(["admin"] * token.admin + told_limits(token)))
-                for token in tokens]
-        for line in table([heads] + rows, terminal_width(), (0, 1, -1), dispensable=(3, 4, 2)):
+            whose = f' of "{args.user}"' if hasattr(args, "user") else ""
+            return say(f"No tokens{whose} in {store.path}.")
+        columns = [(head, *(tell(token) or "" for token in tokens)) for head, tell in TOKEN_COLUMNS]
+        shown = [column for column in columns if any(column[1:])]
+        for line in table(list(zip(*shown)), terminal_width(), ("USER", "NAME", "MODELS"),
+                          ("CREATED", "EXPIRES", "SECRET", "LAST USED")):
             say(line)
         say(f"{count(len(tokens), 'token')} in {store.path}")
 
@@ -3788,11 +3931,9 @@ def imported_row(row, number):
         if len(hint) > HINT_LENGTH or not hint.isprintable():
             raise ValueError(f"its hint is not up to {HINT_LENGTH} printable characters")
         times = {key: instant(texts[key]) if texts[key] else None for key in texts if key.endswith("_at")}
-        limits = {key: None if row[key] in (None, "") else read(str(row[key]))
-                  for key, read in zip(LIMITED, (model_globs, positive, positive, positive))}
+        limits = {key: None if row[key] in (None, "") else read_limit(key, str(row[key])) for key in LIMITED}
         admin = int(boolean(str(row.get("admin"))))
-        if admin and limits["models"]:
-            raise ValueError("an admin's token has no list of models")
+        check_rights(row.get("user"), row.get("name"), admin, limits["models"])
         return dict(texts, hint=hint, user=check_name("user", texts["user"]), name=check_name("name", texts["name"]),
                     admin=admin, **times, **limits)
     except KeyError as error:
@@ -3823,7 +3964,7 @@ def read_since(text):
     try:
         moment = now - int(duration(text)) if re.fullmatch(r"[0-9.]+[a-z]", text) else instant(text)
     except ValueError as error:
-        raise UsageError(f'--since: "{text}" {error}') from None
+        raise UsageError(f'--since: "{text}" {error}, nor a duration like 7d') from None
     if moment > now:
         raise UsageError(f'--since: "{text}" is in the future')
     return max(moment, 0) // HOUR * HOUR
@@ -3847,18 +3988,18 @@ def bars(shares, columns):
 def usage_table(rows, keys, width):
     """Return the account's rows as a table's lines, with a bar each where the width, 0 for none, leaves room for it."""
     numbers = [[column.replace("_tokens", "").upper() for column in MEASURED]]
-    numbers += [["unknown" if row[column] is None else f"{row[column]:.0f}" for column in MEASURED] for row in rows]
+    numbers += [["unknown" if row[column] is None else f"{row[column]:.1f}" if column == "seconds" else str(row[column])
+                 for column in MEASURED] for row in rows]
     widths = [max(map(len, column)) for column in zip(*numbers)]
     names = [[key.upper() for key in keys]] + [[row[key] or "-" for key in keys] for row in rows]
     cells = [[*name, *(cell.rjust(columns) for cell, columns in zip(number, widths))]
              for name, number in zip(names, numbers)]
-    elastic = tuple(range(len(keys)))
-    room = width - max(map(text_width, table(cells, 0))) - 2
+    room = width - max(map(text_width, table(cells, 0, (), ()))) - 2
     if room < BAR_COLUMNS:
-        return table(cells, width, elastic, [len(keys) + at for at in (5, 2, 1, 0)])
+        return table(cells, width, cells[0][:len(keys)], ("SECONDS", "CANCELLED", "ERRORS", "REQUESTS"))
     amounts = [tokens_in(row) for row in rows]
     shares = bars([amount / (max(amounts) or 1) for amount in amounts], min(room, MOST_BAR_COLUMNS))
-    return table([cell + [bar] for cell, bar in zip(cells, ["", *shares])], width, elastic)
+    return table([cell + [bar] for cell, bar in zip(cells, ["TOKENS", *shares])], width, cells[0][:len(keys)], ())
 
 
 def cmd_usage(args):
@@ -3888,6 +4029,19 @@ def complain_once(handler):
     return handle_error
 
 
+class LineFormatter(logging.Formatter):
+    """Puts time, in UTC, and level before each line of a message."""
+
+    converter = time.gmtime
+
+    def usesTime(self):  # noqa: N802, logging's name
+        return True
+
+    def formatMessage(self, record):  # noqa: N802, logging's name
+        before = f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{record.msecs:03.0f}Z {record.levelname} "
+        return before + record.message.replace("\n", "\n" + before)
+
+
 def configure_logging(settings):
     """Log to stderr and, if the settings name one, to a file that is rotated by size; times are UTC."""
     handlers = [(logging.StreamHandler(), settings.log_level)]
@@ -3900,8 +4054,7 @@ def configure_logging(settings):
             raise Failure(f"cannot write the log file {settings.log_file!a}: "
                           f"{getattr(error, 'strerror', error)}") from None
         handlers.append((file, settings.log_file_level))
-    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
-    formatter.converter = time.gmtime
+    formatter = LineFormatter()
     LOG.propagate = False
     for old in list(LOG.handlers):
         LOG.removeHandler(old)
@@ -4106,6 +4259,10 @@ def main(argv=None):
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain of it again
+        return 1
+    except OSError as error:  # the disk that it prints to is full
+        with contextlib.suppress(OSError):
+            say(f"ollama_gateway: {error}", sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

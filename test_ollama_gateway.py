@@ -690,7 +690,7 @@ class GatewayCase(Case):
 
     def serving(self, **flags):
         settings = gateway.load_settings({"ollama_url": self.fake.url, "db": self.db, "host": "127.0.0.1", "port": "0", **flags}, {})
-        return running(gateway.build_server(settings, self.store, log=self.lines.append))
+        return running(gateway.build_server(settings, self.store, log=lambda lines: self.lines.extend(lines.split("\n"))))
 
     def client(self, server=None, tls=None):
         return self.enter(Client((server or self.server).server_address, tls))
@@ -1032,6 +1032,36 @@ class Commands(CommandCase):
                 self.assertIn(self.db, self.succeeds("token", *argv, "--db", relative))
         self.assertIn(self.db, self.fails("token", "delete", "ada", "laptop", "--db", relative))
 
+    def test_the_use_it_shows_is_of_the_address_that_is_configured(self):
+        for settings, url in (("GATEWAY_PORT=1234\nGATEWAY_HOST=::", "http://[::1]:1234/api/tags"),
+                              ("GATEWAY_HOST=0.0.0.0\nGATEWAY_TLS_CERT=x.pem\nBASE_PATH=/o", "https://127.0.0.1:8000/o/tags")):
+            env = self.write("x.env", f"TOKEN_DB_PATH={self.db}\n{settings}")
+            self.assertIn(url, self.succeeds("token", "create", "ada", url[-20:], "--env-file", env))
+
+    def test_limits_are_set_shown_and_lifted(self):
+        made = json.loads(self.succeeds("token", "create", "ada", "laptop", "--json", *LIMITS))
+        self.assertEqual([made[key] for key in gateway.LIMITED], [["llama3*", "qwen2.5:7b"], 60, 2, 100000])
+        self.assertRegex(self.succeeds("token", "list"), r"(?s)RPM +PARALLEL +A DAY +MODELS.* 60 +2 +100000 +llama3\*,qwen2.5:7b")
+        for flags, changes in ((("--rpm", "none"), {"rpm": None}), (("--models", "x", "--max-parallel", "9"), {"models": ["x"], "max_parallel": 9}),
+                               (("--tokens-per-day", "none", "--models", "none"), {"tokens_per_day": None, "models": None})):
+            self.succeeds("token", "update", "ada", "laptop", *flags)
+            made.update(changes)
+            self.assertEqual({key: made[key] for key in KEYS}, self.tokens()[0])
+        self.assertIn("60 a minute", self.succeeds("token", "create", "ada", "phone", *LIMITS))
+
+    def test_a_wrong_limit_is_told_with_its_name_and_value(self):
+        self.create()
+        for flag, *values in (("--rpm", "0", "-1", "many", "1.5", "9" * 20), ("--max-parallel", "0", "all"), ("--tokens-per-day", "1k", "0"),
+                              ("--models", "a b", ",", "a:b:c", "none,a", "ünï", "[a")):
+            for value in values:
+                for command in ("create", "bob", "box"), ("update", "ada", "laptop"):
+                    with self.subTest(flag, value=value, command=command[0]):
+                        told = self.fails("token", *command, f"{flag}={value}", status=2)
+                        self.assertIn(f'{flag}: "{value}"', told)
+        self.assertIn("models", self.fails("token", "create", "bob", "box", "--admin", "--models", "x", status=2))
+        self.assertIn("models", self.fails("token", "update", "ada", "laptop", "--admin", "--models", "x", status=2))
+        self.assertEqual([(token["user"], token["admin"]) for token in self.tokens()], [("ada", False)])
+
     def test_quiet_prints_the_secret_alone(self):
         self.assertRegex(self.succeeds("token", "create", "ada", "laptop", "--quiet"), SECRET.pattern + r"\n\Z")
         self.assertRegex(self.succeeds("token", "rotate", "ada", "laptop", "--quiet"), SECRET.pattern + r"\n\Z")
@@ -1070,6 +1100,22 @@ class Commands(CommandCase):
                     self.assertTrue(err.replace("\n", "").isprintable(), err)
         self.create()
         self.assertEqual([row["user"] for row in self.tokens()], ["ada"])
+
+    def test_names_that_are_no_text_are_told_so(self):
+        self.create()
+        for command in (("delete", "\udcff", "x"), ("rotate", "ada", "\udcff"), ("update", "\udcff", "x", "--admin"), ("list", "--user", "\udcff")):
+            with self.subTest(command):
+                self.assertIn("printable", self.fails("token", *command, status=2))
+        self.assertIn("database", self.fails("token", "list", "--db", self.path("a\0b")))
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    def test_what_cannot_be_printed_is_a_failure(self):
+        self.create()
+        with open("/dev/full", "w", encoding="utf-8") as full:
+            done = subprocess.run([sys.executable, GATEWAY, "token", "list", "--db", self.db], stdout=full, stderr=subprocess.PIPE, timeout=3 * GUARD)
+        self.assertEqual(done.returncode, 1)
+        self.assertNotIn(b"Traceback", done.stderr)
+        self.assertEqual(len(done.stderr.splitlines()), 1)
 
     def test_a_token_that_is_not_there_is_said_to_be_so(self):
         self.create("ada", "laptop")
@@ -1390,14 +1436,14 @@ OLD_SECRETS = sorted({row[2] for row in OLD_ROWS if row[2]})
 
 class Table(unittest.TestCase):
 
-    ROWS = [("USER", "NAME", "SECRET", "CREATED", "EXPIRES", "LAST USED", ""),
+    ROWS = [("USER", "NAME", "SECRET", "CREATED", "EXPIRES", "LAST USED", "RIGHT"),
             ("a" * 30, "b" * 30, "ogw_1234…", "2026-11-23", "2027-01-31", "2026-11-23 11:56", "admin"),
             ("日本語", "é", "ogw_1234…", "2026-11-23", "expired", "never", "")]
 
     def test_it_fits_the_terminal_and_elsewhere_nothing_is_cut(self):
-        for width, kept in ((0, "CREATED"), (200, "CREATED"), (80, "CREATED"), (70, "LAST USED"), (50, "SECRET"), (40, "EXPIRES")):
+        for width, kept in ((0, "CREATED"), (200, "CREATED"), (80, "CREATED"), (70, "LAST USED"), (54, "SECRET"), (43, "LAST USED")):
             with self.subTest(width):
-                lines = gateway.table(self.ROWS, width, dispensable=(3, 4, 2))
+                lines = gateway.table(self.ROWS, width, ("USER", "NAME"), ("CREATED", "EXPIRES", "SECRET"))
                 self.assertIn(kept, lines[0])
                 self.assertTrue(all(gateway.text_width(line) <= (width or 200) for line in lines), lines)
                 self.assertEqual("a" * 30 in lines[1], width in (0, 200))
@@ -1642,7 +1688,7 @@ class Door(GatewayCase):
 
     def test_a_body_whose_model_cannot_be_told_is_for_administrators(self):
         hidden = (("many parts", b'{"x":[' + b"[]," * 50_001 + b'[]],"model":"big:cloud"}', [], 400),
-                  ("many quotes", b'{"x":"' + b'\\"' * 100_001 + b'","model":"big:cloud"}', [], 400),
+                  ("many quotes", b'{"x":"' + b'\\\\\\"' * 100_001 + b'","model":"big:cloud"}', [], 400),
                   ("many members", b"{" + b'"a":1,' * 50_000 + b'"model":"big:cloud"}', [], 400),
                   ("compressed", b"(zstd)", [("Content-Encoding", "zstd")], 415))
         for label, body, headers, status in hidden:
@@ -2538,6 +2584,12 @@ class Outage(GatewayCase):
                 self.fake.replies[path] = Reply.stream(*pieces, cut, kind=kind)
                 self.assert_broken(self.begin("POST", path, {**CHAT, "stream": True}), sent, ending)
 
+    def test_a_stream_that_is_broken_from_its_first_byte_is_a_bad_gateway(self):
+        self.fake.replies["/v1/chat/completions"] = Reply.raw(
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\nxyz")
+        for stream in (True, False):
+            self.assertRefused(self.ask("POST", "/v1/chat/completions", {**CHAT, "stream": stream}), 502, "/v1/chat/completions")
+
     def test_a_stream_that_stalls_is_broken_off(self):
         server = self.serve(stall_timeout="0.3s")
         self.fake.replies["/api/chat"] = Reply.stream(HALF_LINE, until_hangup)
@@ -3119,9 +3171,23 @@ class ModelName(unittest.TestCase):
             self.assertEqual((outline.members(), outline.size), (whole.members(), whole.size), split)
 
     def test_a_long_prompt_full_of_quotes_is_passed_over(self):
-        prompt = b'print(\\"hello, world\\")\\n' * 200_000   # step by step, not each time from its beginning
-        self.assertEqual(self.read(b'{"prompt":"' + prompt[:400_000] + b'","model":"tiny"}'), "tiny")
+        prompt = b'print(\\"hello, world\\")\\n' * 200_000
+        self.assertEqual(self.read(b'{"prompt":"' + prompt + b'","model":"tiny"}'), "tiny")
+        prompt = prompt.replace(b'\\"', b'\\\\\\"')     # JSON within JSON: these are looked at one by one, so many of them
+        self.assertEqual(self.read(b'{"prompt":"' + prompt[:1_000_000] + b'","model":"tiny"}'), "tiny")
         self.assertIsInstance(self.read(b'{"prompt":"' + prompt + b'","model":"tiny"}'), gateway.Unreadable, "the steps have run out")
+
+    def test_runs_of_backslashes_are_passed_over_in_one_go(self):
+        for label, prompt, name in (("even", b"\\" * 8_000_000, "tiny"), ("odd", b"\\" * 8_000_001, gateway.Unreadable),
+                                    ("pairs", b"\\\\a" * 3_000_000, "tiny")):
+            with self.subTest(label):
+                got = self.read(b'{"prompt":"' + prompt + b'","model":"tiny"}')
+                self.assertEqual(got, name) if name == "tiny" else self.assertIsInstance(got, name)
+
+    def test_blanks_between_members_are_passed_over(self):
+        blanks = b" \r\n\t" * 5000
+        self.assertEqual(self.read(blanks.join((b"", b'{"model"', b":", b'"tiny"', b",", b'"x"', b":", b"[", b"1", b"]", b"}", b""))), "tiny")
+        self.assertIsInstance(self.read(b'{"model":' + blanks + b'"tiny" "x"}'), gateway.Unreadable)
 
     def test_what_is_no_json_object_tells_nothing(self):
         for body in (b"", b"{", b"hello", b'{"model', b'{"model":', b'{"model":"', b'["model","x"]', b'{"model":"\\ud8"}', b"}" * 10,
@@ -3345,6 +3411,9 @@ class LimitsByTheClock(unittest.TestCase):
         blank = dict.fromkeys(gateway.Token._fields)
         return gateway.Token(**{**blank, "id": 1, "user": "ada", "name": "laptop", **limits})
 
+    def fields(self, token):
+        return self.limiter.fields(token, gateway.Record("", 0))
+
     def hold(self, token):
         """Let a request in; return what ends it, or the refusal's code."""
         held = contextlib.ExitStack()
@@ -3406,18 +3475,25 @@ class LimitsByTheClock(unittest.TestCase):
 
     def test_the_limit_nearest_exhaustion_is_told(self):
         token = self.token(rpm=10, max_parallel=2, tokens_per_day=1000)
-        self.assertEqual(self.limiter.fields(token), (("RateLimit-Limit", 10), ("RateLimit-Remaining", 10), ("RateLimit-Reset", 0)))
-        end = self.hold(token)
-        self.assertEqual(dict(self.limiter.fields(token))["RateLimit-Limit"], 2)
-        end()
+        self.assertEqual(self.fields(token), (("RateLimit-Limit", 10), ("RateLimit-Remaining", 10), ("RateLimit-Reset", 0)))
+        ends = [self.hold(token), self.hold(token)]
+        self.assertEqual(self.fields(token), (("RateLimit-Limit", 2), ("RateLimit-Remaining", 0), ("RateLimit-Reset", 5)))
+        ends[0](), ends[1]()
         self.account.spent_today = 900
-        self.assertEqual(self.limiter.fields(token), (("RateLimit-Limit", 1000), ("RateLimit-Remaining", 100), ("RateLimit-Reset", 3600)))
-        self.assertEqual(self.limiter.fields(self.token()), ())
+        self.assertEqual(self.fields(token), (("RateLimit-Limit", 1000), ("RateLimit-Remaining", 100), ("RateLimit-Reset", 3600)))
+        self.assertEqual(self.fields(self.token()), ())
+
+    def test_a_request_is_not_told_of_what_itself_holds(self):
+        token, record = self.token(max_parallel=1), gateway.Record("", 0)
+        with self.limiter.admit(self.route, token, record, None):
+            self.assertEqual(dict(self.limiter.fields(token, record))["RateLimit-Remaining"], 1)
+            self.assertEqual(dict(self.fields(token))["RateLimit-Remaining"], 0)
+        self.assertEqual(dict(self.limiter.fields(token, record))["RateLimit-Remaining"], 1)
 
     def test_what_cannot_be_read_refuses(self):
         self.account.spent = unittest.mock.Mock(side_effect=gateway.Failure("no"))
         self.assertEqual(self.hold(self.token(tokens_per_day=10))[0], "uncounted")
-        self.assertEqual(self.limiter.fields(self.token(tokens_per_day=10)), ())
+        self.assertEqual(self.fields(self.token(tokens_per_day=10)), ())
 
     def test_read_only_routes_pass_by(self):
         token = self.token(rpm=1)
@@ -3438,7 +3514,7 @@ class Limited(GatewayCase):
         for path, kind in (("/api/chat", None), ("/v1/chat/completions", "rate_limit_error"), ("/v1/messages", "rate_limit_error")):
             with self.subTest(path):
                 answer = self.ask("POST", path, CHAT, token=token)
-                self.assertIn("1 requests a minute", self.assertRefused(answer, 429, path))
+                self.assertIn("1 request a minute", self.assertRefused(answer, 429, path))
                 self.assertTrue(1 <= int(answer.headers["retry-after"]) <= 60)
                 self.assertEqual(kind and answer.json()["error"]["type"], kind)
         self.assertEqual(len(self.fake.received), 1)
@@ -3490,6 +3566,7 @@ class Limited(GatewayCase):
         answer = self.ask("POST", "/v1/chat/completions", CHAT, token=token, server=again)
         self.assertIn("20 tokens a day", self.assertRefused(answer, 429, "/v1/chat/completions"))
         self.assertTrue(0 < int(answer.headers["retry-after"]) <= 86400)
+        self.assertEqual(answer.headers["x-should-retry"], "false", "or SDKs sleep until midnight")
         self.store.update("eve", self.store.list("eve")[0].name, tokens_per_day=100)
         self.assertStatus(self.ask("POST", "/api/chat", CHAT, token=token, server=again), 200)
 
@@ -3531,8 +3608,24 @@ class TurnsInOrder(unittest.TestCase):
         return "".join(order)
 
     def test_one_users_fifty_delay_anothers_one_by_one_turn(self):
-        lined_up = [self.line_up("a") for _ in range(51)] + [self.line_up("b")]
-        self.assertEqual(self.served(lined_up), "a" + "ab" + "a" * 49)   # the first of them ran already
+        lined_up = [self.line_up("a") for _ in range(50)] + [self.line_up("b")]
+        self.assertEqual(self.served(lined_up), "ab" + "a" * 49)     # the first of them runs already
+
+    def test_behind_anothers_request_it_is_one_turn_too(self):
+        lined_up = [self.line_up("c"), *[self.line_up("a") for _ in range(50)], self.line_up("b")]
+        self.assertEqual(self.served(lined_up), "c" + "ab" + "a" * 49)
+
+    def test_one_who_asks_again_and_again_gets_every_second_turn(self):
+        lined_up, order = [self.line_up("a") for _ in range(10)], []
+        lined_up.append(self.line_up("b"))
+        while len(order) < 10:
+            (called,) = [pair for pair in lined_up if pair[0].called]
+            order.append(called[0].user)
+            lined_up.remove(called)
+            called[1]()
+            if called[0].user == "b":
+                lined_up.append(self.line_up("b"))
+        self.assertEqual("".join(order), "ab" * 5)
 
     def test_turns_go_round_and_each_users_come_in_order(self):
         lined_up = [self.line_up(user) for user in "aaabbc"]
@@ -3540,8 +3633,9 @@ class TurnsInOrder(unittest.TestCase):
         called = []
         for place in places:
             place.bell and setattr(place.bell, "ring", lambda place=place: called.append(place))
-        self.assertEqual(self.served(list(lined_up)), "aabcab")
+        self.assertEqual(self.served(list(lined_up)), "abcaba")
         self.assertEqual([place for place in called if place.user == "a"], places[1:3])
+        self.assertEqual(self.turns._served, {}, "who was served when is forgotten when nobody waits")
 
     def test_more_places_are_taken_at_once(self):
         self.turns = gateway.Turns(3, 100, 60)
@@ -3556,7 +3650,7 @@ class TurnsInOrder(unittest.TestCase):
         lined_up = [self.line_up(user) for user in "aabab"]
         for number in (2, 3):
             lined_up.pop(2)[1]()
-        self.assertEqual(self.served(lined_up), "aab")
+        self.assertEqual(self.served(lined_up), "aba")
 
     def test_so_many_of_a_user_may_wait(self):
         self.turns = gateway.Turns(1, 2, 60)
@@ -3607,17 +3701,31 @@ class Queue(GatewayCase):
         self.first.set()
         self.assertEqual([client.answer().status for client in clients], [200] * 3)
         order = [json.loads(seen.body)["model"] for seen in self.fake.received if seen.path == "/api/chat"]
-        self.assertEqual(order, ["tiny", "m0", "m2", "m1"])
+        self.assertEqual(order, ["tiny", "m2", "m0", "m1"])
         self.assertTrue(float(self.logged(lambda fields: fields["model"] == "m1")["queued"]) > 0)
 
     def test_beyond_the_queue_it_is_503_and_does_not_count(self):
         self.begin_first()
+        self.store.update("ada", "laptop", rpm=4)   # the first one began before that
         self.line_up(*[self.token] * 3)
         answer = self.ask("POST", "/v1/messages", CHAT)
         self.assertIn("--max-queue", self.assertRefused(answer, 503, "/v1/messages"))
         self.assertTrue(int(answer.headers["retry-after"]))
-        self.assertEqual(self.ask("GET", "/me").json()["usage"], [])
+        told = self.ask("GET", "/me").json()
+        self.assertEqual((told["usage"], told["left"]["rpm"]["remaining"]), ([], 1))
+        self.store.update("ada", "laptop", rpm=3)
+        self.assertRefused(self.ask("POST", "/v1/messages", CHAT), 429, "/v1/messages")
         self.first.set()
+
+    def test_a_budget_that_is_used_up_while_a_request_waits_is_used_up_for_it(self):
+        self.fake.replies["/api/chat"] = [Reply.stream(compact({"done": False}) + b"\n", self.first,
+                                                       compact({"done": True, "prompt_eval_count": 80, "eval_count": 50}) + b"\n")]
+        self.store.update("ada", "laptop", tokens_per_day=100)
+        client = self.begin("POST", "/api/chat", CHAT)
+        client.read(client.head(), until=b"\n")
+        waiting, = self.line_up(self.token)
+        self.first.set()
+        self.assertRefused(waiting.answer(), 429)
 
     def test_a_waiting_client_that_leaves_gives_up_its_place_at_once(self):
         self.begin_first()
@@ -3652,7 +3760,7 @@ class Queue(GatewayCase):
         self.begin_first()
         clients = self.line_up(self.token, self.other)
         self.first.set()
-        self.assertEqual([client.answer().status for client in clients], [500, 200])
+        self.assertEqual([client.answer().status for client in clients], [200, 500], "the other's turn came first")
 
     def test_ollamas_own_full_queue_is_passed_on_with_when_to_come_again(self):
         for given, told in (({}, "5"), ({"Retry-After": "7"}, "7")):
@@ -3824,6 +3932,21 @@ class Accounting(GatewayCase):
                 self.ask("POST", path, body)
                 self.assertEqual(self.upstream().body, body)
 
+    def test_nobody_gets_around_being_asked_for(self):
+        path, options = "/v1/chat/completions", b',"stream_options":{"include_usage":true}}'
+        for label, body in (("a null that Go ignores", b'{"model":"tiny","stream":true,"stream":null}'),
+                            ("a long s that Go folds", '{"model":"tiny","ſtream":true}'.encode()),
+                            ("a wish taken back", b'{"model":"tiny","stream":true,"stream_options":{"include_usage":true,'
+                             b'"include_u\xc5\xbfage":false}}')):
+            with self.subTest(label):
+                self.fake.received.clear()
+                self.assertStatus(self.ask("POST", path, body), 200)
+                self.assertEqual(self.upstream().body, body[:-1] + options)
+        for label, body in (("much behind it", b'{"model":"tiny","stream":true}' + b" " * 100_000),
+                            ("long options", b'{"model":"tiny","stream":true,"stream_options":{"x":"' + b"x" * 5000 + b'"}}')):
+            with self.subTest(label):
+                self.assertRefused(self.ask("POST", path, body), 400, path)
+
     def test_the_usage_is_asked_for_in_a_body_that_waits_in_a_file(self):
         body = compact({**CHAT, "images": ["x" * 3_000_000], "stream": True})
         self.assertStatus(self.ask("POST", "/v1/chat/completions", body), 200)
@@ -3833,6 +3956,7 @@ class Accounting(GatewayCase):
         self.fake.replies["/v1/chat/completions"] = Reply.json(404, {"error": {"message": "no", "usage": {}}}, kind="application/json")
         answer = self.ask("POST", "/v1/chat/completions", {**CHAT, "stream": True})
         self.assertEqual((answer.status, answer.json()), (404, {"error": {"message": "no", "usage": {}}}))
+        self.assertEqual(answer.headers["content-length"], str(len(answer.body)))
         self.assertUsed(requests=1, errors=1, prompt_tokens=0, completion_tokens=0)
 
     def test_a_stream_that_breaks_or_is_left_counts_the_pieces_that_went_by(self):
@@ -3918,7 +4042,7 @@ class Accounting(GatewayCase):
         self.ask("POST", "/api/chat", CHAT)
         eventually(lambda: len(self.store.usage("user", 0)) == 2, "the account")
         told = self.ask("GET", "/me", token=token).json()
-        self.assertEqual(set(told), KEYS | {"left", "usage"})
+        self.assertEqual(set(told), (KEYS | {"left", "usage"}) - {"last_used_at", "expired"})
         self.assertEqual((told["user"], told["models"], told["rpm"]), ("eve", ["tiny*"], 60))
         self.assertEqual({name: (left["limit"], left["remaining"]) for name, left in told["left"].items()},
                          {"rpm": (60, 59), "max_parallel": (4, 4), "tokens_per_day": (1000, 987)})
@@ -3944,7 +4068,7 @@ class AccountByTheClock(Case):
 
     def use(self, completion, account=None):
         record = gateway.Record("", 0)
-        record.token, record.route, record.label, record.status = self.token, "/api/chat", "tiny:latest", 200
+        record.token, record.route, record.known_model, record.status = self.token, "/api/chat", "tiny:latest", 200
         record.tap = unittest.mock.Mock(tokens=(0, completion))
         with (account or self.account).counting(record):
             pass
@@ -3979,6 +4103,29 @@ class AccountByTheClock(Case):
         other.store()
         self.now += 1
         self.assertEqual(self.account.spent(self.token), 9)
+
+    def test_a_database_that_is_locked_leaves_the_budget_as_it_was_known(self):
+        self.use(4)
+        self.assertEqual(self.account.spent(self.token), 4)
+        self.now += 5
+        with unittest.mock.patch.object(gateway.TokenTable, "spent", side_effect=gateway.Failure("locked")):
+            self.assertEqual(self.account.spent(self.token), 4)
+            with self.assertRaises(gateway.Failure):
+                self.open_account().spent(self.token)
+
+    def test_a_budget_read_while_the_account_is_being_stored_counts_nothing_twice(self):
+        self.use(60)
+        asked, told, real = threading.Event(), [], self.store.add_usage
+
+        def slowly(rows, uses):
+            thread.start()
+            asked.wait(GUARD)
+            real(rows, uses)
+        thread = threading.Thread(target=lambda: (asked.set(), told.append(self.account.spent(self.token))))
+        with unittest.mock.patch.object(self.store, "add_usage", slowly):
+            self.account.store()
+        thread.join(GUARD)
+        self.assertEqual(told, [60])
 
     def test_a_database_that_cannot_be_written_still_has_a_budget(self):
         self.store.writable = False
@@ -4025,7 +4172,7 @@ class UsageCommand(CommandCase):
     def test_a_table_says_what_is_unknown_and_names_the_database(self):
         out = self.succeeds("usage")
         self.assertIn(self.db, out)
-        self.assertRegex(out, r"=bob +2 +0 +1 +unknown +unknown +1")
+        self.assertRegex(out, r"=bob +2 +0 +1 +unknown +unknown +1\.0")
         self.assertRegex(out, r"6 requests, 90 tokens since 20\d\d-\d\d-\d\d \d\d:00 UTC")
         self.assertNotIn("█", out)
         self.assertRegex(self.succeeds("usage", "--by", "model"), "(?m)^- ")
@@ -4122,7 +4269,7 @@ class Metrics(GatewayCase):
         self.ask("POST", "/api/generate", CHAT)
         self.ask("POST", "/api/generate", CHAT)
         self.assertEqual([self.eventual("cancelled_total", ()), self.eventual("upstream_errors_total", ("upstream_failed",)),
-                          self.eventual("rate_limited_total", ("rate_limited",))], [1, 1, 1])
+                          self.eventual("rate_limited_total", ("rpm",))], [1, 1, 1])
 
     def test_unknown_models_and_paths_make_no_series(self):
         before = len(self.metrics())
@@ -4146,7 +4293,7 @@ class Metrics(GatewayCase):
         record.token = self.store.list("ada")[0]
         with unittest.mock.patch.object(gateway, "MOST_SERIES", 3):
             for number in range(9):
-                record.label = f"m{number}"
+                record.known_model = f"m{number}"
                 meters.observe(record)
         lines = [line for line in meters.lines() if "requests_total{" in line or "duration_seconds_count" in line]
         self.assertEqual(len(lines), 8)
@@ -4314,6 +4461,28 @@ class Concurrency(GatewayCase):
         self.elsewhere("token", "delete", "bob", "desk")
         self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(secret)), 401)
 
+    def test_every_change_counts_at_the_next_request_however_fast_they_follow(self):
+        with Client(self.server.server_address) as client, contextlib.closing(gateway.open_store(self.db)) as store:
+            for number in range(100):
+                store.update("ada", "laptop", admin=number % 2)
+                self.assertStatus(client.ask("GET", "/metrics", None, bearer(self.token)), 200 if number % 2 else 403)
+
+    def test_a_change_of_long_ago_is_not_asked_for_again_and_the_next_one_counts(self):
+        """Not even an own file time that lies is in the way of the next change."""
+        with Client(self.server.server_address) as client, contextlib.closing(gateway.open_store(self.db)) as store:
+            for status in (403, 200, 403, 200):
+                store.update("ada", "laptop", admin=status == 200)
+                for _ in range(3):
+                    self.assertStatus(client.ask("GET", "/metrics", None, bearer(self.token)), status)
+                    os.utime(self.db, (1e9, 1e9))
+
+    def test_what_a_stranger_to_this_program_changes_counts_within_a_second(self):
+        os.utime(self.db, (1e9, 1e9))
+        self.assertStatus(self.ask("GET", "/api/tags"), 200)
+        with contextlib.closing(sqlite3.connect(self.db, isolation_level=None)) as db:
+            db.execute("DELETE FROM tokens WHERE user = 'ada'")
+        eventually(lambda: self.ask("GET", "/api/tags").status == 401, "the noticing")
+
     def test_what_another_process_imports_counts_at_the_next_request(self):
         other = self.open_store(self.path("other.db"))
         secret = other.create("eve", "desk")[1]
@@ -4360,6 +4529,15 @@ class Concurrency(GatewayCase):
         self.assertStatus(self.ask("GET", "/api/tags"), 200)
         hold.set()
         self.assertEqual([client.answer().ended for client in waiting], ["clean"] * 30)
+
+    def test_uses_alone_do_not_have_the_tokens_read_again(self):
+        def generation():
+            with contextlib.closing(sqlite3.connect(self.db)) as db:
+                return db.execute("SELECT generation FROM state").fetchone()
+        before, token = generation(), self.store.list("ada")[0].id
+        for when in (1000, 1000, 1001, 900):
+            self.store.add_usage({}, {token: when})
+        self.assertEqual((generation(), self.store.list("ada")[0].last_used_at), (before, 1001))
 
     def test_eight_processes_making_tokens_at_once_lose_none(self):
         script = CREATE_FIVE.format(here=HERE)
@@ -5080,6 +5258,9 @@ class Promises(unittest.TestCase):
                 if origin != "frozen":
                     origin = os.path.realpath(origin)
                     self.assertTrue(origin.startswith(tuple(library)) and "site-packages" not in origin, (name, origin))
+
+    def test_sqlite_3_26_knows_the_upserts(self):
+        self.assertNotRegex(self.source, r"ON CONFLICT\s+DO")     # without a target since 3.35 only
 
     def test_both_files_are_python_3_8(self):
         for source in (self.source, self.tests):
