@@ -98,7 +98,7 @@ READ_BYTES = 64 * KIB       # one read from a socket, and as much of a pipelined
 DRAIN_BYTES = 16 * MIB      # read from a refused client, so that it gets to see the refusal
 SCAN_STEPS = 100_000        # brackets and strings of a body looked at for its model; about 50 ms
 VALUE_BYTES = 4 * KIB       # of a member's value that is kept; a model's name, all escapes, may take 3.5 KiB
-OUTLINE_BYTES = 256 * KIB   # of all of them
+OUTLINE_BYTES = 64 * KIB    # of all of them
 FORM_PARTS = 100            # of a form that is looked into
 
 BODY_SECONDS = 60           # without a byte of a request body that was promised
@@ -931,6 +931,7 @@ class Outline:
 
     TOKEN = re.compile(rb'"(?:[^"\\]{0,256}")?|[{}\[\]]')  # a short plain string whole, of others the quote
     QUOTE = re.compile(rb'(?<!\\)(?:(\\{2,})"|")')          # that ends a string, unless an odd run escapes it
+    LAST_RUN = re.compile(rb"(?<!\\)\\+\Z")
     DECODER = json.JSONDecoder(object_pairs_hook=tuple, parse_constant=lambda _: LONG)
 
     def __init__(self, most_steps=sys.maxsize):
@@ -968,7 +969,7 @@ class Outline:
         token = self.TOKEN.search(data, at)
         if token is None:
             return len(data)
-        if self._depth == 1 and token.start() > at + VALUE_BYTES:
+        if self._depth == 1 and token.start() > at + KIB:
             return token.start()    # blanks, or a number without end
         mark = token[0]
         if self._depth == 1:
@@ -986,9 +987,8 @@ class Outline:
                 self._quoted = False
                 return quote.end()
             self._step()
-        if data[-1:] == b"\\":
-            rest = data[at:]
-            self._escaped = (len(rest) - len(rest.rstrip(b"\\"))) % 2 == 1
+        run = self.LAST_RUN.search(data, at) if data[-1:] == b"\\" else None
+        self._escaped = run is not None and (run.end() - run.start()) % 2 == 1
         return len(data)
 
     def _keep(self, data, at, end):
@@ -1032,7 +1032,7 @@ def asks_for_usage(members):
         if options is LONG:
             raise Unreadable('its "stream_options" are too long')
         for value in fold(options).get("include_usage", ()) if isinstance(options, tuple) else [False]:
-            asks = value is True
+            asks = asks if value is None else value is True
     return asks
 
 
@@ -1070,11 +1070,14 @@ def asked_in_json(data, wants_usage=False):
     return Asked(names[0] or names[1], outline.size - 1)
 
 
-FORM = re.compile(r'multipart/form-data(?: *; *charset=[\w-]+)? *; *boundary=(?:"([^"\\]{1,70})"|([^\s";]{1,70})) *',
-                  re.IGNORECASE)
-DISPOSITION = re.compile(rb'content-disposition: *form-data; *name="([^"\\]*)"'
-                         rb'(; *filename="(?:[^"\\]|\\.)*")?(; *filename\*=[^\s";]*)?', re.IGNORECASE)
-PART_FIELD = re.compile(rb"content-(?:type|length):[^\r\n]*", re.IGNORECASE)
+FORM = re.compile(r'multipart/form-data(?: *; *charset=[\w-]+)? *; *boundary=(?:"([^"\\]{1,70})"|([^\s";]{1,70}))'
+                  r'(?: *; *charset=[\w-]+)? *', re.IGNORECASE)
+DISPOSITION = re.compile(
+    rb'content-disposition: *form-data((?:; *(?:name|filename)=(?:"(?:[^"\\]|\\.)*"|[\w!#$%&+.^`|~-]+)'
+    rb'|; *filename\*=[^\s";]*)+)', re.IGNORECASE)
+PARAMETER = re.compile(rb'; *([\w*]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s";]*))')
+PART_FIELD = re.compile(rb"(?:content-(?:type|length|id)|mime-version):[^\r\n]*"
+                        rb"|content-transfer-encoding: *(?:7bit|8bit|binary) *", re.IGNORECASE)
 
 
 def form_parts(content_type, data):
@@ -1087,7 +1090,7 @@ def form_parts(content_type, data):
         raise Unreadable("it is no multipart/form-data with a plain boundary")
     delimiter = b"--" + (form[1] or form[2]).encode("latin-1")
     found = [match.span() for match in itertools.islice(re.finditer(re.escape(delimiter), data), FORM_PARTS + 2)]
-    if not found or found[0][0] or len(found) > FORM_PARTS + 1 \
+    if not found or data[:found[0][0]] not in (b"", b"\r\n") or len(found) > FORM_PARTS + 1 \
             or data[found[-1][1]:found[-1][1] + 5] not in (b"--", b"--\r\n"):
         raise Unreadable("it is no form, or has too many parts")
     for (_, start), (end, _) in zip(found, found[1:]):
@@ -1105,8 +1108,12 @@ def asked_in_form(content_type, data):
         named = [match for match in map(DISPOSITION.fullmatch, lines) if match]
         if len(named) != 1 or not all(PART_FIELD.fullmatch(line) for line in lines if line != named[0][0]):
             raise Unreadable("a part of the form has other headers than clients send")
-        if named[0][1] == b"model":
-            if models or named[0][2] or named[0][3] or content[1] - content[0] > VALUE_BYTES:
+        names = [(name.lower(), quoted or plain) for name, quoted, plain in PARAMETER.findall(named[0][1])]
+        parameters = dict(names)
+        if len(parameters) < len(names) or b"\\" in parameters.get(b"name", b"\\"):
+            raise Unreadable("a part of the form has no plain name")
+        if parameters[b"name"] == b"model":
+            if models or len(parameters) > 1 or content[1] - content[0] > VALUE_BYTES:
                 raise Unreadable('it has more than one plain field "model"')
             models.append(data[slice(*content)])
     try:
@@ -1115,9 +1122,9 @@ def asked_in_form(content_type, data):
         raise Unreadable("it is no UTF-8") from None
 
 
-NAME_PART = re.compile(r"[a-z0-9_][a-z0-9_.-]*", re.ASCII)
-HOST_PART = re.compile(r"[a-z0-9_][a-z0-9_.:-]*", re.ASCII)
-ON_ACCOUNT = re.compile(r"[:-]cloud(?::local)*\Z")  # internal/modelref
+NAME_PART = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,79}", re.ASCII)
+HOST_PART = re.compile(r"[a-z0-9_][a-z0-9_.:-]{0,349}", re.ASCII)
+ON_ACCOUNT = re.compile(r"[:-]\s*cloud(?:\s*:\s*local)*\Z")  # internal/modelref
 
 
 def spellings(model):
@@ -1593,13 +1600,13 @@ class TokenTable:
                         raise
         return self._tokens.get(digest_of(secret))
 
-    def spent(self, token, since):
-        """Return the tokens of prompts and completions that the account has of a token since; raise Failure."""
+    def spent(self, token, day):
+        """Return the tokens of prompts and completions that the account has of a token on a day; raise Failure."""
         try:
             with self._lock:
                 return self._db.execute(f"SELECT ifnull(sum({TOKENS_USED}), 0) FROM usage "
-                                        "WHERE user = ? AND name = ? AND hour >= ?",
-                                        (token.user, token.name, since)).fetchone()[0]
+                                        "WHERE user = ? AND name = ? AND hour >= ? AND hour < ?",
+                                        (token.user, token.name, day * DAY, (day + 1) * DAY)).fetchone()[0]
         except sqlite3.Error as error:
             raise Failure(f"the database refuses: {error}") from None
 
@@ -1939,7 +1946,9 @@ class HeldBody:
         if self._file is None:
             yield self._data
         else:
-            with mmap.mmap(self._file.fileno(), self.size, access=mmap.ACCESS_READ) as view:
+            with disk_errors():
+                view = mmap.mmap(self._file.fileno(), self.size, access=mmap.ACCESS_READ)
+            with view:
                 yield view
 
     def insert(self, at, extra):
@@ -1952,6 +1961,7 @@ class HeldBody:
                 rest = self._file.read()
                 self._file.seek(at)
                 self._file.write(extra + rest)
+                self._file.flush()
         self.size += len(extra)
 
     def __enter__(self):
@@ -1959,7 +1969,8 @@ class HeldBody:
 
     def __exit__(self, *_):
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what it still has to write is not needed
+                self._file.close()
 
 
 NO_BODY = HeldBody(declared=False)
@@ -2079,11 +2090,12 @@ class ClientStream:
     def _spool_body(self, data):
         import tempfile  # few requests need it, and every start would wait for it
         with disk_errors(), contextlib.ExitStack() as stack:
-            file = stack.enter_context(tempfile.TemporaryFile(buffering=0))
+            file = stack.enter_context(tempfile.TemporaryFile())
             size = file.write(data)
             while not self.body.complete:
                 size += file.write(self.read_body())
                 self._bound_body(size)
+            file.flush()
             stack.pop_all()
             return HeldBody(file=file, size=size)
 
@@ -2260,9 +2272,9 @@ class Gateway:
                 self._router.permit_model(route, asked, token)
                 if asked.usage_at:
                     body.insert(asked.usage_at, ASK_FOR_USAGE)
-                with self._limiter.admit(route, token, record, client.wire), \
+                with self._limiter.admit(route, token, record, client.wire) as leave, \
                         self._upstream.open(route.method, path, request, body, record.id, client.wire) as reply:
-                    last = self._relay(reply, client, route, asked, token)
+                    last = self._relay(reply, client, route, asked, token, leave)
             client.write(last, last=True)   # only now: whoever has read it finds the limits and the upstream free again
         except Refusal as refusal:
             record.code, record.why = refusal.code, str(refusal)
@@ -2668,7 +2680,7 @@ class Account:
                 return spent
         with self._storing, self._lock:     # what is not pending is in the database, and the other way round
             try:
-                stored = self._tokens.spent(token, day * DAY)
+                stored = self._tokens.spent(token, day)
             except Failure:
                 if known_day != day:
                     raise
@@ -2809,16 +2821,20 @@ class Limiter:
 
     @contextlib.contextmanager
     def admit(self, route, token, record, wire):
-        """Let a request in for the with block, when it is its turn; raise Refusal for one that goes beyond a limit."""
-        if route.kind != "inference":
-            yield
-            return
-        with self._hold(token, record), self._turns.line_up(token.user) as place, self._account.counting(record):
-            record.queued = place.wait(wire)
-            if record.queued:
-                self._refuse_beyond(self._budget(token))    # others' requests may have used it up meanwhile
-            record.admitted = time.monotonic()
-            yield
+        """Let a request in, when it is its turn, for the with block or until what that is given is called.
+
+        Raises Refusal for a request that goes beyond a limit.
+        """
+        with contextlib.ExitStack() as admission:
+            if route.kind == "inference":
+                admission.enter_context(self._hold(token, record))
+                place = admission.enter_context(self._turns.line_up(token.user))
+                admission.enter_context(self._account.counting(record))
+                record.queued = place.wait(wire)
+                if record.queued:
+                    self._refuse_beyond(self._budget(token))    # others' requests may have used it up meanwhile
+                record.admitted = time.monotonic()
+            yield admission.close
 
     @contextlib.contextmanager
     def _hold(self, token, record):
@@ -3192,6 +3208,7 @@ class Tap:
     """
 
     tokens = (None, None)
+    ended = False       # the last line that matters was seen
     alters = False      # the client gets other bytes than Ollama sent
     held = b""          # what the client is still to get, should no more come
 
@@ -3234,12 +3251,12 @@ class ObjectTap(Tap):
 class StreamTap(Tap):
     """Reads the tokens in a stream of lines: where none tells them, the pieces that went by count.
 
-    marks: what the line that tells has in it, the last of them if there are more, and what each piece has. A text has
-    neither, for its quotes are escaped.
+    marks: what a line that tells has in it, what each piece has, and how the last line begins, if that is another one.
+    No text has them, for its quotes and line ends are escaped.
     """
 
     def __init__(self, marks):
-        self._mark, self._piece_mark = marks
+        self._mark, self._piece_mark, self._end_mark = marks
         self._line = b""        # one that has not ended yet
         self._told, self._pieces = (0, 0), 0
 
@@ -3261,28 +3278,41 @@ class StreamTap(Tap):
             for line in lines.split(b"\n"):
                 if self._mark in line:
                     self.read(line)
+        if self._end_mark and (lines.startswith(self._end_mark) or b"\n" + self._end_mark in lines):
+            self.ended = True
 
     def read(self, line):
         """Read the tokens that a line tells; of Responses' events they are within the "response"."""
-        outline = Outline()
+        outline, start = Outline(), line.find(b"{")
+        if line.startswith(b'data: {"type":"response.'):
+            start = line.find(b"{", start + 1)
         with contextlib.suppress(Unreadable):
-            outline.feed(line[line.find(b"{", max(line.find(b'"response":{'), 0)):])
-            self._told = told_tokens(outline.members())
+            outline.feed(line[start:])
+            members = outline.members()
+            if "done" in members:
+                self.ended = members["done"][-1] is True    # else a tool's arguments have the mark
+            if self.ended or "done" not in members:
+                self._told = told_tokens(members)
 
 
 class SplicedTap(StreamTap):
     """Takes the usage out again that a stream of events tells only because the gateway asked for it."""
 
     alters = True
+    _event = b""        # one that has not ended yet
     USAGE = re.compile(rb',"usage":(?:null|\{(?:[^{}]|\{[^{}]*\})*\})(?=\}\s*\Z)')
 
     def pass_on(self, piece, last):
-        data = self.held + piece
+        data = self._event + piece
         end = len(data) if last or len(data) > LINE_LIMIT else data.rfind(b"\n\n") + 2
         end = 0 if end == 1 else end    # not found
-        events, self.held = data[:end], data[end:]
+        events, self._event = data[:end], data[end:]
         self.look_at(events)
         return b"".join(map(self._without_usage, re.split(rb"(?<=\n\n)", events))) if b'"usage":' in events else events
+
+    @property
+    def held(self):
+        return self._event.partition(b',"usage":')[0]
 
     def _without_usage(self, event):
         usage = self.USAGE.search(event)
@@ -3292,10 +3322,10 @@ class SplicedTap(StreamTap):
 
 
 STREAM_MARKS = {    # by content type and path, where that matters
-    "application/x-ndjson": (b'"done":true', b'"done":false'),
-    "text/event-stream": (b'"choices":[]', b'data: {"'),
-    "/v1/messages": (b'"usage":{', b"event: content_block_delta"),
-    "/v1/responses": (b'"usage":{', b".delta\n")}
+    "application/x-ndjson": (b'"done":true', b'"done":false', None),
+    "text/event-stream": (b'"choices":[]', b'data: {"', b"data: [DONE]"),
+    "/v1/messages": (b'"usage":{', b"event: content_block_delta", b"event: message_stop"),
+    "/v1/responses": (b'"usage":{', b".delta\n", b"event: response.completed")}
 TELLS_NO_TOKENS = ("/api/embeddings", "/v1/audio/transcriptions")
 
 
@@ -3330,10 +3360,11 @@ def only_listed(reply, key, globs):
         raise Refusal("upstream_failed", "Ollama's list of models cannot be read") from None
 
 
-def relay(reply, client, route, asked, token):
+def relay(reply, client, route, asked, token, leave):
     """Pass the answer on, each piece when it comes, but for the last one: return that.
 
-    While the client does not read, nothing is read for it.
+    While the client does not read, nothing is read for it. A client may ask again as soon as it has seen a stream's
+    last line, and not wait for the body's end: before that line goes out, the request has to `leave` its place.
     """
     record, lines = client.record, reply.head.lines
     if reply.status == 503 and not reply.field("retry-after"):  # Ollama's queue is full
@@ -3356,7 +3387,10 @@ def relay(reply, client, route, asked, token):
             if tap and tap.held:
                 client.write(tap.held)
             raise
-        piece = tap.pass_on(piece, reply.complete) if tap else piece
+        if tap:
+            piece = tap.pass_on(piece, reply.complete)
+            if tap.ended:
+                leave()
         if reply.complete:
             return piece
         client.write(piece)
@@ -3625,8 +3659,8 @@ def build_server(settings, store, log=None):
     upstream = Upstream(settings.ollama_url, settings.connect_timeout, settings.first_byte_timeout,
                         settings.stall_timeout)
     limits = ConnectionLimits(settings.max_body, settings.header_timeout, settings.idle_timeout)
-    connections = Connections(connections_that_fit(  # a connection's other one is upstream, or the queue's bell
-        settings.max_connections, 3 if settings.max_parallel else 2))
+    connections = Connections(connections_that_fit(  # each with one upstream or, waiting, a bell and a spooled body
+        settings.max_connections, 4 if settings.max_parallel else 2))
     tokens = TokenTable(store)
     account = Account(store, tokens)
     turns = Turns(settings.max_parallel, settings.max_queue, settings.queue_timeout)

@@ -3338,7 +3338,16 @@ class Listed(GatewayCase):
             ("another in the query, where net/http looks first", form(tiny), None, "?model=secret", (400, 400)),
             ("a file of that name", form(tiny, more=b'; filename="a"'), None, "", (400, 400)),
             ("a name that is encoded", form((b"model*=utf-8''model\"; name=\"x", b"secret")), None, "", (400, 400)),
-            ("no quotes", form(tiny).replace(b'"model"', b"model"), None, "", (400, 400)),
+            ("no quotes, as .NET writes it", form(tiny, secret[::-1]).replace(b'"', b""), None, "", (200, 200)),
+            ("another's without quotes", form(secret).replace(b'"', b""), None, "", (403, 200)),
+            ("a binary content, as Dart writes it", form(tiny).replace(b"\r\n\r\n", b"\r\nContent-Transfer-Encoding: binary\r\n\r\n"), None, "",
+             (200, 200)),
+            ("a file's name first", form(tiny, end=b'--x\r\nContent-Disposition: form-data; filename="a\\"b.wav"; name="file"\r\n\r\nx\r\n--x--'),
+             None, "", (200, 200)),
+            ("a line before it", b"\r\n" + form(tiny), None, "", (200, 200)),
+            ("two names", form(tiny, more=b'; name="secret"'), None, "", (400, 400)),
+            ("a name that goes on", form((b'mod\\el', b"secret")), None, "", (400, 400)),
+            ("no name", b'--x\r\nContent-Disposition: form-data; filename="a"\r\n\r\nx\r\n--x--', None, "", (400, 400)),
             ("a content that is encoded", form(tiny).replace(b"\r\n\r\n", b"\r\nContent-Transfer-Encoding: quoted-printable\r\n\r\n"), None, "",
              (400, 400)),
             ("a folded header", form(tiny).replace(b"; name", b";\r\n name"), None, "", (400, 400)),
@@ -3547,6 +3556,23 @@ class Limited(GatewayCase):
     def test_one_after_the_other_is_never_two_at_once(self):
         token = self.limited(max_parallel=1)
         self.assertEqual({self.ask("POST", "/api/chat", {**CHAT, "stream": number % 2 > 0}, token=token).status for number in range(60)}, {200})
+
+    def test_a_client_that_has_read_the_last_line_may_ask_at_once(self):
+        """Clients stop at it, and do not wait for the end of the body."""
+        token, hold = self.limited(max_parallel=1), self.hold()
+        for path, kind, pieces in (
+                ("/api/chat", NDJSON, [LINE, compact({"done": True, "eval_count": 2}) + b"\n"]),
+                ("/v1/chat/completions", SSE, [EVENT, b"data: [DONE]\n\n"]),
+                ("/v1/messages", SSE, [EVENT, b"event: message_stop\ndata: {}\n\n"]),
+                ("/v1/responses", SSE, [EVENT, b'event: response.completed\ndata: {"type":"response.completed","response":{}}\n\n'])):
+            with self.subTest(path):
+                self.fake.replies[path] = Reply.stream(*pieces, hold, kind=kind)
+                client = self.begin("POST", path, {**CHAT, "stream": True}, token=token)
+                client.read(client.head(), until=pieces[-1])
+                self.assertStatus(self.ask("POST", "/api/embed", CHAT, token=token), 200)
+                client.close()
+        eventually(lambda: [row["requests"] for row in self.store.usage("user", 0) if row["user"] == "eve"] == [8], "the account")
+        self.assertEqual([row["cancelled"] for row in self.store.usage("user", 0)], [0], "they had all they wanted")
 
     def test_real_clients_at_once_are_held_to_it(self):
         hold, token = self.hold(), self.limited(max_parallel=3)
@@ -3842,6 +3868,19 @@ class Tapping(unittest.TestCase):
                 for at in range(len(body)):
                     tap.pass_on(body[at:at + 1], at == len(body) - 1)
                 self.assertEqual(tap.tokens, cost)
+
+    def test_a_tools_arguments_are_no_usage(self):
+        tap = self.tap("/api/chat", NDJSON, False)
+        call = b'{"message":{"tool_calls":[{"function":{"arguments":{"done":true,"response":{"eval_count":99},"eval_count":77}}}]},%s}\n'
+        tap.pass_on(call % b'"done":false', False)
+        self.assertEqual((tap.tokens, tap.ended), ((0, 1), False))
+        tap.pass_on(call % b'"done":true,"prompt_eval_count":3,"eval_count":4', True)
+        self.assertEqual(tap.tokens, (3, 4))
+
+    def test_what_is_held_of_a_broken_stream_is_as_if_nothing_had_been_asked(self):
+        tap = self.tap("/v1/completions", SSE, True)
+        self.assertEqual(tap.pass_on(b'data: {"x":1}\n\ndata: {"id":"1","usage":{"pro', False), b'data: {"x":1}\n\n')
+        self.assertEqual(tap.held, b'data: {"id":"1"')
 
     def test_an_answer_that_is_not_streamed_is_read_whatever_its_size(self):
         tap = self.tap("/api/embed", JSON, False)
@@ -4653,6 +4692,19 @@ class Load(GatewayCase):
         body = compact({"images": ["x" * 3_000_000], "model": "tiny"})
         self.assertStatus(self.ask("POST", "/api/chat", body), 200)
         self.assertEqual((self.upstream().body, self.logged()["model"]), (body, "tiny"))
+
+    @unittest.skipUnless(hasattr(signal, "SIGXFSZ"), "needs a limit of a file's size")
+    def test_a_body_that_fits_the_disk_in_part_is_refused_and_never_cut(self):
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        self.addCleanup(signal.signal, signal.SIGXFSZ, signal.signal(signal.SIGXFSZ, signal.SIG_IGN))
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_FSIZE, (soft, hard))
+        body = compact({**CHAT, "stream": True, "images": ["x" * 2_000_000]})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(body) - 5, hard))
+        self.assertRefused(self.ask("POST", "/v1/chat/completions", body), 503, "/v1/chat/completions")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(body) + 5, hard))     # enough for it, and not for what is put in
+        self.assertRefused(self.ask("POST", "/v1/chat/completions", body), 503, "/v1/chat/completions")
+        self.assertEqual(self.fake.received, [])
 
     def test_without_room_for_a_large_body_small_ones_go_on(self):
         with unittest.mock.patch("tempfile.TemporaryFile", side_effect=OSError(errno.ENOSPC, "No space left on device")):
