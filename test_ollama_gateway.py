@@ -3404,8 +3404,11 @@ class FreeAccount:
     def day_left(self):
         return 3600
 
-    def counting(self, record):
-        return contextlib.nullcontext()
+    def begin(self, record):
+        """Count nothing."""
+
+    def end(self, record, failure):
+        """Count nothing."""
 
 
 class LimitsByTheClock(unittest.TestCase):
@@ -3619,9 +3622,11 @@ class TurnsInOrder(unittest.TestCase):
 
     def line_up(self, user):
         """Take a place; return it and what gives it up."""
-        held = contextlib.ExitStack()
-        self.addCleanup(held.close)
-        return held.enter_context(self.turns.line_up(user)), held.close
+        place = self.turns.line_up(user)
+        cleanup = contextlib.ExitStack()
+        cleanup.callback(self.turns.leave, place)
+        self.addCleanup(cleanup.close)
+        return place, cleanup.close
 
     def served(self, lined_up):
         """End one request after another and return whose turns they were."""
@@ -4109,8 +4114,8 @@ class AccountByTheClock(Case):
         record = gateway.Record("", 0)
         record.token, record.route, record.known_model, record.status = self.token, "/api/chat", "tiny:latest", 200
         record.tap = unittest.mock.Mock(tokens=(0, completion))
-        with (account or self.account).counting(record):
-            pass
+        (account or self.account).begin(record)
+        (account or self.account).end(record)
 
     def test_a_day_ends_at_midnight_utc_and_never_comes_back(self):
         self.use(4)
