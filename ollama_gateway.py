@@ -914,6 +914,7 @@ class Unreadable(Exception):
     """A body that does not tell for sure what Ollama will read in it."""
 
 
+NUMBER_STARTS = frozenset(b"%c" % digit for digit in b"-0123456789")
 LONG = object()     # stands for a value that was too long to keep
 
 
@@ -984,10 +985,22 @@ class Outline:
             self._value = len(self._kept) + token.start() - at
         if mark.startswith(b'"'):
             self._quoted = len(mark) == 1
-        else:
+            return token.end()
+        numbers_end = self._numbers_end(data, token.end()) if mark == b"[" else 0
+        if not numbers_end:
             self._depth += 1 if mark in b"{[" else -1
             self.closed = self._depth <= 0
-        return token.end()
+        return numbers_end or token.end()
+
+    def _numbers_end(self, data, at):
+        """Return where a list of numbers ends whose inside `at` is, 0 if it is another list: an embedding is 10 KB."""
+        end = data.find(b"]", at, at + READ_BYTES) if data[at:at + 1] in NUMBER_STARTS else -1
+        if end < 0:
+            return 0
+        if any(data.find(mark, at, end) >= 0 for mark in (b'"', b"[", b"{")):
+            self._steps -= 10   # for having looked in vain
+            return 0
+        return end + 1
 
     def _string_end(self, data, at):
         for quote in self.QUOTE.finditer(data, at):
@@ -1009,6 +1022,8 @@ class Outline:
             if not within and not self.closed and data[end - 1:end] not in b'"}]':
                 self._kept += b" ".join(data[at:end].split())[:VALUE_BYTES]  # what stands between keys and values
                 return
+            before = max(self._value - len(self._kept), 0)  # what stands before the value
+            self._kept += data[at:at + before]
             self._kept[self._value:] = b"NaN"
         self._leaving_out = within
 
@@ -2930,7 +2945,7 @@ class Limiter:
         self._account.begin(record)
 
     def wait(self, token, record, wire):
-        """Wait for a request's turn; raise Refusal when that takes too long, or the day's tokens are used up meanwhile."""
+        """Wait for a request's turn; raise Refusal when that takes too long, or the day's tokens are gone by then."""
         record.queued = record.place.wait(wire)
         if record.queued:
             self._refuse_beyond(self._budget(token))

@@ -3901,6 +3901,13 @@ class Tapping(unittest.TestCase):
         for at in range(0, len(line), 65536):
             tap.pass_on(line[at:at + 65536], False)
         self.assertEqual(tap.tokens, (9, 2))
+        for size in range(600, 900, 7):     # around what is kept of a value, whole and in halves
+            line = b'{"done":true , "context" : [' + b"29901," * size + b'1] ,"prompt_eval_count":9,"eval_count":2}'
+            for pieces in (line,), (line[:2000], line[2000:]):
+                tap = self.tap("/api/generate", JSON, False)
+                for piece in pieces:
+                    tap.pass_on(piece, piece is pieces[-1])
+                self.assertEqual(tap.tokens, (9, 2), (size, len(pieces)))
 
     def test_odd_numbers_are_none(self):
         for value in (b"-5", b"1e9", b'"7"', b"null", b"[1]"):
