@@ -2555,21 +2555,20 @@ BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)  # RFC 6750 2.1; RFC 9110 1
 
 def secret_of(request):
     """Return the secret that a request shows, "" for none; raise Refusal for more than one."""
-    if request.repeated & {"authorization", "x-api-key"}:
+    authorization, secret = request.fields.get("authorization"), request.fields.get("x-api-key")
+    if request.repeated and request.repeated & {"authorization", "x-api-key"}:
         raise Refusal("malformed", "there are two credentials of one kind")
-    shown = []
-    if "authorization" in request.fields:
-        bearer = BEARER.fullmatch(request.fields["authorization"])
-        shown.append(bearer[1] if bearer else "")
-    if "x-api-key" in request.fields:
-        shown.append(request.fields["x-api-key"])
     if request.path_secret is not None:
-        if shown:
+        if authorization is not None or secret is not None:
             raise Refusal("malformed", "there is a token in the path and another credential beside it")
         return request.path_secret
-    if len(set(shown)) > 1:
-        raise Refusal("malformed", "Authorization and x-api-key differ")
-    return shown[0].encode("latin-1").decode("utf-8", "surrogateescape") if shown else ""
+    if authorization is not None:
+        bearer = BEARER.fullmatch(authorization)
+        shown = bearer[1] if bearer else ""
+        if secret not in (None, shown):
+            raise Refusal("malformed", "Authorization and x-api-key differ")
+        secret = shown
+    return (secret or "").encode("latin-1").decode("utf-8", "surrogateescape")
 
 
 def address_of(text):
