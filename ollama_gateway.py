@@ -39,7 +39,6 @@ import argparse
 import bisect
 import codecs
 import contextlib
-import csv
 import email.utils
 import errno
 import fnmatch
@@ -68,7 +67,6 @@ import sys
 import threading
 import time
 import types
-import unicodedata
 import urllib.parse
 import urllib.request
 from collections import OrderedDict, deque
@@ -90,7 +88,7 @@ NAME_LENGTH = 64            # fits a line of the table and of the log
 LINE_BYTES = 8 * KIB        # a request line; RFC 9112 3 asks for 8000 at least
 HEAD_BYTES = 32 * KIB       # all fields; SDKs send under 2 KiB, cookies of a shared domain up to 16
 KNOWN_HEADS = 256           # of those that were parsed already, how many are kept
-KNOWN_NAMES = 256           # of models, whose spellings are kept
+KNOWN_NAMES = 256           # of models and others, whose spellings are kept
 KNOWN_HEAD_BYTES = 1 * KIB  # of one that is kept; SDKs stay below that
 FIELD_COUNT = 100           # what http.client accepts too
 TRAILER_BYTES = 4 * KIB     # nobody sends any
@@ -576,7 +574,7 @@ class Record:
         self.route = self.known_model = ""  # the path in the table; the model's full name, once Ollama has owned to it
         self.admitted = self.answered = self.ended = None   # when it went upstream, its answer began, all was over
         self.outcome = self.code = self.why = None          # "broken" or "left", if it did not end well; the refusal's
-        self.counted = (0, 0, 0, None, None, 0.0)           # what of it the account has already
+        self.counted = None                                 # what of it the account has already
 
     @property
     def tokens(self):
@@ -922,7 +920,10 @@ def fold(pairs):
     """Return {key in lower case: [its values]} of a JSON object's members."""
     members = {}
     for key, value in pairs:
-        members.setdefault(key.lower().replace("\u017f", "s"), []).append(value)  # Go folds the long s too
+        key = key.lower()
+        if not key.isascii():
+            key = key.replace("\u017f", "s")    # Go folds the long s too
+        members.setdefault(key, []).append(value)
     return members
 
 
@@ -2718,21 +2719,24 @@ class Account:
 
     def _count(self, record, errors=0, cancelled=0):
         """Add what a request has used since it was last counted."""
-        seconds = time.monotonic() - record.admitted if record.admitted else 0.0
-        now = (1, errors, cancelled, *record.tokens, seconds)
-        new = [n if n is None or b is None else n - b for n, b in zip(now, record.counted)]
-        record.counted = now
         token, day = record.token, self._today()
+        prompt, completion = record.tokens
+        row = 1, errors, cancelled, prompt, completion, time.monotonic() - record.admitted if record.admitted else 0.0
+        if record.counted:
+            row, record.counted = [n if o is None or n is None else n - o for n, o in zip(row, record.counted)], row
+        else:
+            record.counted = row
         hour = max(int(self._clock()) // HOUR * HOUR, day * DAY)
-        self._add({(hour, token.user, token.name, record.known_model, record.route): new})
+        self._add({(hour, token.user, token.name, record.known_model, record.route): row})
         spent = self._spent.get((token.user, token.name))
         if spent and spent[0] == day:
-            self._spent[token.user, token.name] = (day, spent[1] + (new[3] or 0) + (new[4] or 0), spent[2])
+            self._spent[token.user, token.name] = (day, spent[1] + (row[3] or 0) + (row[4] or 0), spent[2])
 
     def _add(self, rows):
         for key, row in rows.items():
-            old = self._pending.get(key, (None,) * len(row))
-            self._pending[key] = [o if n is None else n if o is None else o + n for o, n in zip(old, row)]
+            old = self._pending.get(key)
+            self._pending[key] = row if old is None else [o if n is None else n if o is None else o + n
+                                                          for o, n in zip(old, row)]
 
     def used(self, token):
         """Note that a token is in use."""
@@ -3323,13 +3327,11 @@ def told_tokens(members):
     """Return the tokens that an answer's object tells of, in any dialect; what it leaves out is 0."""
     usage = members.get("usage", [None])[-1]
     told = fold(usage) if isinstance(usage, tuple) else members
-
-    def number(*keys):
-        values = [told[key][-1] for key in keys if key in told]
-        return min(max(values[0], 0), MOST_TOKENS) if values and isinstance(values[0], int) else 0
-
-    return (number("prompt_eval_count", "prompt_tokens", "input_tokens"),
-            number("eval_count", "completion_tokens", "output_tokens"))
+    for names in ("prompt_eval_count", "eval_count"), ("prompt_tokens", "completion_tokens"), ("input_tokens", "output_tokens"):
+        numbers = [told.get(name, [None])[-1] for name in names]
+        if numbers != [None, None]:
+            return tuple(min(max(number, 0), MOST_TOKENS) if isinstance(number, int) else 0 for number in numbers)
+    return 0, 0
 
 
 class ObjectTap(Tap):
@@ -3507,6 +3509,7 @@ def relay(reply, client, route, asked, token, leave):
 PLAIN = re.compile(r"[!#-<>-\[\]-~]+")
 
 
+@functools.lru_cache(KNOWN_NAMES)
 def log_value(value):
     """Return a value for a log line: as it is if it is plain, else quoted, control characters escaped."""
     text = "-" if value in (None, "") else str(value)
@@ -3822,6 +3825,7 @@ def terminal_width():
 
 def text_width(text):
     """Return how many columns of a terminal a text takes."""
+    import unicodedata  # which `serve` never needs
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
@@ -3994,6 +3998,7 @@ def cmd_token_delete(args):
 
 def as_csv(keys, rows):
     """Write rows, dictionaries, as CSV that a spreadsheet takes for text."""
+    import csv  # here and in exported_rows: `serve` never needs it
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(keys)
@@ -4037,6 +4042,7 @@ def cmd_token_export(args):
 
 def exported_rows(text):
     """Return the rows of an exported file, either format, as dictionaries of what stands in it; raise ValueError."""
+    import csv
     if text.lstrip().startswith("{"):
         whole = json.loads(text)
         rows = whole.get("tokens")
@@ -4045,8 +4051,11 @@ def exported_rows(text):
         versions = {str(whole.get("version"))}
     else:
         reader = csv.DictReader(io.StringIO(text, newline=""), restkey="")
-        rows = [{key: cell[1:] if cell and cell.startswith("'") else cell for key, cell in row.items() if key}
-                for row in reader]
+        try:
+            rows = [{key: cell[1:] if cell and cell.startswith("'") else cell for key, cell in row.items() if key}
+                    for row in reader]
+        except csv.Error as error:
+            raise ValueError(str(error)) from None
         if "version" not in (reader.fieldnames or ()):
             raise ValueError("its first line does not name the columns")
         if any(None in row.values() for row in rows):
@@ -4089,7 +4098,7 @@ def cmd_token_import(args):
         rows = [imported_row(row, number) for number, row in enumerate(exported_rows(text.lstrip("\ufeff")), 1)]
     except (OSError, UnicodeDecodeError) as error:
         raise Failure(f"cannot read {args.file}: {getattr(error, 'strerror', None) or error}") from None
-    except (ValueError, csv.Error, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise Failure(f'{args.file} is no file of "token export": {error}; nothing was imported') from None
     with open_command_store(args, create=True) as store:
         added = store.import_rows(rows)
