@@ -110,7 +110,8 @@ LINE_LIMIT = 8 * MIB        # of a stream's line; Ollama's own client reads no l
 MOST_TOKENS = 10 ** 9       # that one request can have cost
 PROBE_SECONDS = 2           # how long the upstream may take to say its version
 JOURNAL_SECONDS = 0.05      # how long finished requests gather before they are written
-TOUCH_SECONDS = 3           # how old a file's time must be to tell two changes apart: FAT counts in twos
+FINE_TICK = 0.1             # how old a file's time must be, in seconds, to tell its change from a later one,
+COARSE_TICK = 3             # and how old where the file system knows whole seconds only: FAT counts in twos
 STORE_SECONDS = 0.5         # how long the account and tokens' last uses gather before they are stored
 CLOSE_SECONDS = 2           # how long a stopping server waits for its threads to cut what they serve
 AWAY_SECONDS = 2            # how long one that was turned away may take to read why
@@ -1631,7 +1632,8 @@ class TokenTable:
             touched = os.stat(self._path).st_mtime
         except OSError:
             touched = now
-        if touched != self._touched or abs(now - touched) < TOUCH_SECONDS or abs(now - self._asked) > STORE_SECONDS:
+        tick = FINE_TICK if touched % 1 else COARSE_TICK
+        if touched != self._touched or abs(now - touched) < tick or abs(now - self._asked) > STORE_SECONDS:
             with self._lock:
                 try:
                     self._refresh()
@@ -2029,16 +2031,12 @@ class HeldBody:
             self._file.seek(0)
             yield from iter(lambda: self._file.read(READ_BYTES), b"")
 
-    @contextlib.contextmanager
     def view(self):
-        """Hold the bytes, to be searched, for the with block; of a file only those in sight take memory."""
+        """Return the bytes, to be searched within a with block; of a file only those in sight take memory."""
         if self._file is None:
-            yield self._data
-        else:
-            with disk_errors():
-                view = mmap.mmap(self._file.fileno(), self.size, access=mmap.ACCESS_READ)
-            with view:
-                yield view
+            return contextlib.nullcontext(self._data)
+        with disk_errors():
+            return mmap.mmap(self._file.fileno(), self.size, access=mmap.ACCESS_READ)
 
     def insert(self, at, extra):
         """Put bytes in between; what follows them must fit memory."""
@@ -2167,8 +2165,11 @@ class ClientStream:
             return LiveBody(self)
         if self.body.complete:
             return HeldBody(declared="content-length" in self.request.fields)
-        data = bytearray()
         self._bound_body(self.body.left)
+        piece = self.read_body()
+        if self.body.complete and len(piece) <= SPOOL_BYTES:
+            return HeldBody(piece)
+        data = bytearray(piece)
         while not self.body.complete:
             data += self.read_body()
             self._bound_body(len(data))
@@ -3133,6 +3134,7 @@ class ReplyHead(NamedTuple):
     phrase: str
     fields: dict            # by their names in lower case
     lines: str              # those that go to the client, as they came
+    kind: str               # the content type, without its parameters
     length: Optional[int]
     chunked: bool
     keeps: bool             # the connection may go on after the answer
@@ -3152,6 +3154,7 @@ def parse_reply_head(line, block):
     lines = "".join(f"{name}: {value}\r\n" for name, value in pairs
                     if name.lower() not in hop and passes_on(name.lower()))
     return ReplyHead(int(match[2]), (match[3] or b"").decode("latin-1"), fields, lines,
+                     fields.get("content-type", "").partition(";")[0].strip().lower(),
                      None if length is None else content_length(length), coding is not None,
                      match[1] == b"1" and "close" not in hop)
 
@@ -3323,11 +3326,15 @@ class Tap:
         return piece
 
 
+TOKEN_COUNTS = (("prompt_eval_count", "eval_count"), ("prompt_tokens", "completion_tokens"),
+                ("input_tokens", "output_tokens"))  # as Ollama, OpenAI and Anthropic call them
+
+
 def told_tokens(members):
     """Return the tokens that an answer's object tells of, in any dialect; what it leaves out is 0."""
     usage = members.get("usage", [None])[-1]
     told = fold(usage) if isinstance(usage, tuple) else members
-    for names in ("prompt_eval_count", "eval_count"), ("prompt_tokens", "completion_tokens"), ("input_tokens", "output_tokens"):
+    for names in TOKEN_COUNTS:
         numbers = [told.get(name, [None])[-1] for name in names]
         if numbers != [None, None]:
             return tuple(min(max(number, 0), MOST_TOKENS) if isinstance(number, int) else 0 for number in numbers)
@@ -3438,7 +3445,7 @@ TELLS_NO_TOKENS = ("/api/embeddings", "/v1/audio/transcriptions")
 
 def tap_for(reply, route, asked):
     """Return what is to look at an answer; None if it can have cost nothing."""
-    kind = reply.field("content-type").partition(";")[0].strip().lower()
+    kind = reply.head.kind
     if route.kind != "inference" or not 200 <= reply.status < 300:
         return None
     if route.path in TELLS_NO_TOKENS or kind not in STREAM_MARKS and kind != "application/json":

@@ -3854,7 +3854,7 @@ class Tapping(unittest.TestCase):
     """What an answer cost is read from its bytes however they come, and nothing else of them is touched."""
 
     def tap(self, path, kind, ours):
-        reply = unittest.mock.Mock(status=200, **{"field.return_value": kind})
+        reply = unittest.mock.Mock(status=200, **{"head.kind": kind.partition(";")[0]})
         return gateway.tap_for(reply, next(route for route in gateway.ROUTES if route.path == path), gateway.Asked("tiny", int(ours)))
 
     def test_recorded_answers_split_at_every_byte(self):
