@@ -9,6 +9,7 @@
                                                                             those against a real Ollama, at OLLAMA_TEST_URL
 
     python3 test_ollama_gateway.py --fake-ollama [PORT]                     no test: a stand-in Ollama on port 11434, to try the README
+    python3 test_ollama_gateway.py --bench [--json]                         no test: what the gateway costs, in less than a minute
 
 The toolbox comes first: patience and leaks, the stand-in Ollama, a client that sees exactly what comes over the wire,
 and the cases that the tests are made of. Then the tests by capability, from the settings to the real Ollama.
@@ -5472,6 +5473,254 @@ class StandIn(Case):
             process.terminate()
 
 
+# == The benchmark ============================================================
+
+BENCH_ROUNDS, BENCH_SECONDS = 3, 0.7
+BENCH_LINES = 64
+TAGS = compact({"models": [dict(MODEL, name=f"tiny-{number}:latest", modified_at=CREATED) for number in range(6)]})
+GENERATED = compact({"model": "tiny", "created_at": CREATED, "response": "".join(WORDS) * 12, "done": True, "context": list(range(2000, 2040)),
+                     **COUNTS})
+STREAM_LINE = compact({"model": "tiny", "created_at": CREATED, "response": " sky", "done": False}) + b"\n"
+LAST_LINE = compact({"model": "tiny", "created_at": CREATED, "response": "", "done": True, **COUNTS}) + b"\n"
+
+
+def lean_upstream():
+    """Answer as fast as Python can, and look at nothing but a request's end; a stream's pace is its prompt, in milliseconds."""
+    def plain(body):
+        return b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n%s" % (JSON.encode(), len(body), body)
+
+    def serve(connection):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        stream, lines = connection.makefile("rb"), [chunked(STREAM_LINE)[:-5]] * (BENCH_LINES - 1) + [chunked(LAST_LINE)]
+        with contextlib.suppress(OSError), connection:
+            for first in iter(stream.readline, b""):
+                length = sum(int(line.split()[1]) for line in iter(stream.readline, b"\r\n") if line.lower().startswith(b"content-length:"))
+                asked = json.loads(stream.read(length)) if length else {}
+                if b"/api/tags" in first:
+                    connection.sendall(answers[0])
+                elif not asked.get("stream", True):
+                    connection.sendall(answers[1])
+                else:
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n")
+                    for line in lines[-asked.get("lines", BENCH_LINES):]:
+                        time.sleep(float(asked["prompt"]) / 1000) if asked["prompt"] else None
+                        connection.sendall(line)
+
+    answers = plain(TAGS), plain(GENERATED)
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+        print(listener.getsockname()[1], flush=True)
+        while True:
+            threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+
+class Asker(threading.Thread):
+    """One connection that asks the same again and again until the time is up; what it saw is in its lists."""
+
+    def __init__(self, port, wire, until, streams):
+        super().__init__(daemon=True)
+        self.wire, self.until, self.streams = wire, until, streams
+        self.took, self.first, self.gaps, self.lines = [], [], [], 0
+        self.connection = socket.create_connection(("127.0.0.1", port), GUARD)
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def run(self):
+        with self.connection:
+            while time.perf_counter() < self.until or not self.took:
+                began = time.perf_counter()
+                self.connection.sendall(self.wire)
+                self.read_stream(began) if self.streams else self.read_answer()
+                self.took.append(time.perf_counter() - began)
+
+    def read_answer(self):
+        data = self.receive(b"")
+        while b"\r\n\r\n" not in data:
+            data = self.receive(data)
+        end = data.index(b"\r\n\r\n") + 4
+        left = end + int(re.search(rb"(?i)content-length: (\d+)", data)[1]) - len(data)
+        while left > 0:
+            left -= len(self.receive(b""))
+
+    def read_stream(self, began):
+        data, before = b"", None
+        while not data.endswith(b"0\r\n\r\n"):
+            data = data[-5:]
+            piece = self.receive(b"")
+            now, lines = time.perf_counter(), piece.count(b'"done":')
+            if lines and before is None:
+                self.first.append(now - began)
+            elif lines:
+                self.gaps.append(now - before)
+            before = now if lines else before
+            self.lines += lines
+            data += piece
+
+    def receive(self, data):
+        piece = self.connection.recv(65536)
+        if not piece:
+            raise ConnectionError("the answer ended early")
+        return data + piece
+
+
+def bench_request(token, asked):
+    """The bytes to ask with, of which only the body differs."""
+    headers = [*bearer(token), ("User-Agent", "ollama-python/0.6.3"), ("Accept", "*/*")]
+    return request("GET", "/api/tags", None, headers) if asked is None else request("POST", "/api/generate", asked, headers)
+
+
+class Bench:
+    """Ask a lean upstream directly and through the gateway, in turns and in one run; on a shared machine only ratios mean anything."""
+
+    ASKED = {"tags": None, "generate": {"model": "tiny", "prompt": "", "stream": False}, "stream": {"model": "tiny", "prompt": ""},
+             "paced": {"model": "tiny", "prompt": "10"}, "idle": {"model": "tiny", "prompt": "500", "lines": 5}}
+
+    def __init__(self, folder):
+        self.rows = []
+        self.upstream = subprocess.Popen([sys.executable, TESTS, "--bench-upstream"], stdout=subprocess.PIPE)
+        self.direct = int(self.upstream.stdout.readline())
+        self.db = os.path.join(folder, "tokens.db")
+        with contextlib.closing(gateway.open_store(self.db, create=True)) as store:
+            self.token = store.create("ada", "laptop")[1]
+        self.gateway, self.through = None, None
+
+    def start(self):
+        """Start the gateway, and return how many seconds it took to answer."""
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.through = probe.getsockname()[1]
+        began = time.perf_counter()
+        self.gateway = subprocess.Popen([sys.executable, GATEWAY, "serve", "--port", str(self.through), "--db", self.db, "--ollama-url",
+                                         f"http://127.0.0.1:{self.direct}", "--log-file", self.db + ".log"], stderr=subprocess.DEVNULL)
+        while True:
+            with contextlib.suppress(OSError), Client(("127.0.0.1", self.through)) as client:
+                client.ask("GET", "/")
+                return time.perf_counter() - began
+            time.sleep(0.002)
+
+    def stop(self):
+        for process in self.gateway, self.upstream:
+            process.kill()
+            process.wait()
+        self.upstream.stdout.close()
+
+    def measure(self, port, kind, connections, seconds=BENCH_SECONDS):
+        """Ask over so many connections at once; return answers and lines a second, and the times seen."""
+        wire = bench_request(self.token, self.ASKED[kind])
+        began, cpu = time.perf_counter(), self.cpu()
+        askers = [Asker(port, wire, began + seconds, kind in ("stream", "paced", "idle")) for _ in range(connections)]
+        for asker in askers:
+            asker.start()
+        for asker in askers:
+            asker.join(3 * GUARD)
+        seconds = time.perf_counter() - began
+        took, first, gaps = (sorted(itertools.chain.from_iterable(getattr(asker, name) for asker in askers)) for name in ("took", "first", "gaps"))
+        lines = sum(asker.lines for asker in askers)
+        return {"answers": len(took) / seconds, "lines": lines / seconds, "p50": middle(took), "first": middle(first),
+                "gap": gaps[int(len(gaps) * 0.99)] if gaps else 0.0, "failed": sum(not asker.took for asker in askers),
+                "cpu": (self.cpu() - cpu) / (lines or len(took) or 1)}
+
+    def cpu(self):
+        """The gateway's CPU seconds so far; 0 where there is no /proc."""
+        try:
+            with open(f"/proc/{self.gateway.pid}/stat", encoding="ascii") as stat:
+                return sum(map(int, stat.read().rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+        except OSError:
+            return 0.0
+
+    def memory(self):
+        try:
+            with open(f"/proc/{self.gateway.pid}/statm", encoding="ascii") as statm:
+                return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+        except OSError:
+            return 0.0
+
+    def compare(self, kind, connections, seconds=BENCH_SECONDS):
+        """Measure both in turns; return the medians of each figure, direct and through the gateway."""
+        rounds = [[self.measure(port, kind, connections, seconds) for port in (self.direct, self.through)] for _ in range(BENCH_ROUNDS)]
+        return [{name: middle(sorted(one[which][name] for one in rounds)) for name in rounds[0][0]} for which in (0, 1)]
+
+    def row(self, what, direct, through, ratio=None, difference=False):
+        self.rows.append({"what": what, "direct": direct, "gateway": through, "ratio": ratio, "difference": difference})
+
+    def rates(self, what, kind, connections, figure="answers"):
+        direct, through = self.compare(kind, connections)
+        self.row(f"{what}, {gateway.count(connections, 'connection')}: {figure}/s", direct[figure], through[figure], through[figure] / direct[figure])
+        return direct, through
+
+    def run(self):
+        """Measure everything, in less than a minute."""
+        imports = [sys.executable, "-c", "import http.server, urllib.request, sqlite3, argparse"]
+        starts = [(timed(lambda: subprocess.run(imports, check=True)), self.start_again()) for _ in range(5)]
+        direct, through = self.rates("small answers", "tags", 1)
+        self.row("  median time, ms", direct["p50"] * 1e3, through["p50"] * 1e3, difference=True)
+        direct, through = self.rates("small answers", "tags", 8)
+        self.row("  CPU of the gateway an answer, us", None, through["cpu"] * 1e6)
+        self.rates("whole generations", "generate", 8)
+        direct, through = self.rates("streams as fast as they come", "stream", 8, "lines")
+        self.row("  CPU of the gateway a line, us", None, through["cpu"] * 1e6)
+        direct, through = self.compare("paced", 16)
+        self.row("16 streams, a line each 10 ms: first line, median, ms", direct["first"] * 1e3, through["first"] * 1e3, difference=True)
+        self.row("  time between two lines, 99 of 100 below, ms", direct["gap"] * 1e3, through["gap"] * 1e3, difference=True)
+        idle = self.measure(self.through, "idle", 200, 0)
+        self.row("200 streams, two lines a second each: dropped", None, idle["failed"])
+        self.row("  memory of the gateway, MB", None, self.memory())
+        bare, ours = (middle(sorted(times)) for times in zip(*starts))
+        self.row("start to the first answer, ms, to importing the library", bare * 1e3, ours * 1e3, ours / bare)
+        return self.rows
+
+    def start_again(self):
+        if self.gateway:
+            self.gateway.kill()
+            self.gateway.wait()
+        return self.start()
+
+
+def middle(values):
+    return values[len(values) // 2] if values else 0.0
+
+
+def timed(action):
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def figure(value):
+    return "" if value is None else f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.2f}"
+
+
+def bench(as_json):
+    """Run the benchmark and print what it found."""
+    with tempfile.TemporaryDirectory() as folder:
+        measured = Bench(folder)
+        try:
+            rows = measured.run()
+        finally:
+            measured.stop()
+    if as_json:
+        return print(json.dumps(rows, indent=2))
+    print(f"{'':55}{'direct':>9}{'gateway':>9}{'':>7}")
+    for row in rows:
+        ratio = f"{row['ratio']:.2f}" if row["ratio"] else f"{row['gateway'] - row['direct']:+.2f}" if row["difference"] else ""
+        print(f"{row['what']:55}{figure(row['direct']):>9}{figure(row['gateway']):>9}{ratio:>7}")
+
+
+class BenchItself(Case):
+    """A benchmark that asked for less than it counts would flatter."""
+
+    def test_whole_answers_are_counted_directly_and_through_the_gateway(self):
+        measured = Bench(self.folder)
+        self.addCleanup(measured.stop)
+        self.assertGreater(measured.start(), 0)
+        for kind, lines in (("tags", 0), ("generate", 0), ("stream", BENCH_LINES), ("idle", 5)):
+            measured.ASKED = {**Bench.ASKED, "idle": {"model": "tiny", "prompt": "1", "lines": 5}}
+            for port in measured.direct, measured.through:
+                with self.subTest(kind, direct=port == measured.direct):
+                    found = measured.measure(port, kind, 2, seconds=0)
+                    self.assertEqual((found["failed"], round(found["lines"] / found["answers"])), (0, lines))
+        with contextlib.closing(gateway.open_store(self.db)) as store:
+            eventually(lambda: [row["requests"] for row in store.usage("user", 0)] == [6], "the account")
+            self.assertEqual(store.usage("user", 0)[0]["completion_tokens"], 6 * len(WORDS))
+
+
 # == A real Ollama ============================================================
 
 OLLAMA = os.environ.get("OLLAMA_TEST_URL", "").rstrip("/")
@@ -5661,5 +5910,9 @@ class LiveModels(LiveCase):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--fake-ollama"]:
         serve_fake_ollama(*map(int, sys.argv[2:3]))
+    elif sys.argv[1:2] == ["--bench-upstream"]:
+        lean_upstream()
+    elif sys.argv[1:2] == ["--bench"]:
+        bench("--json" in sys.argv[2:])
     else:
         unittest.main()
