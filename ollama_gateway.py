@@ -2940,7 +2940,9 @@ class Limiter:
         """Take a request in; raise Refusal for one that goes beyond a limit, or finds the queue full."""
         budget = self._budget(token)
         with self._lock:
-            standing = self._standings.setdefault(token.id, Standing())
+            standing = self._standings.get(token.id)
+            if standing is None:
+                standing = self._standings[token.id] = Standing()
             self._refuse_beyond(self._rates(token, standing) + budget)
             record.place = self._turns.line_up(token.user)
             standing.running += 1
@@ -3252,7 +3254,8 @@ class PooledHandler(urllib.request.BaseHandler):
             for piece in exchange.body.pieces(wire):
                 wire.send(head + piece, Deadline(self._stall_timeout, "--stall-timeout"), exchange.watched)
                 head = b""
-            wire.send(head, Deadline(self._stall_timeout, "--stall-timeout"), exchange.watched)
+            if head:
+                wire.send(head, Deadline(self._stall_timeout, "--stall-timeout"), exchange.watched)
             return True
         except TimeoutError:
             raise
