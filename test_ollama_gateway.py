@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tests of ollama_gateway.py: real sockets on the loopback, the standard library alone, nothing slept for.
 
-    python3 test_ollama_gateway.py                                          all of them, in under half a minute
+    python3 test_ollama_gateway.py                                          all of them, in about a minute
     python3 test_ollama_gateway.py Door                                     one class
     python3 test_ollama_gateway.py Door.test_a_deleted_token_is_refused     one test
     python3 test_ollama_gateway.py -k leave                                 those whose name contains a word
