@@ -918,7 +918,7 @@ LONG = object()     # stands for a value that was too long to keep
 
 
 def fold(pairs):
-    """Return {key in lower case: [its values]} of a JSON object's members."""
+    """Return {key in lower case: [its values]} of a JSON object's members, as encoding/json matches keys."""
     members = {}
     for key, value in pairs:
         key = key.lower()
@@ -1029,10 +1029,10 @@ class Outline:
             self._kept[self._value:] = b"NaN"
         self._leaving_out = within
 
-    def members(self):
-        """Return {key in lower case: [its values]}, as encoding/json matches keys: the last one wins.
+    def pairs(self):
+        """Return the members as (key, value) pairs, in a tuple; raise Unreadable.
 
-        An object within is a tuple of pairs, a value too long to keep is LONG. Raises Unreadable.
+        An object within is a tuple of pairs too, a value too long to keep is LONG.
         """
         try:
             pairs = self.DECODER.decode(self._kept.decode())
@@ -1040,15 +1040,15 @@ class Outline:
             raise Unreadable("it is no JSON object") from None
         if not self.closed or not isinstance(pairs, tuple):
             raise Unreadable("it is no JSON object")
-        return fold(pairs)
+        return pairs
 
 
 def read_object(data, most_steps=sys.maxsize):
-    """Return the members of the JSON object that data begins with, as Outline does, and its size; raise Unreadable."""
+    """Return the pairs of the JSON object that data begins with, as Outline does, and its size; raise Unreadable."""
     if len(data) > VALUE_BYTES:
         outline = Outline(most_steps)
         outline.feed(data)
-        return outline.members(), outline.size
+        return outline.pairs(), outline.size
     try:
         text = data[:].decode()     # a small one is its own outline, and read in C five times as fast
         pairs, end = Outline.DECODER.raw_decode(text, len(text) - len(text.lstrip(" \t\r\n")))
@@ -1056,7 +1056,7 @@ def read_object(data, most_steps=sys.maxsize):
         raise Unreadable("it is no JSON object") from None
     if not isinstance(pairs, tuple):
         raise Unreadable("it is no JSON object")
-    return fold(pairs), len(text[:end].encode())
+    return pairs, len(text[:end].encode())
 
 
 class Asked(NamedTuple):
@@ -1095,8 +1095,8 @@ def asked_in_json(data, wants_usage=False):
     wants_usage: whether a stream tells its tokens only to whoever asks in `stream_options`.
     """
     check_utf8(data)
-    members, size = read_object(data, SCAN_STEPS)
-    names = []
+    pairs, size = read_object(data, SCAN_STEPS)
+    members, names = fold(pairs), []
     for key in "model", "name":
         values = members.get(key, [""])
         if len(values) > 1:
@@ -3333,12 +3333,13 @@ TOKEN_COUNTS = (("prompt_eval_count", "eval_count"), ("prompt_tokens", "completi
                 ("input_tokens", "output_tokens"))  # as Ollama, OpenAI and Anthropic call them
 
 
-def told_tokens(members):
+def told_tokens(pairs):
     """Return the tokens that an answer's object tells of, in any dialect; what it leaves out is 0."""
-    usage = members.get("usage", [None])[-1]
-    told = fold(usage) if isinstance(usage, tuple) else members
+    told = dict(pairs)
+    usage = told.get("usage")
+    told = dict(usage) if isinstance(usage, tuple) else told
     for names in TOKEN_COUNTS:
-        numbers = [told.get(name, [None])[-1] for name in names]
+        numbers = [told.get(name) for name in names]
         if numbers != [None, None]:
             return tuple(min(max(number, 0), MOST_TOKENS) if isinstance(number, int) else 0 for number in numbers)
     return 0, 0
@@ -3360,7 +3361,7 @@ class ObjectTap(Tap):
             self._outline = self._outline or Outline()
             self._outline.feed(piece)
             if last:
-                self.tokens = told_tokens(self._outline.members())
+                self.tokens = told_tokens(self._outline.pairs())
         except Unreadable:
             self.tokens = (None, None)
         return piece
@@ -3405,11 +3406,11 @@ class StreamTap(Tap):
         if line.startswith(b'data: {"type":"response.'):
             start = line.find(b"{", start + 1)
         with contextlib.suppress(Unreadable):
-            members, _ = read_object(line[start:])
-            if "done" in members:
-                self.ended = members["done"][-1] is True    # else a tool's arguments have the mark
-            if self.ended or "done" not in members:
-                self._told = told_tokens(members)
+            pairs, _ = read_object(line[start:])
+            done = dict(pairs).get("done")
+            if done is not False:       # else a tool's arguments have the mark
+                self._told = told_tokens(pairs)
+                self.ended = done is True
 
 
 class SplicedTap(StreamTap):

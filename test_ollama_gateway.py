@@ -3163,13 +3163,13 @@ class ModelName(unittest.TestCase):
         body = body.replace(b'"m"', b'"long":"' + b"x" * 5000 + b'\\"","m"')
         whole = gateway.Outline()
         whole.feed(body)
-        self.assertEqual((whole.members()["model"], whole.size), (['a"\\'], body.index(b" {")))
-        self.assertIs(whole.members()["long"][0], gateway.LONG)
+        self.assertEqual((dict(whole.pairs())["model"], whole.size), ('a"\\', body.index(b" {")))
+        self.assertIs(dict(whole.pairs())["long"], gateway.LONG)
         for split in (at for at in range(1, len(body)) if body[at - 2:at + 2] != b"xxxx"):
             outline = gateway.Outline()
             outline.feed(body[:split])
             outline.feed(body[split:])
-            self.assertEqual((outline.members(), outline.size), (whole.members(), whole.size), split)
+            self.assertEqual((outline.pairs(), outline.size), (whole.pairs(), whole.size), split)
 
     def test_a_long_prompt_full_of_quotes_is_passed_over(self):
         prompt = b'print(\\"hello, world\\")\\n' * 200_000
