@@ -5015,6 +5015,57 @@ class Serving:
 
 
 @unittest.skipIf(os.name == "nt", "stopping is done by signals")
+class OneCore(unittest.TestCase):
+    """The process keeps to one core, and goes where it is in nobody's way."""
+
+    def setUp(self):
+        self.busy, self.moves = {0: 100.0, 1: 50.0, 2: 70.0}, []
+        self.footprint = gateway.Footprint()
+        self.footprint._cores = set(self.busy)
+        for name, stand_in in (("_busy_seconds", lambda: dict(self.busy)), ("_move", self.move), ("_share_memory", lambda: None)):
+            setattr(self.footprint, name, stand_in)
+
+    def move(self, core):
+        self.footprint._core = core
+        self.moves.append(core)
+
+    def pass_time(self, *seconds):
+        """Let five seconds pass in which the cores were so busy, not by us."""
+        for core, used in enumerate(seconds):
+            self.busy[core] += used
+        self.footprint._next = 0.0
+        self.footprint.settle()
+
+    def test_it_goes_where_the_others_are_not(self):
+        self.pass_time(0, 0, 0)
+        self.assertEqual(self.moves, [1], "the least used so far")
+        self.pass_time(5, 0.5, 0)
+        self.assertEqual(self.moves, [1], "not for a little")
+        self.pass_time(5, 4, 0.2)
+        self.assertEqual(self.moves, [1, 2])
+        self.pass_time(5, 5, 5)
+        self.assertEqual(self.moves, [1, 2], "nor where it is no better")
+
+    def test_with_one_core_or_no_proc_it_stays(self):
+        self.footprint._cores = {0}
+        self.pass_time(5, 0, 0)
+        self.footprint._cores = {0, 1}
+        self.footprint._busy_seconds = unittest.mock.Mock(side_effect=FileNotFoundError)
+        self.pass_time(5, 0, 0)
+        self.assertEqual(self.moves, [])
+
+    @unittest.skipUnless(hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1, "needs two cores, and Linux")
+    def test_the_server_does_and_its_threads_too(self):
+        with tempfile.TemporaryDirectory() as folder, Serving(folder, "--port", "0", "--ollama-url", "http://127.0.0.1:1") as serving:
+            with Client(serving.server_address) as client:
+                self.assertEqual(client.ask("GET", "/").status, 200)
+                pid = serving.process.pid
+                eventually(lambda: len(os.sched_getaffinity(pid)) == 1, "the settling")
+                self.assertEqual({tuple(os.sched_getaffinity(int(thread))) for thread in os.listdir(f"/proc/{pid}/task")},
+                                 {tuple(os.sched_getaffinity(pid))})
+        self.assertGreater(len(os.sched_getaffinity(0)), 1, "and the tests' own process does not")
+
+
 class ServeCommand(Case):
 
     def setUp(self):
