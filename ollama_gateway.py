@@ -588,16 +588,19 @@ class Record:
 
 
 class Deadline:
-    """A moment by which something must have happened, and which flag can put it off."""
+    """So many seconds, from the first time that they are waited for, and which flag makes them more."""
 
     __slots__ = ("_at", "_seconds", "_flag")
 
     def __init__(self, seconds, flag=""):
-        self._at, self._seconds, self._flag = time.monotonic() + seconds, seconds, flag
+        self._at, self._seconds, self._flag = None, seconds, flag
 
     def left(self):
         """Return the seconds left; raise TimeoutError when there are none."""
-        seconds = self._at - time.monotonic()
+        now = time.monotonic()
+        if self._at is None:
+            self._at = now + self._seconds
+        seconds = self._at - now
         if seconds <= 0:
             raise TimeoutError(f"nothing came for {self._seconds:g} s" + (f" ({self._flag})" if self._flag else ""))
         return seconds
@@ -2692,6 +2695,10 @@ class Allowance(NamedTuple):
                       retry_after=self.reset)
 
 
+def is_limited(token):
+    return bool(token.rpm or token.max_parallel or token.tokens_per_day)
+
+
 class Standing:
     """What a token has running, and what it began within the last minute."""
 
@@ -3014,7 +3021,7 @@ class Limiter:
 
     def allowances(self, token, own=0):
         """Return what is left of each of a token's limits, but for what of its own the asking request holds."""
-        if not (token.rpm or token.max_parallel or token.tokens_per_day):
+        if not is_limited(token):
             return []
         budget = self._budget(token)
         with self._lock:
@@ -3025,10 +3032,11 @@ class Limiter:
 
         A client that has read the answer finds it so: what the request itself holds is free again by then.
         """
-        allowances = []
-        with contextlib.suppress(Refusal):  # what cannot be read now is no reason not to answer
+        if not is_limited(token):
+            return ()
+        try:
             allowances = self.allowances(token, record.place is not None)
-        if not allowances:
+        except Refusal:     # what cannot be read now is no reason not to answer
             return ()
         nearest = min(allowances, key=lambda allowance: allowance.left / allowance.most)
         return (("RateLimit-Limit", nearest.most), ("RateLimit-Remaining", nearest.left),
@@ -3596,11 +3604,13 @@ class Meters:
     def observe(self, record):
         """Count a finished request."""
         user, name = (record.token.user, record.token.name) if record.token else ("", "")
+        model, (prompt, completion) = record.known_model, record.tokens
         with self._lock:
-            self._count("requests_total", user, name, record.known_model, record.route, record.status or "none")
-            for kind, tokens in zip(("prompt", "completion"), record.tokens):
-                if tokens:
-                    self._count("tokens_total", user, name, record.known_model, kind, by=tokens)
+            self._count("requests_total", user, name, model, record.route, record.status or "none")
+            if prompt:
+                self._count("tokens_total", user, name, model, "prompt", by=prompt)
+            if completion:
+                self._count("tokens_total", user, name, model, "completion", by=completion)
             if record.outcome == "left":
                 self._count("cancelled_total")
             if record.code and REFUSALS[record.code].status == 429:
@@ -3608,10 +3618,10 @@ class Meters:
             if record.code in ("upstream_failed", "upstream_silent"):
                 self._count("upstream_errors_total", record.code)
             if record.admitted:
-                self._time("queue_wait_seconds", record.known_model, record.queued)
-                self._time("duration_seconds", record.known_model, record.ended - record.began)
-            if record.admitted and record.answered:
-                self._time("first_byte_seconds", record.known_model, record.answered - record.began)
+                self._time("queue_wait_seconds", model, record.queued)
+                self._time("duration_seconds", model, record.ended - record.began)
+                if record.answered:
+                    self._time("first_byte_seconds", model, record.answered - record.began)
 
     def _count(self, name, *labels, by=1):
         series = self._counts[name]
@@ -3623,7 +3633,9 @@ class Meters:
         series = self._buckets[name]
         if model not in series and len(series) >= MOST_SERIES:
             model = "other"
-        counts = series.setdefault(model, [0] * len(BUCKETS) + [0, 0.0])    # ..., beyond the last bucket, their sum
+        counts = series.get(model)
+        if counts is None:
+            counts = series[model] = [0] * len(BUCKETS) + [0, 0.0]  # ..., beyond the last bucket, their sum
         counts[bisect.bisect_left(BUCKETS, seconds)] += 1
         counts[-1] += seconds
 
