@@ -1665,8 +1665,8 @@ class TokenTable:
         try:
             generation = self._db.execute("SELECT generation FROM state").fetchone()
             if generation != self._generation:
-                rows = self._db.execute(f"SELECT digest, {TokenStore.COLUMNS} FROM tokens").fetchall()
-                self._tokens = {row[0]: Token(*row[1:]) for row in rows}
+                rows = self._db.execute(f"SELECT {TokenStore.COLUMNS}, digest FROM tokens")
+                self._tokens = {digest: Token(*row) for *row, digest in rows}
             self._generation, self._seen = generation, version
         finally:
             self._db.execute("ROLLBACK")
@@ -2760,10 +2760,10 @@ class Account:
             self._pending[key] = row if old is None else [o if n is None else n if o is None else o + n
                                                           for o, n in zip(old, row)]
 
-    def used(self, token):
-        """Note that a token is in use."""
+    def used(self, token_ids):
+        """Note that tokens are in use."""
         with self._lock:
-            self._uses[token.id] = int(self._clock())
+            self._uses.update(dict.fromkeys(token_ids, int(self._clock())))
 
     def _today(self):
         """Return the day of UTC since 1970, which never goes backwards."""
@@ -3694,14 +3694,15 @@ class Journal:
         self._account.store()
 
     def _write_records(self):
-        lines = []
+        lines, token_ids = [], set()
         while self._records:
             record = self._records.popleft()
             lines.append(log_line(record))
             self._meters.observe(record)
             if record.token:
-                self._account.used(record.token)
+                token_ids.add(record.token.id)
         if lines:
+            self._account.used(token_ids)
             self._log("\n".join(lines))  # at once: a call of logging's for each would be a tenth of a small answer
 
     def close(self):
