@@ -4380,7 +4380,7 @@ USAGE = ("usage", cmd_usage, "tell who used how much", "usage --by model --since
 SERVE = ("serve", cmd_serve, "run the gateway", "serve --host 0.0.0.0 --tls-cert box.pem", (add_serve,))
 TOKEN_COMMANDS = (  # name, what runs, help, example, what it takes
     ("create", cmd_token_create, "make a token and show its secret, once",
-     "token create ada laptop --expires 90d --models 'llama3*' --rpm 60",
+     "token create ada laptop --models 'llama3*' --rpm 60",
      (add_names, add_rights, add_limits, add_secret_form)),
     ("list", cmd_token_list, "list the tokens", "token list --user ada", (add_list_form,)),
     ("update", cmd_token_update, "change what a token may do, from its next request",
