@@ -1794,8 +1794,8 @@ class Footprint:
         """Move, every now and then, if another core was left idle while others used this one."""
         if time.monotonic() < self._next:
             return
-        if not self._next:
-            self._share_memory()
+        if not self._next:  # not in this thread: a signal to stop must not interrupt an import
+            threading.Thread(target=self._share_memory, name="memory").start()
         self._next = time.monotonic() + SETTLING_SECONDS
         if len(self._cores) > 1:
             self._choose_core()
