@@ -121,6 +121,7 @@ RETRY_SECONDS = 5           # when a client that met 429 or 503 may try again
 BUSY_SECONDS = 20           # how long a command waits for the database's other writers
 
 BACKLOG = 1024              # connections that arrive at once; the system's own maximum applies
+STARTED_SECONDS = 0.5       # when the start is over, and nobody waits for it any more
 SETTLING_SECONDS = 5        # how often it is seen to that the process has the least used core
 TURNED_AWAY = 64            # of those beyond the cap, how many are kept until they have read why
 SPARE_DESCRIPTORS = 64      # for the database, logs, spooled bodies, and connections that are on their way out
@@ -1778,7 +1779,7 @@ class Connections:
 
 
 class Footprint:
-    """Keeps the process on one core, the one that others use least, and its memory in one piece.
+    """Keeps the process, for a with block, on one core, the one that others use least, and its memory in one piece.
 
     Its threads run one at a time whatever the number of cores, for they share the interpreter's lock, and over several
     cores each hand-over of that lock is a wake-up from one to the other: with 8 connections a small answer took 190 us
@@ -1788,16 +1789,22 @@ class Footprint:
     def __init__(self):
         self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
         self._core, self._busy, self._own = None, {}, 0.0
-        self._next = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="footprint", daemon=True)
 
-    def settle(self):
-        """Move, every now and then, if another core was left idle while others used this one."""
-        if time.monotonic() < self._next:
+    def __enter__(self):
+        self._thread.start()    # in the main thread a signal to stop could interrupt an import
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self):
+        self._choose_core()
+        if self._stop.wait(STARTED_SECONDS):
             return
-        if not self._next:  # not in this thread: a signal to stop must not interrupt an import
-            threading.Thread(target=self._share_memory, name="memory").start()
-        self._next = time.monotonic() + SETTLING_SECONDS
-        if len(self._cores) > 1:
+        self._share_memory()
+        while not self._stop.wait(SETTLING_SECONDS):
             self._choose_core()
 
     @staticmethod
@@ -1808,6 +1815,9 @@ class Footprint:
             ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX, malloc.h
 
     def _choose_core(self):
+        """Move if another core was left idle while others used this one."""
+        if len(self._cores) < 2:
+            return
         with contextlib.suppress(OSError, ValueError, LookupError):  # there is no /proc/stat, or another one
             busy, own = self._busy_seconds(), time.process_time()
             used = {core: busy[core] - self._busy.get(core, 0.0) for core in self._cores}
@@ -1828,8 +1838,8 @@ class Footprint:
     def _busy_seconds():
         """Return {core: seconds that it was not idle}: proc(5) has user, nice, system, idle, iowait, irq and others."""
         found = {}
-        with open("/proc/stat", encoding="ascii") as stat:
-            for name, *ticks in (line.split() for line in stat if re.match("cpu[0-9]", line)):
+        with open("/proc/stat", "rb") as stat:
+            for name, *ticks in (line.split() for line in stat if re.match(rb"cpu[0-9]", line)):
                 user, nice, system, _, _, *interrupts = map(int, ticks[:8])
                 found[int(name[3:])] = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
         return found
@@ -1842,7 +1852,6 @@ class GatewayServer(http.server.ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = BACKLOG
     allow_reuse_address = os.name == "posix"  # on Windows it would let another program steal the port
-    footprint = None            # to be looked after, if the process is the server's alone
 
     FULL = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
             b"Connection: close\r\nContent-Length: 47\r\n\r\n" b'{"error": "too many connections: retry later"}\n')
@@ -1906,9 +1915,7 @@ class GatewayServer(http.server.ThreadingHTTPServer):
         self._turned_away.append((wire, time.monotonic() + AWAY_SECONDS))
 
     def service_actions(self):
-        """Look after those that were turned away, and the footprint; socketserver calls this again and again."""
-        if self.footprint:
-            self.footprint.settle()
+        """Look after those that were turned away; socketserver calls this again and again."""
         for _ in range(len(self._turned_away)):
             wire, until = self._turned_away.popleft()
             if wire.alive() and time.monotonic() < until and len(self._turned_away) < TURNED_AWAY:
@@ -4299,8 +4306,8 @@ def cmd_serve(args):
             announce(settings, server, store)
             if server.tls and hasattr(signal, "SIGHUP"):
                 signal.signal(signal.SIGHUP, lambda *_: reload_certificate(server.tls, settings))
-            server.footprint = Footprint()
-            server.serve_forever()
+            with Footprint():
+                server.serve_forever()
         except KeyboardInterrupt:
             with contextlib.suppress(KeyboardInterrupt):  # a second one does not wait
                 server.stop(settings.drain_timeout)

@@ -5022,8 +5022,7 @@ class OneCore(unittest.TestCase):
         self.busy, self.moves = {0: 100.0, 1: 50.0, 2: 70.0}, []
         self.footprint = gateway.Footprint()
         self.footprint._cores = set(self.busy)
-        for name, stand_in in (("_busy_seconds", lambda: dict(self.busy)), ("_move", self.move), ("_share_memory", lambda: None)):
-            setattr(self.footprint, name, stand_in)
+        self.footprint._busy_seconds, self.footprint._move = lambda: dict(self.busy), self.move
 
     def move(self, core):
         self.footprint._core = core
@@ -5033,8 +5032,7 @@ class OneCore(unittest.TestCase):
         """Let five seconds pass in which the cores were so busy, not by us."""
         for core, used in enumerate(seconds):
             self.busy[core] += used
-        self.footprint._next = 0.0
-        self.footprint.settle()
+        self.footprint._choose_core()
 
     def test_it_goes_where_the_others_are_not(self):
         self.pass_time(0, 0, 0)
@@ -5064,6 +5062,20 @@ class OneCore(unittest.TestCase):
                 eventually(lambda: set(map(len, cores())) == {1} and len(set(cores())) == 1, "the settling")
                 self.assertGreater(len(cores()), 2, "a thread each, and more")
         self.assertGreater(len(os.sched_getaffinity(0)), 1, "and the tests' own process does not")
+
+
+class StopAtOnce(Case):
+
+    @unittest.skipIf(os.name == "nt", "stopping is done by signals")
+    def test_it_stops_whatever_it_is_at_just_then(self):
+        """A signal may come in the middle of anything that the start still has to do."""
+        for number in range(12):
+            with self.subTest(number):
+                serving = self.enter(Serving(self.folder, "--port", "0", "--ollama-url", "http://127.0.0.1:1"))
+                with Client(serving.server_address) as client:
+                    client.ask("GET", "/")
+                    self.assertEqual(serving.stop(signal.SIGTERM), 0)
+                    self.assertEqual([line for line in serving.lines if "Warning" in line or "Traceback" in line], [])
 
 
 class ServeCommand(Case):
