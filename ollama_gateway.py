@@ -23,7 +23,7 @@ The sections, in order (`grep -n '^# =='` lists them):
     Limit         how much a token may, and whose turn it is
     Forward       the upstream's side: a pool of connections below urllib's opener
     Relay         the answer, from the upstream to the client, as it comes
-    Record        one log line a request, written behind its back
+    Record        a log line and the meters of each request, written behind its back
     Pages         what the gateway answers by itself
     Assembly      the one place that puts the stages together
     Commands      the command line
