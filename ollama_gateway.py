@@ -408,55 +408,45 @@ def load_settings(flags, environ, env_file=None, options=OPTIONS):
 
 
 class Reason(NamedTuple):
-    """Why requests are refused: HTTP's status, the types that OpenAI's and Anthropic's clients know, and a sentence."""
+    """Why requests are refused: HTTP's status and a sentence."""
 
     status: int
-    openai_type: str
-    anthropic_type: str
     meaning: str
 
 
 REFUSALS = {
-    "malformed": Reason(400, "invalid_request_error", "invalid_request_error",
-                        "the request is malformed, or names two credentials"),
-    "unauthorized": Reason(401, "invalid_request_error", "authentication_error",
-                           "no token, or one that is unknown, expired or deleted"),
-    "forbidden": Reason(403, "permission_error", "permission_error", "the token does not allow this"),
-    "unknown_route": Reason(404, "not_found_error", "not_found_error", "the gateway has no such path"),
-    "wrong_method": Reason(405, "invalid_request_error", "invalid_request_error",
-                           "the path takes other methods: see Allow"),
-    "too_slow": Reason(408, "invalid_request_error", "invalid_request_error", "the request did not arrive in time"),
-    "body_too_large": Reason(413, "invalid_request_error", "request_too_large", "the body is too large"),
-    "line_too_long": Reason(414, "invalid_request_error", "invalid_request_error", "the request line is too long"),
-    "encoded": Reason(415, "invalid_request_error", "invalid_request_error",
-                      "the body is compressed: its model cannot be judged"),
-    "unknown_expectation": Reason(417, "invalid_request_error", "invalid_request_error",
-                                  "Expect asks for more than 100-continue"),
-    "rate_limited": Reason(429, "rate_limit_error", "rate_limit_error",
-                           "the token made as many requests in the last minute as it may (--rpm)"),
-    "too_many_at_once": Reason(429, "rate_limit_error", "rate_limit_error",
-                               "the token has as many requests running as it may (--max-parallel)"),
-    "budget_spent": Reason(429, "rate_limit_error", "rate_limit_error",
-                           "the token has used up its tokens of the day (--tokens-per-day)"),
-    "too_many_failures": Reason(429, "rate_limit_error", "rate_limit_error",
-                                "too many requests without a valid token came from this address"),
-    "head_too_large": Reason(431, "invalid_request_error", "invalid_request_error", "too many or too long headers"),
-    "internal": Reason(500, "api_error", "api_error", "a fault of the gateway: its log tells more"),
-    "unknown_coding": Reason(501, "invalid_request_error", "invalid_request_error",
-                             "a Transfer-Encoding other than chunked"),
-    "upstream_failed": Reason(502, "api_error", "api_error", "Ollama cannot be reached, or talks nonsense"),
-    "no_room": Reason(503, "api_error", "overloaded_error", "no disk space for the body: try again later"),
-    "queue_full": Reason(503, "api_error", "overloaded_error",
-                         "as many of the user's requests are waiting as may (--max-queue)"),
-    "queue_timeout": Reason(503, "api_error", "overloaded_error",
-                            "the request waited too long for its turn (--queue-timeout)"),
-    "uncounted": Reason(503, "api_error", "overloaded_error",
-                        "what the token used today cannot be read: try again later"),
-    "stopping": Reason(503, "api_error", "overloaded_error", "the gateway was told to stop: try again later"),
-    "upstream_silent": Reason(504, "api_error", "api_error", "Ollama did not begin its answer in time"),
-    "unknown_version": Reason(505, "invalid_request_error", "invalid_request_error",
-                              "an HTTP version other than 1.0 and 1.1"),
+    "malformed": Reason(400, "the request is malformed, or names two credentials"),
+    "unauthorized": Reason(401, "no token, or one that is unknown, expired or deleted"),
+    "forbidden": Reason(403, "the token does not allow this"),
+    "unknown_route": Reason(404, "the gateway has no such path"),
+    "no_such_token": Reason(404, "there is no such token"),
+    "wrong_method": Reason(405, "the path takes other methods: see Allow"),
+    "too_slow": Reason(408, "the request did not arrive in time"),
+    "token_exists": Reason(409, "the user has a token of that name already"),
+    "body_too_large": Reason(413, "the body is too large"),
+    "line_too_long": Reason(414, "the request line is too long"),
+    "encoded": Reason(415, "the body is compressed: its model cannot be judged"),
+    "unknown_expectation": Reason(417, "Expect asks for more than 100-continue"),
+    "rate_limited": Reason(429, "the token made as many requests in the last minute as it may (--rpm)"),
+    "too_many_at_once": Reason(429, "the token has as many requests running as it may (--max-parallel)"),
+    "budget_spent": Reason(429, "the token has used up its tokens of the day (--tokens-per-day)"),
+    "too_many_failures": Reason(429, "too many requests without a valid token came from this address"),
+    "head_too_large": Reason(431, "too many or too long headers"),
+    "internal": Reason(500, "a fault of the gateway: its log tells more"),
+    "unknown_coding": Reason(501, "a Transfer-Encoding other than chunked"),
+    "upstream_failed": Reason(502, "Ollama cannot be reached, or talks nonsense"),
+    "no_room": Reason(503, "no disk space for the body: try again later"),
+    "queue_full": Reason(503, "as many of the user's requests are waiting as may (--max-queue)"),
+    "queue_timeout": Reason(503, "the request waited too long for its turn (--queue-timeout)"),
+    "uncounted": Reason(503, "what the token used today cannot be read: try again later"),
+    "unstored": Reason(503, "the database cannot be read or changed: try again later"),
+    "stopping": Reason(503, "the gateway was told to stop: try again later"),
+    "upstream_silent": Reason(504, "Ollama did not begin its answer in time"),
+    "unknown_version": Reason(505, "an HTTP version other than 1.0 and 1.1"),
 }
+OPENAI_TYPES = {403: "permission_error", 404: "not_found_error", 429: "rate_limit_error", 500: "api_error",
+                502: "api_error", 503: "api_error", 504: "api_error"}
+ANTHROPIC_TYPES = {**OPENAI_TYPES, 401: "authentication_error", 413: "request_too_large", 503: "overloaded_error"}
 
 
 class Refusal(Exception):
@@ -464,20 +454,18 @@ class Refusal(Exception):
 
     def __init__(self, code, message="", fields=(), retry_after=RETRY_SECONDS):
         super().__init__(message or REFUSALS[code].meaning)
-        self.code, self.reason, self.fields = code, REFUSALS[code], list(fields)
+        self.code, self.status, self.fields = code, REFUSALS[code].status, list(fields)
         if self.status in (429, 503):  # else SDKs burn their retries within half a second
             self.fields.append(("Retry-After", str(retry_after)))
-
-    @property
-    def status(self):
-        return self.reason.status
 
     def body_for(self, dialect):
         """Return the error object as clients of "ollama", "openai" or "anthropic" expect it."""
         if dialect == "openai":
-            return {"error": {"message": str(self), "type": self.reason.openai_type, "param": None, "code": self.code}}
+            kind = OPENAI_TYPES.get(self.status, "invalid_request_error")
+            return {"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}
         if dialect == "anthropic":
-            return {"type": "error", "error": {"type": self.reason.anthropic_type, "message": str(self)}}
+            kind = ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
+            return {"type": "error", "error": {"type": kind, "message": str(self)}}
         return {"error": str(self)}
 
 
