@@ -100,6 +100,7 @@ SCAN_STEPS = 100_000        # brackets and strings of a body looked at for its m
 VALUE_BYTES = 4 * KIB       # of a member's value that is kept; a model's name, all escapes, may take 3.5 KiB
 OUTLINE_BYTES = 64 * KIB    # of all of them
 FORM_PARTS = 100            # of a form that is looked into
+PAGE_BODY_BYTES = 16 * KIB  # of a request for one of our own pages
 
 BODY_SECONDS = 60           # without a byte of a request body that was promised
 SEND_SECONDS = 60           # for a piece of at most 64 KiB to a client that reads slowly
@@ -152,7 +153,11 @@ class UsageError(Exception):
 
 
 class Failure(Exception):
-    """Something that could not be done: exit status 1."""
+    """Something that could not be done: exit status 1 or, where it was asked for over HTTP, a refusal by its code."""
+
+    def __init__(self, message, code="unstored"):
+        super().__init__(message)
+        self.code = code
 
 
 LAST_SECOND = 253402300799  # of the year 9999
@@ -241,6 +246,44 @@ def model_globs(text):
             or any(glob.rpartition("/")[2].count(":") > 1 for glob in globs):
         raise ValueError("is no list of models like llama3*,qwen2.5:7b: letters, digits, and any of . _ : / - * ?")
     return ",".join(globs)
+
+
+def expiry(text):
+    """Read "30d", a date or a time as Unix seconds to come."""
+    now = int(time.time())
+    try:
+        lasts = re.fullmatch(r"[0-9.]+[a-z]", text)
+        moment = possible_instant(now + int(duration(text))) if lasts else instant(text)
+    except ValueError as error:
+        raise ValueError(f"{error}, nor a duration like 30d") from None
+    if moment <= now:
+        raise ValueError("is in the past")
+    return moment
+
+
+def beginning(text):
+    """Read "7d", a date or a time as the Unix seconds of an hour that is past."""
+    now = int(time.time())
+    try:
+        moment = now - int(duration(text)) if re.fullmatch(r"[0-9.]+[a-z]", text) else instant(text)
+    except ValueError as error:
+        raise ValueError(f"{error}, nor a duration like 7d") from None
+    if moment > now:
+        raise ValueError("is in the future")
+    return max(moment, 0) // HOUR * HOUR
+
+
+GRANTS = {"expires_at": expiry, "models": model_globs, "rpm": positive, "max_parallel": positive,
+          "tokens_per_day": positive}   # what a token is given, and how it is read
+
+
+def read_grant(column, text):
+    """Read one of GRANTS, "none" as None; raise ValueError."""
+    try:
+        return None if text == "none" else GRANTS[column](text)
+    except ValueError as error:
+        nor = ', nor "none"' if str(error).startswith("is no ") else ""
+        raise ValueError(f"{error}{nor}") from None
 
 
 def byte_size(text):
@@ -342,6 +385,7 @@ OPTIONS = (
            "inference requests that are upstream at once, 0 for any number; the others wait for their turn"),
     Option("--max-queue", "GATEWAY_MAX_QUEUE", "128", positive, "N", "requests of one user that may wait"),
     Option("--queue-timeout", "GATEWAY_QUEUE_TIMEOUT", "60s", timeout, "TIME", "for a request's turn to come"),
+    Option("--no-admin-api", "GATEWAY_NO_ADMIN_API", "off", boolean, "", "serve neither /admin nor what stands behind it"),
     Option("--metrics-open", "GATEWAY_METRICS_OPEN", "off", boolean, "", "show /metrics without an admin token"),
     Option("--trusted-proxies", "GATEWAY_TRUSTED_PROXIES", "", networks, "LIST",
            "addresses or networks whose X-Forwarded-For tells who asks"),
@@ -530,6 +574,15 @@ class Request(NamedTuple):
     shown_path: str                     # without secrets
     upward: str                         # those of its fields that go upstream, as lines of a head
     path_secret: Optional[str] = None   # what stood behind /t/, once it is taken out of the path
+
+
+class Visit(NamedTuple):
+    """A request for one of the gateway's own pages; the body is read whole."""
+
+    request: Request
+    path: str           # as the table of routes has it, its segments filled in
+    token: Optional[Token]
+    body: bytes
 
 
 class ConnectionLimits(NamedTuple):
@@ -1455,7 +1508,7 @@ class TokenStore:
         check_name("user", user), check_name("name", name)
         row = db.execute(f"SELECT {self.COLUMNS} FROM tokens WHERE user = ? AND name = ?", (user, name)).fetchone()
         if row is None:
-            raise Failure(f'no token "{user}/{name}" in {self.path}: see "token list"')
+            raise Failure(f'no token "{user}/{name}" in {self.path}: see "token list"', "no_such_token")
         return Token(*row)
 
     def create(self, user, name, expires_at=None, admin=False, **limits):
@@ -1467,7 +1520,8 @@ class TokenStore:
         secret = SECRET_PREFIX + secrets.token_urlsafe(32)
         with self._changing() as db:
             if db.execute("SELECT 1 FROM tokens WHERE user = ? AND name = ?", (user, name)).fetchone():
-                raise Failure(f'the token "{user}/{name}" exists already: choose another name, or "token rotate" it')
+                raise Failure(f'the token "{user}/{name}" exists already: choose another name, or "token rotate" it',
+                              "token_exists")
             _insert(db, user=user, name=name, digest=digest_of(secret), hint=hint_of(secret),
                     created_at=int(self._clock()), expires_at=expires_at, admin=bool(admin), **limits)
             token = self._get(db, user, name)
@@ -1500,6 +1554,14 @@ class TokenStore:
             token = self._get(db, user, name)
             db.execute("DELETE FROM tokens WHERE id = ?", (token.id,))
             return token
+
+    def get(self, token_id):
+        """Return the token of a number."""
+        with self._access() as db:
+            row = db.execute(f"SELECT {self.COLUMNS} FROM tokens WHERE id = ?", (token_id,)).fetchone()
+        if row is None:
+            raise Failure(f"no token has the number {token_id}", "no_such_token")
+        return Token(*row)
 
     def list(self, user=None):
         """Return the tokens, of one user or of all, by user and name."""
@@ -2367,7 +2429,7 @@ class Gateway:
                 client.limit_fields = functools.partial(self._limiter.fields, token, record)
                 self._router.permit(route, token, request)
             if route.kind == "page":
-                return client.answer(*self._pages[route.page](token))
+                return client.answer(*self._visit(route, Visit(request, path, token, self._page_body(route, client))))
             with client.take_body(route.streamed) as body:
                 asked = self._router.read(route, path, request, body, token)
                 record.model = asked.model
@@ -2390,6 +2452,25 @@ class Gateway:
         finally:
             self._journal.write(record)
 
+    @staticmethod
+    def _page_body(route, client):
+        """Return what was sent to a page, for those that take something."""
+        body = bytearray()
+        while route.method in ("POST", "PATCH") and not client.body.complete:
+            body += client.read_body()
+            if len(body) > PAGE_BODY_BYTES:
+                raise Refusal("body_too_large", f"the body is larger than {PAGE_BODY_BYTES} bytes")
+        return bytes(body)
+
+    def _visit(self, route, visit):
+        """Return a page's answer; raise Refusal."""
+        try:
+            return getattr(self._pages, route.page)(visit)
+        except UsageError as error:
+            raise Refusal("malformed", str(error)) from None
+        except Failure as error:
+            raise Refusal(error.code, str(error)) from None
+
     def ask_upstream(self, path):
         """Return what Ollama answers to GET path, None if it does not."""
         return self._upstream.ask(path)
@@ -2406,6 +2487,17 @@ ROUTES = (
     Route("GET", "/health", "public", "page", page="health"),
     Route("GET", "/me", "token", "page", page="me"),
     Route("GET", "/metrics", "admin", "page", page="metrics"),
+    Route("GET", "/docs", "public", "page", page="docs"),
+    Route("GET", "/openapi.json", "public", "page", page="openapi"),
+    Route("GET", "/admin", "public", "page", page="admin"),
+    Route("GET", "/admin/status", "admin", "page", page="status"),
+    Route("GET", "/admin/usage", "admin", "page", page="usage"),
+    Route("GET", "/admin/tokens", "admin", "page", page="list_tokens"),
+    Route("POST", "/admin/tokens", "admin", "page", page="create_token"),
+    Route("GET", "/admin/tokens/{id}", "admin", "page", page="show_token"),
+    Route("PATCH", "/admin/tokens/{id}", "admin", "page", page="update_token"),
+    Route("DELETE", "/admin/tokens/{id}", "admin", "page", page="delete_token"),
+    Route("POST", "/admin/tokens/{id}/rotate", "admin", "page", page="rotate_token"),
     Route("GET", "/api/version", "token", "read"),
     Route("GET", "/api/status", "token", "read"),
     Route("GET", "/api/tags", "token", "read", lists="models"),
@@ -2439,6 +2531,7 @@ ROUTES = (
 )
 PREFLIGHT = Route("OPTIONS", "*", "public", "page", page="preflight")
 SEGMENTS = {
+    "id": "[1-9][0-9]{0,17}",
     "digest": "sha256[:-][0-9a-f]{64}",
     "key": "[A-Za-z0-9_=-]+",
     "model": "{0}(?:%2[Ff]{0})*".format("(?![.])(?:[A-Za-z0-9._:@~-]|%3[Aa])+"),
@@ -2446,8 +2539,24 @@ SEGMENTS = {
 
 
 FOR_ADMINS = {"model": "changes models", "account": "acts as the owner's ollama.com account",
-              "page": "tells of everybody's use"}
+              "page": "is for whoever runs the gateway"}
 TELLS_USAGE_IF_ASKED = ("/v1/chat/completions", "/v1/completions")  # in a stream, by stream_options
+
+
+def served_routes(metrics_open=False, no_admin_api=False):
+    """Return those of the table's routes that a gateway with these settings serves."""
+    routes = [route for route in ROUTES if not (no_admin_api and route.path.startswith("/admin"))]
+    return [route._replace(access="public") if route.page == "metrics" and metrics_open else route for route in routes]
+
+
+def at_base(path, base):
+    """Return where clients find a path of the table."""
+    return base + path[len("/api"):] if path.startswith("/api/") else path
+
+
+def path_pattern(path):
+    """Return a regular expression for the paths that one with segments stands for; its group is the segment."""
+    return re.sub(r"\\{(\w+)\\}", lambda match: f"({SEGMENTS[match[1]]})", re.escape(path))
 
 
 def asked_of(route, path, request, body):
@@ -2467,25 +2576,22 @@ def asked_of(route, path, request, body):
 class Router:
     """Finds a request's route: what the table does not name is denied, paths are compared as sent."""
 
-    def __init__(self, base="/api", path_tokens=False, cors_origins=(), open_pages=()):
+    def __init__(self, routes, base="/api", path_tokens=False, cors_origins=()):
         self._path_tokens, self._cors_origins = path_tokens, cors_origins
-        self._plain = self._table((base,), open_pages)
-        self._behind_token = self._table((base, "/api"), open_pages)
+        self._plain = self._table(routes, (base,))
+        self._behind_token = self._table(routes, (base, "/api"))
 
     @staticmethod
-    def _table(bases, open_pages):
+    def _table(routes, bases):
         """Return ({path: {method: route}}, [(pattern, {method: route})]) with /api at each base; our own pages win."""
-        exact, patterns = {}, {}
-        for route in sorted(ROUTES, key=lambda route: route.kind == "page"):
-            api = route.path.startswith("/api/")
-            for path in [base + route.path[len("/api"):] for base in bases] if api else [route.path]:
-                before, brace, segment = path.rstrip("}").partition("{")
-                table, key = (patterns, f"{re.escape(before)}({SEGMENTS[segment]})") if brace else (exact, path)
-                if route.kind == "page":
-                    table[key] = {}
-                access = "public" if route.page in open_pages else route.access
-                table.setdefault(key, {})[route.method] = route._replace(access=access)
-        return exact, [(re.compile(pattern), methods) for pattern, methods in patterns.items()]
+        pages, ollamas = {}, {}
+        for route in routes:
+            for base in bases:
+                methods = (pages if route.kind == "page" else ollamas).setdefault(at_base(route.path, base), {})
+                methods[route.method] = route
+        found = {**ollamas, **pages}
+        return ({path: methods for path, methods in found.items() if "{" not in path},
+                [(re.compile(path_pattern(path)), methods) for path, methods in found.items() if "{" in path])
 
     def match(self, request):
         """Return the request, a path token moved out of its path, its route and its path upstream; raise Refusal."""
@@ -2508,7 +2614,7 @@ class Router:
             allowed = sorted(set(methods) | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set()))
             raise Refusal("wrong_method", f"the path takes {', '.join(allowed)}", [("Allow", ", ".join(allowed))])
         route = methods[method]
-        return request, route, route.path.partition("{")[0] + segment if segment else route.path
+        return request, route, re.sub(r"\{\w+\}", lambda _: segment, route.path) if segment else route.path
 
     @staticmethod
     def permit(route, token, request):
@@ -2555,7 +2661,7 @@ class Router:
                     "X-Request-Id, Retry-After, RateLimit-Limit, RateLimit-Remaining, RateLimit-Reset")]
         if request.method == "OPTIONS":
             asked = request.fields.get("access-control-request-headers", "")
-            allowed += [("Access-Control-Allow-Methods", "GET, HEAD, POST, DELETE"),
+            allowed += [("Access-Control-Allow-Methods", "GET, HEAD, POST, PATCH, DELETE"),
                         ("Access-Control-Max-Age", "7200")]
             if asked:  # any may be sent: only those that Ollama needs go further
                 allowed.append(("Access-Control-Allow-Headers", asked))
@@ -2754,6 +2860,11 @@ class Account:
             old = self._pending.get(key)
             self._pending[key] = row if old is None else [o if n is None else n if o is None else o + n
                                                           for o, n in zip(old, row)]
+
+    def running(self):
+        """Return the records of the requests that run or wait, the oldest first."""
+        with self._lock:
+            return sorted(self._running, key=lambda record: record.began)
 
     def used(self, token_ids):
         """Note that tokens are in use."""
@@ -3710,47 +3821,152 @@ class Journal:
 # == Pages ====================================================================
 
 
-def banner_page(_):
-    """Answer as Ollama itself does: its clients ask for this first."""
-    return 200, "text/plain; charset=utf-8", b"Ollama is running"
+def json_page(value, status=200):
+    return status, "application/json", json.dumps(value).encode() + b"\n", [("Cache-Control", "no-store")]
 
 
-def preflight_page(_):
-    return 204, "", b""
+def asked_in_query(visit, *known):
+    """Return the values of a query by their names; raise UsageError for those that are not known, or come twice."""
+    pairs = urllib.parse.parse_qsl(visit.request.query[1:], keep_blank_values=True)
+    for at, (name, _) in enumerate(pairs):
+        if name not in known or name in dict(pairs[:at]):
+            raise UsageError(f'the query\'s "{name[:40]}" is ' + (
+                "there twice" if name in known else f"not known here, only {' and '.join(known)}"))
+    return dict(pairs)
 
 
-def json_page(value):
-    return 200, "application/json", json.dumps(value).encode() + b"\n", [("Cache-Control", "no-store")]
+def asked_in_body(visit, known):
+    """Return the members of a body's JSON object; raise UsageError for one that is none, or has others than known."""
+    try:
+        pairs = json.loads(visit.body, object_pairs_hook=lambda pairs: pairs)
+        members = dict(pairs)
+    except (ValueError, TypeError, RecursionError):
+        raise UsageError("the body is no JSON object") from None
+    if len(members) < len(pairs) or not set(members) <= set(known):
+        wrong = min(set(members) - set(known), default="a key twice")
+        raise UsageError(f'the body has "{wrong[:40]}": its keys may be {", ".join(known)}, each once')
+    return members
 
 
-def health_page(upstream):
-    """Return the page that tells, without a token, whether the gateway and Ollama are there."""
-    def page(_):
-        up = upstream.ask("/api/version", HEALTH_SECONDS) is not None
+def told_grants(members):
+    """Return, read, what a body's members say of GRANTS and of admin, by column."""
+    found = {}
+    for column in GRANTS:
+        if column in members:
+            value = members[column]
+            if isinstance(value, list) and column == "models":
+                value = ",".join(map(str, value))
+            text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+            try:
+                found[column] = read_grant(column, text)
+            except ValueError as error:
+                raise UsageError(f'{column}: "{text[:200]}" {error}') from None
+    if "admin" in members:
+        if not isinstance(members["admin"], bool):
+            raise UsageError("admin: it is neither true nor false")
+        found["admin"] = members["admin"]
+    return found
+
+
+class Pages:
+    """The gateway's own pages: each is a method, of the name that the table of routes has for it."""
+
+    CHANGED = ("admin", *GRANTS)    # what of a token can be changed
+
+    def __init__(self, store, upstream, account, limiter, meters, gauges):
+        self._store, self._upstream, self._account, self._limiter = store, upstream, account, limiter
+        self._meters, self._gauges = meters, gauges
+
+    @staticmethod
+    def banner(_):
+        """Answer as Ollama itself does: its clients ask for this first."""
+        return 200, "text/plain; charset=utf-8", b"Ollama is running"
+
+    @staticmethod
+    def preflight(_):
+        return 204, "", b""
+
+    def health(self, _):
+        """Tell, without a token, whether the gateway and Ollama are there."""
+        up = self._upstream.ask("/api/version", HEALTH_SECONDS) is not None
         return json_page({"status": "ok", "upstream": "up" if up else "down", "version": VERSION})
-    return page
 
-
-def me_page(limiter, store):
-    """Return the page that tells a token what it may, what of that is left, and what it used in the last seven days."""
-    def page(token):
+    def me(self, visit):
+        """Tell a token what it may, what of that is left, and what it used in the last seven days."""
         today = int(time.time()) // DAY * DAY
         left = {name: {"limit": most, "remaining": left, "reset": reset}
-                for name, most, left, reset in limiter.allowances(token)}
-        told = as_json(token)
+                for name, most, left, reset in self._limiter.allowances(visit.token)}
+        told = as_json(visit.token)
         del told["last_used_at"], told["expired"]   # it is used now, and is not
+        return json_page(dict(told, left=left, usage=self._store.usage("day", today - 6 * DAY, visit.token)))
+
+    def metrics(self, _):
+        """Tell what Prometheus asks for."""
+        lines = "".join(f"{line}\n" for line in self._meters.lines())
+        return 200, "text/plain; version=0.0.4; charset=utf-8", lines.encode()
+
+    def status(self, _):
+        """Tell what runs and waits, and how Ollama is."""
+        version, listed, loaded = (self._upstream.ask(path, HEALTH_SECONDS) or {}
+                                   for path in ("/api/version", "/api/tags", "/api/ps"))
+        now = time.monotonic()
+        requests = [{"user": record.token.user, "name": record.token.name, "model": record.model, "path": record.path,
+                     "waiting": record.admitted is None, "seconds": round(now - record.began, 3)}
+                    for record in self._account.running()]
+        return json_page({
+            "version": VERSION, **{name: tell() for name, (_, tell) in self._gauges.items()}, "requests": requests,
+            "upstream": {"status": "up" if version else "down", "version": version.get("version"),
+                         "models": listed.get("models") or [], "loaded": loaded.get("models") or []}})
+
+    def usage(self, visit):
+        """Tell the account: by a key of USAGE_BY, since a time."""
+        asked = asked_in_query(visit, "by", "since")
+        by, since = asked.get("by", "user"), asked.get("since", "7d")
+        if by not in USAGE_BY:
+            raise UsageError(f'by: "{by[:40]}" is none of {", ".join(USAGE_BY)}')
         try:
-            return json_page(dict(told, left=left, usage=store.usage("day", today - 6 * DAY, token)))
-        except Failure as error:
-            raise Refusal("uncounted", str(error)) from None
-    return page
+            return json_page(self._store.usage(by, beginning(since)))
+        except ValueError as error:
+            raise UsageError(f'since: "{since[:40]}" {error}') from None
 
+    def docs(self, _):
+        return 200, "text/html; charset=utf-8", b""
 
-def metrics_page(meters):
-    """Return the page that Prometheus reads."""
-    def page(_):
-        return 200, "text/plain; version=0.0.4; charset=utf-8", "".join(f"{line}\n" for line in meters.lines()).encode()
-    return page
+    def admin(self, _):
+        return 200, "text/html; charset=utf-8", b""
+
+    def list_tokens(self, visit):
+        return json_page([as_json(token) for token in self._store.list(asked_in_query(visit, "user").get("user"))])
+
+    def create_token(self, visit):
+        """Make a token; this answer alone has its secret."""
+        members = asked_in_body(visit, ("user", "name", *self.CHANGED))
+        for key in "user", "name":
+            if not isinstance(members.get(key), str):
+                raise UsageError(f"{key}: a text has to be there")
+        token, secret = self._store.create(members["user"], members["name"], **told_grants(members))
+        return json_page(dict(as_json(token), token=secret), 201)
+
+    def _token(self, visit):
+        return self._store.get(int(visit.path.split("/")[3]))
+
+    def show_token(self, visit):
+        return json_page(as_json(self._token(visit)))
+
+    def update_token(self, visit):
+        changes = told_grants(asked_in_body(visit, self.CHANGED))
+        token = self._token(visit)
+        return json_page(as_json(self._store.update(token.user, token.name, **changes)))
+
+    def rotate_token(self, visit):
+        """Give a token a new secret; this answer alone has it."""
+        token = self._token(visit)
+        token, secret = self._store.rotate(token.user, token.name)
+        return json_page(dict(as_json(token), token=secret))
+
+    def delete_token(self, visit):
+        token = self._token(visit)
+        return json_page(as_json(self._store.delete(token.user, token.name)))
 
 
 # == Assembly =================================================================
@@ -3806,20 +4022,19 @@ def build_server(settings, store, log=None):
     account = Account(store, tokens)
     turns = Turns(settings.max_parallel, settings.max_queue, settings.queue_timeout)
     limiter = Limiter(turns, account)
-    meters = Meters({"in_flight_requests": ("Inference requests that are upstream.", lambda: turns.running),
-                     "queued_requests": ("Inference requests that wait for their turn.", lambda: turns.waiting),
-                     "connections": ("Open connections of clients.", lambda: len(connections))})
+    gauges = {"in_flight_requests": ("Inference requests that are upstream.", lambda: turns.running),
+              "queued_requests": ("Inference requests that wait for their turn.", lambda: turns.waiting),
+              "connections": ("Open connections of clients.", lambda: len(connections))}
+    meters = Meters(gauges)
     gateway = Gateway(
         peers=Peers(settings.trusted_proxies),
-        router=Router(settings.base_path, settings.path_tokens, settings.cors_origins,
-                      ("metrics",) if settings.metrics_open else ()),
+        router=Router(served_routes(settings.metrics_open, settings.no_admin_api), settings.base_path, settings.path_tokens, settings.cors_origins),
         authenticator=Authenticator(tokens, Failures()),
         limiter=limiter,
         upstream=upstream,
         relay=relay,
         journal=Journal(account, meters, log or LOG.info),
-        pages={"banner": banner_page, "health": health_page(upstream), "preflight": preflight_page,
-               "me": me_page(limiter, store), "metrics": metrics_page(meters)})
+        pages=Pages(store, upstream, account, limiter, meters, gauges))
     try:
         return GatewayServer(settings.host, settings.port, Handler, gateway, limits, connections, tls)
     except (OSError, UnicodeError) as error:
@@ -3905,36 +4120,17 @@ def describe(token):
             + (f" (limits: {limits})" if limits else ""))
 
 
-def read_expiry(text):
-    """Read "30d", a date or a time as Unix seconds to come; "none" is None."""
-    if text == "none":
-        return None
-    now = int(time.time())
-    try:
-        lasts = re.fullmatch(r"[0-9.]+[a-z]", text)
-        moment = possible_instant(now + int(duration(text))) if lasts else instant(text)
-    except ValueError as error:
-        raise UsageError(f'--expires: "{text}" {error}, nor "none" or a duration like 30d') from None
-    if moment <= now:
-        raise UsageError(f'--expires: "{text}" is in the past')
-    return moment
-
-
-def read_limit(column, text):
-    """Read one of LIMITED; raise ValueError naming it, the text and what is wrong with that."""
-    try:
-        return (model_globs if column == "models" else positive)(text)
-    except ValueError as error:
-        raise ValueError(f'{column.replace("_", "-")}: "{text}" {error}') from None
-
-
-def read_limits(args):
-    """Return the limits that were typed, by column; "none" is None."""
-    typed = {column: getattr(args, column) for column in LIMITED if hasattr(args, column)}
-    try:
-        return {column: None if text == "none" else read_limit(column, text) for column, text in typed.items()}
-    except ValueError as error:
-        raise UsageError(f'--{error}, nor "none"') from None
+def typed_grants(args):
+    """Return what was typed of GRANTS, read, by column."""
+    found = {}
+    for column in GRANTS:
+        if hasattr(args, column):
+            try:
+                found[column] = read_grant(column, getattr(args, column))
+            except ValueError as error:
+                flag = "--expires" if column == "expires_at" else "--" + column.replace("_", "-")
+                raise UsageError(f'{flag}: "{getattr(args, column)}" {error}') from None
+    return found
 
 
 def command_settings(args, *wanted):
@@ -3969,8 +4165,7 @@ def show_secret(args, store, done, token, secret):
 
 def cmd_token_create(args):
     with open_command_store(args, create=True) as store:
-        token, secret = store.create(args.user, args.name, read_expiry(getattr(args, "expires", "none")),
-                                     getattr(args, "admin", False), **read_limits(args))
+        token, secret = store.create(args.user, args.name, admin=getattr(args, "admin", False), **typed_grants(args))
         show_secret(args, store, "Created", token, secret)
 
 
@@ -4012,9 +4207,7 @@ def cmd_token_list(args):
 
 
 def cmd_token_update(args):
-    changes = read_limits(args)
-    if hasattr(args, "expires"):
-        changes["expires_at"] = read_expiry(args.expires)
+    changes = typed_grants(args)
     if hasattr(args, "admin"):
         changes["admin"] = args.admin
     if not changes:
@@ -4099,6 +4292,14 @@ def exported_rows(text):
     return [dict(dict.fromkeys(LIMITED), **row) for row in rows] if versions == {"1"} else rows
 
 
+def imported_limit(column, value):
+    """Read a limit of an exported row; raise ValueError naming it."""
+    try:
+        return None if value in (None, "") else GRANTS[column](str(value))
+    except ValueError as error:
+        raise ValueError(f'{column.replace("_", "-")}: "{value}" {error}') from None
+
+
 def imported_row(row, number):
     """Return an exported row as the store takes it; raise ValueError naming the row and what is wrong with it."""
     try:
@@ -4112,7 +4313,7 @@ def imported_row(row, number):
         if len(hint) > HINT_LENGTH or not hint.isprintable():
             raise ValueError(f"its hint is not up to {HINT_LENGTH} printable characters")
         times = {key: instant(texts[key]) if texts[key] else None for key in texts if key.endswith("_at")}
-        limits = {key: None if row[key] in (None, "") else read_limit(key, str(row[key])) for key in LIMITED}
+        limits = {key: imported_limit(key, row[key]) for key in LIMITED}
         admin = int(boolean(str(row.get("admin"))))
         check_rights(row.get("user"), row.get("name"), admin, limits["models"])
         return dict(texts, hint=hint, user=check_name("user", texts["user"]), name=check_name("name", texts["name"]),
@@ -4137,18 +4338,6 @@ def cmd_token_import(args):
         added = store.import_rows(rows)
         say(f"Imported {count(added, 'token')} into {store.path}; "
             f"already there: {len(rows) - added}")
-
-
-def read_since(text):
-    """Read "7d" or a date as the Unix seconds of an hour that is past."""
-    now = int(time.time())
-    try:
-        moment = now - int(duration(text)) if re.fullmatch(r"[0-9.]+[a-z]", text) else instant(text)
-    except ValueError as error:
-        raise UsageError(f'--since: "{text}" {error}, nor a duration like 7d') from None
-    if moment > now:
-        raise UsageError(f'--since: "{text}" is in the future')
-    return max(moment, 0) // HOUR * HOUR
 
 
 def tokens_in(row):
@@ -4185,7 +4374,11 @@ def usage_table(rows, keys, width):
 
 def cmd_usage(args):
     """Print the account."""
-    by, since = getattr(args, "by", "user"), read_since(getattr(args, "since", "7d"))
+    by, typed = getattr(args, "by", "user"), getattr(args, "since", "7d")
+    try:
+        since = beginning(typed)
+    except ValueError as error:
+        raise UsageError(f'--since: "{typed}" {error}') from None
     with open_command_store(args) as store:
         rows = store.usage(by, since)
         if args.json:
@@ -4325,7 +4518,7 @@ def add_names(parser):
 
 
 def add_rights(parser):
-    parser.add_argument("--expires", metavar="WHEN",
+    parser.add_argument("--expires", dest="expires_at", metavar="WHEN",
                         help='30d, 2027-01-31 (00:00 UTC), 2027-01-31T18:00:00Z, or "none": never')
     parser.add_argument("--admin", action="store_true",
                         help="may change models, and act as the owner's ollama.com account")

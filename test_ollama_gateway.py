@@ -799,6 +799,7 @@ VALUES = {   # option -> its default, and two other values that differ
     "max_queue": ("128", "1", "1000"),
     "queue_timeout": ("60s", "5", "1h"),
     "metrics_open": (None, "1", None),
+    "no_admin_api": (None, "1", None),
 }
 BAD_VALUES = (
     ("ollama_url", "ftp://localhost", "localhost:11434", "http://", "http://host:99999", "http://host:x", "http://a b"),
@@ -821,6 +822,7 @@ BAD_VALUES = (
     ("max_queue", "0", "-1", "all"),
     ("queue_timeout", "0", "soon"),
     ("metrics_open", "perhaps"),
+    ("no_admin_api", "perhaps"),
 )
 COMPANY = {"tls_key": {"tls_cert": "cert.pem"}}   # what an option needs beside it
 
@@ -1752,7 +1754,8 @@ class Routing(GatewayCase):
                 self.assertEqual(self.seen(), [(method, path)])
 
     def test_the_table_of_routes_holds_nothing_else(self):
-        own = {"/", "/health", "/me", "/metrics"}
+        own = {"/", "/health", "/me", "/metrics", "/docs", "/openapi.json", "/admin", "/admin/status", "/admin/usage", "/admin/tokens",
+               "/admin/tokens/{id}", "/admin/tokens/{id}/rotate"}
         known = set(FOR_ALL + FOR_ADMINISTRATORS)
         for route in gateway.ROUTES:
             pattern = re.compile(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(route.path)))
