@@ -24,6 +24,7 @@ The sections, in order (`grep -n '^# =='` lists them):
     Forward       the upstream's side: a pool of connections below urllib's opener
     Relay         the answer, from the upstream to the client, as it comes
     Record        a log line and the meters of each request, written behind its back
+    OpenAPI       what it serves, told to programs
     Pages         what the gateway answers by itself
     Assembly      the one place that puts the stages together
     Commands      the command line
@@ -385,7 +386,7 @@ OPTIONS = (
            "inference requests that are upstream at once, 0 for any number; the others wait for their turn"),
     Option("--max-queue", "GATEWAY_MAX_QUEUE", "128", positive, "N", "requests of one user that may wait"),
     Option("--queue-timeout", "GATEWAY_QUEUE_TIMEOUT", "60s", timeout, "TIME", "for a request's turn to come"),
-    Option("--no-admin-api", "GATEWAY_NO_ADMIN_API", "off", boolean, "", "serve neither /admin nor what stands behind it"),
+    Option("--no-admin-api", "GATEWAY_NO_ADMIN_API", "off", boolean, "", "serve neither /admin nor its API"),
     Option("--metrics-open", "GATEWAY_METRICS_OPEN", "off", boolean, "", "show /metrics without an admin token"),
     Option("--trusted-proxies", "GATEWAY_TRUSTED_PROXIES", "", networks, "LIST",
            "addresses or networks whose X-Forwarded-For tells who asks"),
@@ -3818,6 +3819,261 @@ class Journal:
         self._thread.join()
 
 
+# == OpenAPI ==================================================================
+
+
+class About(NamedTuple):
+    """What the documents tell of a route: a phrase, and which of SCHEMAS goes in and comes out."""
+
+    text: str
+    takes: str
+    gives: str
+
+
+ABOUT = """
+GET    / | tell clients' heartbeats that somebody is there -> text/plain
+GET    /health | tell whether the gateway and Ollama are there -> Health
+GET    /me | tell a token its limits, what is left of them, and its use of seven days -> Me
+GET    /metrics | metrics for Prometheus -> text/plain
+GET    /docs | the documentation, with a console -> text/html
+GET    /openapi.json | this API as an OpenAPI document -> Object
+GET    /admin | the page for whoever runs the gateway -> text/html
+GET    /admin/status | what runs and waits, and how Ollama is -> Status
+GET    /admin/usage | who used how much -> Use[]
+GET    /admin/tokens | list the tokens -> Token[]
+POST   /admin/tokens | make a token; this answer alone has its secret: NewToken -> TokenWithSecret
+GET    /admin/tokens/{id} | show a token -> Token
+PATCH  /admin/tokens/{id} | change what a token may; null lifts a limit: TokenChanges -> Token
+DELETE /admin/tokens/{id} | delete a token: it stops at its next request -> Token
+POST   /admin/tokens/{id}/rotate | give a token a new secret; this answer alone has it -> TokenWithSecret
+GET    /api/version | Ollama's version -> Version
+GET    /api/status | Ollama's state -> Object
+GET    /api/tags | list the models -> Models
+GET    /api/ps | list the models that are loaded -> LoadedModels
+POST   /api/show | show a model: ShowRequest -> ShownModel
+GET    /api/experimental/model-recommendations | models that Ollama recommends -> Object
+GET    /v1/models | list the models -> OpenAIModels
+GET    /v1/models/{model} | show a model -> OpenAIModel
+POST   /api/generate | continue a prompt: GenerateRequest -> GenerateAnswer
+POST   /api/chat | continue a conversation: ChatRequest -> ChatAnswer
+POST   /api/embed | embed texts: EmbedRequest -> Embeddings
+POST   /api/embeddings | embed a text, the old way: EmbeddingsRequest -> Embedding
+POST   /v1/chat/completions | continue a conversation: OpenAIChatRequest -> OpenAIAnswer
+POST   /v1/completions | continue a prompt: OpenAICompletionRequest -> OpenAIAnswer
+POST   /v1/embeddings | embed texts: OpenAIEmbeddingRequest -> OpenAIEmbeddings
+POST   /v1/responses | continue a conversation, as OpenAI's Responses: OpenAIResponseRequest -> Object
+POST   /v1/messages | continue a conversation, as Anthropic's Messages: AnthropicRequest -> AnthropicAnswer
+POST   /v1/audio/transcriptions | write down what is said: Transcription -> Object
+POST   /api/pull | get a model from a registry: PullRequest -> Progress
+POST   /api/push | put a model into a registry: PullRequest -> Progress
+POST   /api/create | make a model of another one, or of files: CreateRequest -> Progress
+POST   /api/copy | give a model a second name: CopyRequest
+DELETE /api/delete | delete a model: ModelName
+POST   /api/blobs/{digest} | send a file for a model: application/octet-stream
+HEAD   /api/blobs/{digest} | ask whether a file is there
+POST   /api/me | tell whose ollama.com account the host has -> Object
+POST   /api/signout | leave the host's ollama.com account
+DELETE /api/user/keys/{key} | take a key off the host's ollama.com account
+POST   /api/experimental/web_search | search the web on the host's account: Object -> Object
+POST   /api/experimental/web_fetch | fetch a page on the host's account: Object -> Object
+"""
+SCHEMAS = """
+Object:
+Health: status!, upstream!, version!
+granted: admin: boolean, expires_at?, models: any, rpm?: integer, max_parallel?: integer, tokens_per_day?: integer
+TokenChanges: *granted
+NewToken: user!, name!, *granted
+named: id!: integer, user!, name!, hint!, created_at!, expires_at!?, admin!: boolean, *limits
+limits: models!?: string[], rpm!?: integer, max_parallel!?: integer, tokens_per_day!?: integer
+Token: *named, last_used_at!?, expired!: boolean
+TokenWithSecret: *Token, token!
+Me: *named, left!: Object, usage!: DayUse[]
+used: requests!: integer, errors!: integer, cancelled!: integer, *cost, seconds!: number
+cost: prompt_tokens!?: integer, completion_tokens!?: integer
+DayUse: day!, *used
+Use: user, name, model, day, *used
+Status: version!, *gauges, requests!: Running[], upstream!: Object
+gauges: in_flight_requests!: integer, queued_requests!: integer, connections!: integer
+Running: user!, name!, model!?, path!, waiting!: boolean, seconds!: number
+Version: version
+Model: name, model, size: integer, digest, details: Object, modified_at
+Models: models!?: Model[]
+LoadedModel: name, model, size: integer, digest, details: Object, expires_at, size_vram: integer
+LoadedModels: models!?: LoadedModel[]
+ModelName: model!
+ShowRequest: model!, verbose: boolean
+ShownModel: license, modelfile, parameters, template, details: Object, model_info: Object, capabilities: string[]
+run: options: Object, keep_alive: any
+talk: format: any, think: any, stream: boolean, *run
+told: done: boolean, done_reason, *times, eval_count: integer, eval_duration: integer
+times: total_duration: integer, load_duration: integer, prompt_eval_count: integer, prompt_eval_duration: integer
+GenerateRequest: model!, prompt, suffix, system, template, images: string[], raw: boolean, *talk
+GenerateAnswer: model, created_at, response, thinking, context: integer[], *told
+Message: role!, content, thinking, images: string[], tool_calls: Object[], tool_name
+ChatRequest: model!, messages: Message[], tools: Object[], *talk
+ChatAnswer: model, created_at, message: Message, *told
+EmbedRequest: model!, input: any, truncate: boolean, dimensions: integer, *run
+Embeddings: model, embeddings: number[][], total_duration: integer, load_duration: integer, prompt_eval_count: integer
+EmbeddingsRequest: model!, prompt, *run
+Embedding: embedding: number[]
+PullRequest: model!, insecure: boolean, stream: boolean
+CreateRequest: model!, from, files: Object, adapters: Object, template, license: any, system, *made_of
+made_of: parameters: Object, messages: Message[], quantize, stream: boolean
+CopyRequest: source!, destination!
+Progress: status, digest, total: integer, completed: integer
+OpenAIModel: id!, object, created: integer, owned_by
+OpenAIModels: object, data!?: OpenAIModel[]
+sampling: temperature: number, top_p: number, max_tokens: integer, seed: integer, stop: any, *streamed
+streamed: stream: boolean, stream_options: Object
+OpenAIChatRequest: model!, messages!: Object[], tools: Object[], response_format: Object, *sampling
+OpenAICompletionRequest: model!, prompt!: any, suffix, *sampling
+OpenAIAnswer: id, object, created: integer, model, choices: Object[], usage: Object
+OpenAIEmbeddingRequest: model!, input!: any, dimensions: integer, encoding_format
+OpenAIEmbeddings: object, data: Object[], model, usage: Object
+OpenAIResponseRequest: model!, input!: any, instructions, tools: Object[], stream: boolean
+AnthropicRequest: model!, messages!: Object[], max_tokens!: integer, *further
+further: system: any, tools: Object[], thinking: Object, temperature: number, stream: boolean
+AnthropicAnswer: id, type, role, model, content: Object[], stop_reason?, usage: Object
+Transcription: model!, file!, language, prompt, response_format
+"""     # a member is a text unless it says otherwise; "!": has to be there; "?": may be null; "*": another line's members
+MEMBER = re.compile(r"(\w+)(!?)(\??)(?:: ([\w\[\]]+))?")
+
+
+def about(route):
+    """Return what ABOUT has on a route."""
+    line = re.search(rf"(?m)^{route.method} +{re.escape(route.path)} +\| (.*?)(?:: (\S+))?(?: -> (\S+))?$", ABOUT)
+    return About(line[1], line[2] or "", line[3] or "")
+
+
+def members_of(name):
+    """Yield the members of one of SCHEMAS: their names, "!", "?" and types."""
+    for part in re.search(rf"(?m)^{name}:(.*)$", SCHEMAS)[1].split(","):
+        if part.strip().startswith("*"):
+            yield from members_of(part.strip()[1:])
+        elif part:
+            yield MEMBER.fullmatch(part.strip()).groups()
+
+
+def type_schema(name):
+    """Return the JSON schema of a type's name: of JSON Schema, "any", one of SCHEMAS, or a list of such."""
+    if name.endswith("[]"):
+        return {"type": "array", "items": type_schema(name[:-2])}
+    if name == "any":
+        return {}
+    return {"$ref": f"#/components/schemas/{name}"} if name[0].isupper() else {"type": name}
+
+
+def object_schema(name):
+    """Return the JSON schema of one of SCHEMAS."""
+    properties, required = {}, []
+    for member, needed, nullable, kind in members_of(name):
+        schema = properties[member] = type_schema(kind or "string")
+        if nullable and "type" in schema:
+            schema["type"] = [schema["type"], "null"]
+        if needed:
+            required.append(member)
+    return {"type": "object", "properties": properties, **({"required": required} if required else {})}
+
+
+def shape_schema(value):
+    """Return the JSON schema of what looks like this value: an object with these keys, a text."""
+    if isinstance(value, dict):
+        return {"type": "object", "required": list(value),
+                "properties": {key: shape_schema(member) for key, member in value.items()}}
+    return {"type": "string"} if value else {}
+
+
+IN_PATH = {"id": {"type": "integer", "minimum": 1}, "model": {"type": "string"},
+           "key": {"type": "string", "pattern": f"^{SEGMENTS['key']}$"},
+           "digest": {"type": "string", "pattern": f"^{SEGMENTS['digest']}$"}}
+IN_QUERY = {"list_tokens": {"user": {"type": "string"}},
+            "usage": {"by": {"enum": list(USAGE_BY), "default": "user"}, "since": {"type": "string", "default": "7d"}}}
+
+
+def parameters(route):
+    """Return the OpenAPI parameters of a route."""
+    segments = re.findall(r"\{(\w+)\}", route.path)
+    return ([{"name": name, "in": "path", "required": True, "schema": IN_PATH[name]} for name in segments]
+            + [{"name": name, "in": "query", "schema": asked} for name, asked in IN_QUERY.get(route.page, {}).items()])
+
+
+def content(name, line_type=""):
+    """Return OpenAPI's content of a content type or one of SCHEMAS, which comes in lines of another type, too."""
+    if not name:
+        return {}
+    kind = name if "/" in name else "multipart/form-data" if name == "Transcription" else "application/json"
+    found = {kind: {"schema": type_schema("string" if "/" in name else name)}}
+    if line_type:
+        found[line_type] = {"schema": type_schema(name if "ndjson" in line_type else "string")}
+    return {"content": found}
+
+
+def may_be_refused(route, takes):
+    """Return the statuses by which the gateway may refuse what is well-formed HTTP."""
+    found = {400, 500, 503}
+    if route.access != "public":
+        found |= {401, 403, 429}
+    if takes:
+        found |= {408, 413, 415}
+    if "{id}" in route.path:
+        found.add(404)
+    if route.page == "create_token":
+        found.add(409)
+    return sorted(found if route.kind == "page" else found | {502, 504})
+
+
+def operation(route):
+    """Return OpenAPI's operation of a route."""
+    text, takes, gives = about(route)
+    dialect = dialect_of(route.path)
+    tag = "Admin" if route.path.startswith("/admin") else "Gateway" if route.kind == "page" else dialect.capitalize()
+    streamed = takes[:1].isupper() and any(member == "stream" for member, *_ in members_of(takes))
+    line_type = STREAM_TYPES[route.path.startswith("/v1/")] if streamed else ""
+    found = {"operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"), "tags": [tag],
+             "summary": text, "parameters": parameters(route), "responses": {
+                 "201" if route.page == "create_token" else "200": {"description": "done", **content(gives, line_type)},
+                 **{str(status): {"$ref": f"#/components/responses/{dialect}-{status}"}
+                    for status in may_be_refused(route, takes)},
+                 "default": {"$ref": f"#/components/responses/{dialect}"}}}
+    if takes:
+        found["requestBody"] = {"required": True, **content(takes)}
+    if route.access == "public":
+        found["security"] = []
+    elif route.access == "admin":
+        found["description"] = "It takes an admin token."
+    return found
+
+
+def refusal_responses():
+    """Return OpenAPI's responses for each status that refuses, in each dialect."""
+    found = {}
+    for dialect in "ollama", "openai", "anthropic":
+        shape = {"application/json": {"schema": shape_schema(Refusal("malformed").body_for(dialect))}}
+        found[dialect] = {"description": "another refusal, or an error of Ollama's own"}
+        for status in sorted({reason.status for reason in REFUSALS.values()}):
+            meanings = [reason.meaning for reason in REFUSALS.values() if reason.status == status]
+            found[f"{dialect}-{status}"] = {"description": "; or ".join(meanings), "content": shape}
+    return found
+
+
+def openapi_document(routes, base):
+    """Return what a gateway with these routes serves, with /api at the base, as OpenAPI 3.1 has it."""
+    paths = {}
+    for route in routes:
+        paths.setdefault(at_base(route.path, base), {})[route.method.lower()] = operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "ollama_gateway", "version": VERSION,
+                 "description": "Ollama, and its OpenAI and Anthropic faces, for whoever has a token."},
+        "security": [{"bearer": []}, {"key": []}],
+        "paths": paths,
+        "components": {
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"},
+                                "key": {"type": "apiKey", "in": "header", "name": "x-api-key"}},
+            "schemas": {name: object_schema(name) for name in re.findall(r"(?m)^([A-Z]\w+):", SCHEMAS)},
+            "responses": refusal_responses()}}
+
+
 # == Pages ====================================================================
 
 
@@ -3873,7 +4129,8 @@ class Pages:
 
     CHANGED = ("admin", *GRANTS)    # what of a token can be changed
 
-    def __init__(self, store, upstream, account, limiter, meters, gauges):
+    def __init__(self, routes, base, store, upstream, account, limiter, meters, gauges):
+        self._routes, self._base = routes, base
         self._store, self._upstream, self._account, self._limiter = store, upstream, account, limiter
         self._meters, self._gauges = meters, gauges
 
@@ -3928,6 +4185,13 @@ class Pages:
             return json_page(self._store.usage(by, beginning(since)))
         except ValueError as error:
             raise UsageError(f'since: "{since[:40]}" {error}') from None
+
+    @functools.cached_property
+    def _document(self):
+        return json_page(openapi_document(self._routes, self._base))
+
+    def openapi(self, _):
+        return self._document
 
     def docs(self, _):
         return 200, "text/html; charset=utf-8", b""
@@ -4026,15 +4290,16 @@ def build_server(settings, store, log=None):
               "queued_requests": ("Inference requests that wait for their turn.", lambda: turns.waiting),
               "connections": ("Open connections of clients.", lambda: len(connections))}
     meters = Meters(gauges)
+    routes = served_routes(settings.metrics_open, settings.no_admin_api)
     gateway = Gateway(
         peers=Peers(settings.trusted_proxies),
-        router=Router(served_routes(settings.metrics_open, settings.no_admin_api), settings.base_path, settings.path_tokens, settings.cors_origins),
+        router=Router(routes, settings.base_path, settings.path_tokens, settings.cors_origins),
         authenticator=Authenticator(tokens, Failures()),
         limiter=limiter,
         upstream=upstream,
         relay=relay,
         journal=Journal(account, meters, log or LOG.info),
-        pages=Pages(store, upstream, account, limiter, meters, gauges))
+        pages=Pages(routes, settings.base_path, store, upstream, account, limiter, meters, gauges))
     try:
         return GatewayServer(settings.host, settings.port, Handler, gateway, limits, connections, tls)
     except (OSError, UnicodeError) as error:
@@ -4047,7 +4312,7 @@ def build_server(settings, store, log=None):
 # == Commands =================================================================
 
 PROGRAM = "python3 ollama_gateway.py"
-ABOUT = "A gateway that lets people share an Ollama server: a token for each person\nand device, in one file."
+PURPOSE = "A gateway that lets people share an Ollama server: a token for each person\nand device, in one file."
 UNTYPED = dict(env_file=None, json=False, quiet=False, format=None)  # what commands ask for whether typed or not
 BAR_COLUMNS, MOST_BAR_COLUMNS = 10, 60
 EXPORT_VERSION = 2          # 1 knew no limits
@@ -4598,7 +4863,7 @@ def build_parser():
     common = Parser(add_help=False)
     common.add_argument("--db", metavar="FILE", help=DATABASE_OPTION.help)
     common.add_argument("--env-file", metavar="FILE", help="settings in place of .env")
-    parser = Parser(prog="ollama_gateway.py", parents=[common], description=ABOUT,
+    parser = Parser(prog="ollama_gateway.py", parents=[common], description=PURPOSE,
                     epilog=f"example:\n  {PROGRAM} serve --port 8000")
     parser.add_argument("--version", action="version", version=f"ollama_gateway {VERSION}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
