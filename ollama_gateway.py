@@ -358,43 +358,54 @@ class Option(NamedTuple):
         return self.flag[2:].replace("-", "_")
 
 
-OPTIONS = (
-    Option("--ollama-url", "OLLAMA_BASE_URL", "http://localhost:11434", upstream_url, "URL", "the Ollama to guard"),
-    Option("--base-path", "BASE_PATH", "/api", base_path, "PATH", "where clients find Ollama's /api"),
-    Option("--db", "TOKEN_DB_PATH", "tokens.db", str, "FILE", "the database of tokens"),
-    Option("--host", "GATEWAY_HOST", "127.0.0.1", str, "ADDRESS", "the address to listen on; :: for all"),
-    Option("--port", "GATEWAY_PORT", "8000", port_number, "PORT", "the port to listen on"),
-    Option("--tls-cert", "GATEWAY_TLS_CERT", None, str, "FILE", "serve HTTPS with this certificate chain"),
-    Option("--tls-key", "GATEWAY_TLS_KEY", None, str, "FILE", "its private key, if not in the same file"),
-    Option("--cors-origins", "GATEWAY_CORS_ORIGINS", "", origins, "LIST", "web pages that may call: origins, or *"),
-    Option("--path-tokens", "GATEWAY_PATH_TOKENS", "off", boolean, "", "accept /t/SECRET before any path"),
-    Option("--connect-timeout", "GATEWAY_CONNECT_TIMEOUT", "5s", timeout, "TIME", "to connect to Ollama"),
-    Option("--first-byte-timeout", "GATEWAY_FIRST_BYTE_TIMEOUT", "600s", timeout, "TIME",
-           "for Ollama's answer to begin: a model loads, queues, thinks"),
-    Option("--stall-timeout", "GATEWAY_STALL_TIMEOUT", "300s", timeout, "TIME", "for the next piece of an answer"),
-    Option("--max-connections", "GATEWAY_MAX_CONNECTIONS", "1024", positive, "N",
-           "clients connected at once; one more takes the place of the longest idle"),
-    Option("--max-body", "GATEWAY_MAX_BODY", "100MiB", byte_size, "SIZE",
-           "the largest request, but for blobs, which have no limit"),
-    Option("--header-timeout", "GATEWAY_HEADER_TIMEOUT", "15s", timeout, "TIME",
-           "for a whole request head, and for a TLS handshake"),
-    Option("--idle-timeout", "GATEWAY_IDLE_TIMEOUT", "75s", timeout, "TIME",
-           "for the next request on an open connection"),
-    Option("--drain-timeout", "GATEWAY_DRAIN_TIMEOUT", "30s", timeout, "TIME",
-           "for running requests to finish when the gateway is told to stop"),
-    Option("--max-parallel", "GATEWAY_MAX_PARALLEL", "0", whole, "N",
-           "inference requests that are upstream at once, 0 for any number; the others wait for their turn"),
-    Option("--max-queue", "GATEWAY_MAX_QUEUE", "128", positive, "N", "requests of one user that may wait"),
-    Option("--queue-timeout", "GATEWAY_QUEUE_TIMEOUT", "60s", timeout, "TIME", "for a request's turn to come"),
-    Option("--no-admin-api", "GATEWAY_NO_ADMIN_API", "off", boolean, "", "serve neither /admin nor its API"),
-    Option("--metrics-open", "GATEWAY_METRICS_OPEN", "off", boolean, "", "show /metrics without an admin token"),
-    Option("--trusted-proxies", "GATEWAY_TRUSTED_PROXIES", "", networks, "LIST",
-           "addresses or networks whose X-Forwarded-For tells who asks"),
-    Option("--log-level", "LOG_LEVEL", "INFO", log_level, "LEVEL", "what goes to stderr"),
-    Option("--log-file-level", "LOG_FILE_LEVEL", "INFO", log_level, "LEVEL", "what goes to the log file"),
-    Option("--log-file", "GATEWAY_LOG_FILE", None, str, "FILE",
-           "a log file, rotated at 10 MB; app.log if LOG_FILE_LEVEL is set"),
-)
+OPTION_GROUPS = {
+    "what it guards, and where": (
+        Option("--ollama-url", "OLLAMA_BASE_URL", "http://localhost:11434", upstream_url, "URL", "the Ollama to guard"),
+        Option("--base-path", "BASE_PATH", "/api", base_path, "PATH", "where clients find Ollama's /api"),
+        Option("--db", "TOKEN_DB_PATH", "tokens.db", str, "FILE", "the database of tokens"),
+        Option("--host", "GATEWAY_HOST", "127.0.0.1", str, "ADDRESS", "the address to listen on; :: for all"),
+        Option("--port", "GATEWAY_PORT", "8000", port_number, "PORT", "the port to listen on"),
+        Option("--tls-cert", "GATEWAY_TLS_CERT", None, str, "FILE", "serve HTTPS with this certificate chain"),
+        Option("--tls-key", "GATEWAY_TLS_KEY", None, str, "FILE", "its private key, if not in the same file"),
+    ),
+    "who may come in, and to what": (
+        Option("--cors-origins", "GATEWAY_CORS_ORIGINS", "", origins, "LIST", "web pages that may call: origins, or *"),
+        Option("--path-tokens", "GATEWAY_PATH_TOKENS", "off", boolean, "", "accept /t/SECRET before any path"),
+        Option("--trusted-proxies", "GATEWAY_TRUSTED_PROXIES", "", networks, "LIST",
+               "addresses or networks whose X-Forwarded-For tells who asks"),
+        Option("--metrics-open", "GATEWAY_METRICS_OPEN", "off", boolean, "", "show /metrics without an admin token"),
+        Option("--no-admin-api", "GATEWAY_NO_ADMIN_API", "off", boolean, "", "serve neither /admin nor its API"),
+    ),
+    "how much there may be": (
+        Option("--max-connections", "GATEWAY_MAX_CONNECTIONS", "1024", positive, "N",
+               "clients connected at once; one more takes the place of the longest idle"),
+        Option("--max-body", "GATEWAY_MAX_BODY", "100MiB", byte_size, "SIZE",
+               "the largest request, but for blobs, which have no limit"),
+        Option("--max-parallel", "GATEWAY_MAX_PARALLEL", "0", whole, "N",
+               "inference requests that are upstream at once, 0 for any number; the others wait for their turn"),
+        Option("--max-queue", "GATEWAY_MAX_QUEUE", "128", positive, "N", "requests of one user that may wait"),
+    ),
+    "how long it waits": (
+        Option("--queue-timeout", "GATEWAY_QUEUE_TIMEOUT", "60s", timeout, "TIME", "for a request's turn to come"),
+        Option("--connect-timeout", "GATEWAY_CONNECT_TIMEOUT", "5s", timeout, "TIME", "to connect to Ollama"),
+        Option("--first-byte-timeout", "GATEWAY_FIRST_BYTE_TIMEOUT", "600s", timeout, "TIME",
+               "for Ollama's answer to begin: a model loads, queues, thinks"),
+        Option("--stall-timeout", "GATEWAY_STALL_TIMEOUT", "300s", timeout, "TIME", "for the next piece of an answer"),
+        Option("--header-timeout", "GATEWAY_HEADER_TIMEOUT", "15s", timeout, "TIME",
+               "for a whole request head, and for a TLS handshake"),
+        Option("--idle-timeout", "GATEWAY_IDLE_TIMEOUT", "75s", timeout, "TIME",
+               "for the next request on an open connection"),
+        Option("--drain-timeout", "GATEWAY_DRAIN_TIMEOUT", "30s", timeout, "TIME",
+               "for running requests to finish when the gateway is told to stop"),
+    ),
+    "what it logs": (
+        Option("--log-level", "LOG_LEVEL", "INFO", log_level, "LEVEL", "what goes to stderr"),
+        Option("--log-file-level", "LOG_FILE_LEVEL", "INFO", log_level, "LEVEL", "what goes to the log file"),
+        Option("--log-file", "GATEWAY_LOG_FILE", None, str, "FILE",
+               "a log file, rotated at 10 MB; app.log if LOG_FILE_LEVEL is set"),
+    ),
+}
+OPTIONS = tuple(option for options in OPTION_GROUPS.values() for option in options)
 DATABASE_OPTION = next(option for option in OPTIONS if option.flag == "--db")   # every command has it
 
 ENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=(.*)")
@@ -4312,7 +4323,7 @@ def build_server(settings, store, log=None):
 # == Commands =================================================================
 
 PROGRAM = "python3 ollama_gateway.py"
-PURPOSE = "A gateway that lets people share an Ollama server: a token for each person\nand device, in one file."
+PURPOSE = "A gateway that lets people share an Ollama server: a token for each person\nand device, in one file"
 UNTYPED = dict(env_file=None, json=False, quiet=False, format=None)  # what commands ask for whether typed or not
 BAR_COLUMNS, MOST_BAR_COLUMNS = 10, 60
 EXPORT_VERSION = 2          # 1 knew no limits
@@ -4761,20 +4772,45 @@ def cmd_serve(args):
             server.server_close()
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Leaves examples as they are, and no line longer than 80 columns."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=26, width=min(shutil.get_terminal_size().columns, 80) - 2)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations and without defaults of its own: what was not typed is not there."""
 
     def __init__(self, **how):
-        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                         formatter_class=argparse.RawDescriptionHelpFormatter, **how)
+        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=HelpFormatter, **how)
+
+    def _flags(self):
+        """Yield the flags, those of commands too."""
+        for action in self._actions:
+            yield from action.option_strings
+            if isinstance(action.choices, dict):
+                for command in action.choices.values():
+                    yield from getattr(command, "_flags", tuple)()
+
+    def error(self, message):
+        """Say what is wrong, and what was probably meant."""
+        import difflib  # which nobody needs who types well
+        wrong = re.search(r"(invalid choice|unrecognized arguments): '?([^\s'=]+)", message)
+        known = wrong and (self._flags() if wrong[1][0] == "u" else re.findall(r"[\w-]+", message[wrong.end():]))
+        near = wrong and difflib.get_close_matches(wrong[2], known, 1)
+        super().error(message + (f'; did you mean "{near[0]}"?' if near else ""))
 
 
 def add_serve(parser):
-    for option in OPTIONS:
-        if option is not DATABASE_OPTION:
+    parser.usage = "%(prog)s [OPTION ...]"
+    for title, options in OPTION_GROUPS.items():
+        group = parser.add_argument_group(title)
+        for option in options:
             how = dict(action="store_const", const="on") if option.convert is boolean else dict(metavar=option.metavar)
             default = f", default {option.default}" if option.default else ""
-            parser.add_argument(option.flag, help=f"{option.help} ({option.variable}{default})", **how)
+            if option is not DATABASE_OPTION:
+                group.add_argument(option.flag, help=f"{option.help} ({option.variable}{default})", **how)
 
 
 def add_names(parser):
@@ -4786,7 +4822,7 @@ def add_rights(parser):
     parser.add_argument("--expires", dest="expires_at", metavar="WHEN",
                         help='30d, 2027-01-31 (00:00 UTC), 2027-01-31T18:00:00Z, or "none": never')
     parser.add_argument("--admin", action="store_true",
-                        help="may change models, and act as the owner's ollama.com account")
+                        help="may manage tokens and models, and act as the owner's ollama.com account")
 
 
 def add_limits(parser):
@@ -4829,30 +4865,38 @@ def add_import_file(parser):
     parser.add_argument("file", metavar="FILE", help='what "token export" wrote; "-" is stdin')
 
 
-USAGE = ("usage", cmd_usage, "tell who used how much", "usage --by model --since 30d", (add_usage,))
-SERVE = ("serve", cmd_serve, "run the gateway", "serve --host 0.0.0.0 --tls-cert box.pem", (add_serve,))
-TOKEN_COMMANDS = (  # name, what runs, help, example, what it takes
+COMMANDS = (    # name, what runs, help, examples, what it takes
+    ("serve", cmd_serve, "run the gateway", ("serve", "serve --host 0.0.0.0 --tls-cert box.pem"),
+     (add_serve,)),
+    ("usage", cmd_usage, "tell who used how much", ("usage", "usage --by model --since 30d --csv"), (add_usage,)),
+)
+TOKEN_COMMANDS = (
     ("create", cmd_token_create, "make a token and show its secret, once",
-     "token create ada laptop --models 'llama3*' --rpm 60",
+     ("token create ada laptop --expires 90d", "token create kim school --models 'llama3*' --rpm 60"),
      (add_names, add_rights, add_limits, add_secret_form)),
-    ("list", cmd_token_list, "list the tokens", "token list --user ada", (add_list_form,)),
+    ("list", cmd_token_list, "list the tokens", ("token list --user ada",), (add_list_form,)),
     ("update", cmd_token_update, "change what a token may do, from its next request",
-     "token update ada laptop --expires none --rpm 30", (add_names, add_rights, add_no_admin, add_limits)),
-    ("rotate", cmd_token_rotate, "give a token a new secret, and nothing else", "token rotate ada laptop",
+     ("token update ada laptop --expires none --rpm 30",), (add_names, add_rights, add_no_admin, add_limits)),
+    ("rotate", cmd_token_rotate, "give a token a new secret, and nothing else", ("token rotate ada laptop",),
      (add_names, add_secret_form)),
-    ("delete", cmd_token_delete, "delete a token: it stops at its next request", "token delete ada laptop",
+    ("delete", cmd_token_delete, "delete a token: it stops at its next request", ("token delete ada laptop",),
      (add_names,)),
-    ("export", cmd_token_export, "write all tokens to a file: digests, never secrets", "token export tokens.csv",
+    ("export", cmd_token_export, "write all tokens to a file: digests, never secrets", ("token export tokens.csv",),
      (add_export_file,)),
-    ("import", cmd_token_import, "add the tokens of an exported file, all or none", "token import tokens.csv",
+    ("import", cmd_token_import, "add the tokens of an exported file, all or none", ("token import tokens.csv",),
      (add_import_file,)),
 )
 
 
-def add_command(commands, common, name, run, text, example, takes):
+def told(text, examples):
+    """Return how a command's help begins and ends."""
+    return dict(description=f"{text[0].upper()}{text[1:]}.",
+                epilog="examples:\n" + "\n".join(f"  {PROGRAM} {example}" for example in examples))
+
+
+def add_command(commands, common, name, run, text, examples, takes):
     """Add a command to the parser of a group."""
-    parser = commands.add_parser(name, parents=[common], help=text, description=f"{text[0].upper()}{text[1:]}.",
-                                 epilog=f"example:\n  {PROGRAM} {example}")
+    parser = commands.add_parser(name, parents=[common], help=text, **told(text, examples))
     parser.set_defaults(run=run)
     for add in takes:
         add(parser)
@@ -4863,15 +4907,15 @@ def build_parser():
     common = Parser(add_help=False)
     common.add_argument("--db", metavar="FILE", help=DATABASE_OPTION.help)
     common.add_argument("--env-file", metavar="FILE", help="settings in place of .env")
-    parser = Parser(prog="ollama_gateway.py", parents=[common], description=PURPOSE,
-                    epilog=f"example:\n  {PROGRAM} serve --port 8000")
-    parser.add_argument("--version", action="version", version=f"ollama_gateway {VERSION}")
+    common.add_argument("--version", action="version", version=f"ollama_gateway {VERSION}", help="show it and exit")
+    parser = Parser(prog="ollama_gateway.py", parents=[common],
+                    **told(PURPOSE, ("token create ada laptop", "serve --port 8000")))
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    add_command(commands, common, *SERVE)
-    add_command(commands, common, *USAGE)
-    token = commands.add_parser("token", parents=[common], help="make and manage tokens",
-                                description="Make and manage tokens.",
-                                epilog=f"example:\n  {PROGRAM} token create ada laptop --expires 90d")
+    for command in COMMANDS:
+        add_command(commands, common, *command)
+    text = "make and manage tokens"
+    token = commands.add_parser("token", parents=[common], help=text,
+                                **told(text, ("token create ada laptop --expires 90d", "token list")))
     tokens = token.add_subparsers(metavar="ACTION", required=True)
     for command in TOKEN_COMMANDS:
         add_command(tokens, common, *command)

@@ -1259,6 +1259,22 @@ class Commands(CommandCase):
                 example = [line for line in out.splitlines() if "ollama_gateway.py" in line and not line.lower().startswith("usage")]
                 self.assertEqual(out.rstrip().splitlines()[-1:], example[-1:], out)
 
+    def test_help_of_every_command_fits_80_columns_and_tells_the_version(self):
+        for argv in COMMANDS:
+            with self.subTest(argv), unittest.mock.patch.dict(os.environ, COLUMNS="200"):
+                self.assertEqual([line for line in self.succeeds(*argv, "-h").splitlines() if len(line) > 80], [])
+                self.assertEqual(self.succeeds(*argv, "--version"), f"ollama_gateway {gateway.VERSION}\n")
+
+    def test_what_is_mistyped_is_told_what_was_probably_meant(self):
+        for argv, near in ((("serv",), "serve"), (("token", "creat"), "create"), (("token", "dele", "ada", "x"), "delete"),
+                           (("usage", "--by", "modl"), "model"), (("serve", "--prot", "1"), "--port"),
+                           (("token", "create", "ada", "x", "--rpn=4"), "--rpm")):
+            with self.subTest(argv):
+                self.assertIn(f'did you mean "{near}"?', self.fails(*argv, status=2))
+        for argv in (("frobnicate",), ("token", "xyz"), ("serve", "--zzz")):
+            with self.subTest(argv):
+                self.assertNotIn("did you mean", self.fails(*argv, status=2))
+
     def test_examples_in_the_help_are_commands(self):
         for argv in COMMANDS:
             for line in re.findall(r"python3 (ollama_gateway\.py .*)", self.succeeds(*argv, "-h")):
