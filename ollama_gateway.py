@@ -4015,7 +4015,7 @@ def content(name, line_type=""):
     kind = name if "/" in name else "multipart/form-data" if name == "Transcription" else "application/json"
     found = {kind: {"schema": type_schema("string" if "/" in name else name)}}
     if line_type:
-        found[line_type] = {"schema": type_schema(name if "ndjson" in line_type else "string")}
+        found[line_type] = {"schema": type_schema(name if "ndjson" in line_type else "any")}
     return {"content": found}
 
 
