@@ -4371,6 +4371,243 @@ class Metrics(GatewayCase):
         self.assertEqual(sum(float(line.split()[-1]) for line in lines), 18)
 
 
+# == The admin API ============================================================
+
+
+class AdminApi(GatewayCase):
+
+    def call(self, method, path, body=None, status=200, **how):
+        """Ask as the administrator for a page below /admin, and return what its JSON says."""
+        answer = self.ask(method, "/admin" + path, body, token=how.pop("token", self.admin), **how)
+        self.assertStatus(answer, status)
+        self.assertEqual(answer.headers["content-type"], "application/json")
+        self.assertEqual(answer.headers.get("cache-control", "no-store"), "no-store")
+        self.assertEqual(self.fake.received, [])
+        return answer.json()
+
+    def refused(self, method, path, body=None, status=400):
+        return self.call(method, path, body, status)["error"]
+
+    def make(self, **members):
+        return self.call("POST", "/tokens", {"user": "eve", "name": "phone", **members}, 201)
+
+    def test_it_is_for_administrators(self):
+        for method, path in (("GET", "/tokens"), ("POST", "/tokens"), ("GET", "/tokens/1"), ("PATCH", "/tokens/1"), ("DELETE", "/tokens/1"),
+                             ("POST", "/tokens/1/rotate"), ("GET", "/usage"), ("GET", "/status")):
+            with self.subTest(f"{method} {path}"):
+                body = {} if method in ("POST", "PATCH") else None
+                self.assertRefused(self.ask(method, "/admin" + path, body, token=""), 401)
+                self.assertRefused(self.ask(method, "/admin" + path, body), 403)
+        self.assertEqual([token.user for token in self.store.list()], ["ada", "root"])
+
+    def test_it_is_not_there_where_the_owner_does_not_want_it(self):
+        server = self.serve(no_admin_api="on")
+        for method, path in (("GET", ""), ("GET", "/tokens"), ("POST", "/tokens"), ("DELETE", "/tokens/1"), ("GET", "/status")):
+            with self.subTest(f"{method} {path}"):
+                self.assertRefused(self.ask(method, "/admin" + path, token=self.admin, server=server), 404)
+
+    def test_tokens_are_listed_with_the_keys_of_the_command(self):
+        told = self.call("GET", "/tokens")
+        self.assertEqual([set(token) for token in told], [KEYS, KEYS])
+        self.assertEqual([token["user"] for token in told], ["ada", "root"])
+        self.assertEqual([token["user"] for token in self.call("GET", "/tokens?user=root")], ["root"])
+        self.assertEqual(self.call("GET", f"/tokens/{told[1]['id']}")["name"], "box")
+
+    def test_a_token_is_made_with_limits_and_its_secret_works(self):
+        made = self.make(models=["tiny*", "llama3"], rpm=5, max_parallel=2, tokens_per_day=1000, expires_at="30d", admin=False)
+        self.assertEqual(set(made), KEYS | {"token"})
+        self.assertEqual([made[key] for key in ("models", "rpm", "max_parallel", "tokens_per_day")], [["tiny*", "llama3"], 5, 2, 1000])
+        self.assertTrue(made["expires_at"].endswith("Z"))
+        self.assertEqual(self.ask("GET", "/me", token=made["token"]).json()["user"], "eve")
+        del made["token"]
+        told = self.call("GET", f"/tokens/{made['id']}")
+        self.assertEqual(told, dict(made, last_used_at=told["last_used_at"]))
+
+    def test_a_name_is_taken_once(self):
+        self.make()
+        self.assertIn("exists already", self.refused("POST", "/tokens", {"user": "eve", "name": "phone"}, 409))
+
+    def test_a_change_changes_what_it_names_and_null_lifts(self):
+        made = self.make(rpm=5, models="tiny", expires_at="2099-01-31")
+        secret, path = made.pop("token"), f"/tokens/{made['id']}"
+        for changes, told in (({"rpm": 7}, {}), ({"rpm": None, "max_parallel": 3}, {}), ({"expires_at": None}, {}),
+                              ({"models": ["a", "b*"]}, {}), ({"models": None, "admin": True}, {}), ({"expires_at": "2098-01-31"},
+                                                                                                     {"expires_at": "2098-01-31T00:00:00Z"})):
+            with self.subTest(changes):
+                made.update(changes, **told)
+                self.assertEqual(self.call("PATCH", path, changes), made)
+        self.assertEqual(self.call("PATCH", path, {}), made)
+        self.assertTrue(found(self.store, secret).admin)
+
+    def test_a_new_secret_takes_the_place_of_the_old_one(self):
+        made = self.make(rpm=5)
+        rotated = self.call("POST", f"/tokens/{made['id']}/rotate")
+        self.assertEqual((rotated["id"], rotated["rpm"]), (made["id"], 5))
+        self.assertStatus(self.ask("GET", "/me", token=made["token"]), 401)
+        self.assertStatus(self.ask("GET", "/me", token=rotated["token"]), 200)
+
+    def test_a_deleted_token_stops_at_once(self):
+        made = self.make()
+        self.assertEqual(self.call("DELETE", f"/tokens/{made['id']}")["name"], "phone")
+        self.assertStatus(self.ask("GET", "/me", token=made["token"]), 401)
+        for method, path in (("GET", ""), ("PATCH", ""), ("DELETE", ""), ("POST", "/rotate")):
+            self.refused(method, f"/tokens/{made['id']}{path}", {} if method == "PATCH" else None, 404)
+
+    def test_what_is_wrong_is_told_in_the_words_of_the_command(self):
+        for body, words in (
+            ({"rpm": 0}, 'rpm: "0" is no whole number'), ({"rpm": "many"}, 'rpm: "many" is no whole number'), ({"rpm": True}, "rpm"),
+            ({"rpm": 1.5}, "rpm"), ({"rpm": {}}, "rpm"), ({"rpm": 10 ** 30}, "rpm"), ({"max_parallel": -1}, "max_parallel"),
+            ({"tokens_per_day": []}, "tokens_per_day"), ({"models": "a b"}, 'models: "a b" is no list of models'),
+            ({"models": [1, {}]}, "models"), ({"models": []}, "models"), ({"expires_at": "soon"}, 'expires_at: "soon" is no date'),
+            ({"expires_at": 5}, "expires_at"), ({"expires_at": "2020-01-31"}, "is in the past"), ({"admin": 1}, "admin"), ({"admin": None}, "admin"),
+            ({"admin": True, "models": "x"}, "admin's"), ({"name": "-x"}, "printable"), ({"name": ""}, "printable"), ({"name": None}, "name"),
+            ({"user": 7}, "user"), ({"user": "a\u0000"}, "printable"), ({"colour": "red"}, '"colour"'),
+        ):
+            with self.subTest(body):
+                self.assertIn(words, self.refused("POST", "/tokens", {"user": "eve", "name": "phone", **body}))
+        for label, body in (("nothing", b""), ("a list", b"[]"), ("no JSON", b"{"), ("a text", b'"x"'), ("pairs in a list", b'[["user","x"]]'),
+                            ("a key twice", b'{"user":"eve","name":"phone","user":"bob"}'), ("no UTF-8", b'{"user":"\xff"}'),
+                            ("very deep", b'{"user":' + b"[" * 8000), ("no name", b'{"user":"eve"}'),
+                            ("half a character", b'{"user":"eve","name":"\\ud800"}')):
+            with self.subTest(label):
+                self.refused("POST", "/tokens", body)
+        self.assertIn("larger than", self.refused("POST", "/tokens", b" " * 20000, 413))
+        self.assertEqual([token.user for token in self.store.list()], ["ada", "root"])
+
+    def test_a_change_that_is_wrong_changes_nothing(self):
+        made = self.make(rpm=5)
+        for body in ({"rpm": 7, "max_parallel": 0}, {"rpm": 7, "user": "bob"}, {"rpm": 7, "id": 1}, {"admin": True, "models": "x", "rpm": 7}):
+            with self.subTest(body):
+                self.refused("PATCH", f"/tokens/{made['id']}", body)
+        self.assertEqual(self.call("GET", f"/tokens/{made['id']}")["rpm"], 5)
+
+    def test_only_numbers_are_in_a_tokens_path(self):
+        for path in ("/tokens/", "/tokens/0", "/tokens/01", "/tokens/-1", "/tokens/ada", "/tokens/1/", "/tokens/1/rotate/", "/tokens/%31",
+                     "/tokens/9223372036854775808", "/tokens/1/2"):
+            with self.subTest(path):
+                self.assertStatus(self.ask("GET", "/admin" + path, token=self.admin), 404)
+        self.assertIn("number", self.refused("GET", "/tokens/999999999999999999", status=404))
+
+    def test_the_account_is_told_as_the_command_does(self):
+        self.assertStatus(self.ask("POST", "/api/chat", CHAT), 200)
+        eventually(lambda: self.store.usage("user", 0), "the account")
+        self.fake.received.clear()
+        for by in gateway.USAGE_BY:
+            with self.subTest(by):
+                row, = self.call("GET", f"/usage?by={by}&since=30d")
+                self.assertEqual(set(row), {*gateway.USAGE_BY[by], *gateway.MEASURED})
+                self.assertEqual(row["completion_tokens"], len(WORDS))
+        self.assertEqual([row["user"] for row in self.call("GET", "/usage")], ["ada"])
+        for query, word in (("by=colour", "colour"), ("since=never", "never"), ("since=2099-01-01", "future"), ("what=x", "what"),
+                            ("by=user&by=day", "by"), ("by=", "by"), ("since=%00", "since")):
+            with self.subTest(query):
+                self.assertIn(word, self.refused("GET", "/usage?" + query))
+
+    def test_the_state_tells_what_runs_and_what_waits(self):
+        server, go = self.serve(max_parallel="1"), self.hold()
+        self.fake.replies["/api/chat"] = Reply.stream(b'{"done":false}\n', go, b'{"done":true}\n')
+        first = self.begin("POST", "/api/chat", CHAT, server=server)
+        first.head()
+        waiting = self.begin("POST", "/api/chat", CHAT, token=self.admin, server=server)
+
+        def state_of_two():
+            told = self.ask("GET", "/admin/status", token=self.admin, server=server).json()
+            return told if told["queued_requests"] else None
+        state = eventually(state_of_two, "the second's waiting")
+        self.assertEqual([(one["user"], one["name"], one["model"], one["path"], one["waiting"]) for one in state["requests"]],
+                         [("ada", "laptop", "tiny", "/api/chat", False), ("root", "box", "tiny", "/api/chat", True)])
+        self.assertEqual((state["in_flight_requests"], state["queued_requests"], state["version"]), (1, 1, gateway.VERSION))
+        self.assertEqual((state["upstream"]["status"], state["upstream"]["version"]), ("up", "0.9.3"))
+        self.assertEqual([model["name"] for model in state["upstream"]["models"] + state["upstream"]["loaded"]], ["tiny:latest"] * 2)
+        go.set()
+        self.assertStatus(waiting.answer(), 200)
+
+    def test_the_state_is_told_while_the_upstream_is_down(self):
+        self.fake.server_close()
+        self.assertEqual(self.call("GET", "/status")["upstream"], {"status": "down", "version": None, "models": [], "loaded": []})
+
+    def test_a_database_that_cannot_be_written_is_told(self):
+        with contextlib.closing(sqlite3.connect(self.db, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            self.assertIn("locked", self.refused("POST", "/tokens", {"user": "eve", "name": "phone"}, 503))
+        self.make()
+
+    def test_a_page_of_another_origin_cannot_act(self):
+        answer = self.ask("POST", "/admin/tokens", {"user": "eve", "name": "phone"}, [("Origin", PAGE), ("Cookie", f"token={self.admin}")], token="")
+        self.assertRefused(answer, 401)
+        self.assertFalse({name for name in answer.headers if name.startswith("access-control-")})
+
+
+class OpenApi(GatewayCase):
+
+    def document(self, **flags):
+        answer = self.ask("GET", "/openapi.json", token="", server=self.serve(**flags))
+        self.assertStatus(answer, 200)
+        return answer.json()
+
+    def test_it_has_each_route_that_is_served_and_no_other(self):
+        paths = self.document()["paths"]
+        self.assertEqual({(method.upper(), path) for path, methods in paths.items() for method in methods},
+                         {(route.method, route.path) for route in gateway.ROUTES})
+
+    def test_it_tells_the_base_path_and_what_this_gateway_leaves_out(self):
+        paths = self.document(base_path="/team", no_admin_api="on", metrics_open="on")["paths"]
+        self.assertIn("/team/chat", paths)
+        self.assertIn("/v1/models", paths)
+        self.assertEqual(paths["/metrics"]["get"]["security"], [])
+        self.assertEqual([path for path in paths if path.startswith(("/api", "/admin"))], [])
+
+    def test_every_route_is_described_and_every_description_is_of_a_route(self):
+        told = [tuple(line.split()[:2]) for line in gateway.ABOUT.strip().splitlines()]
+        self.assertEqual(told, [(route.method, route.path) for route in gateway.ROUTES])
+
+    def test_every_reference_is_to_something(self):
+        document = self.document()
+        for reference in set(re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(document))):
+            with self.subTest(reference):
+                self.assertTrue(functools.reduce(lambda value, key: value[key], reference.split("/"), document))
+        names = [operation["operationId"] for methods in document["paths"].values() for operation in methods.values()]
+        self.assertEqual(len(set(names)), len(names))
+
+    def test_every_member_is_of_a_known_type(self):
+        for name, schema in self.document()["components"]["schemas"].items():
+            for kind in re.findall(r'"type": "(\w+)"', json.dumps(schema)):
+                with self.subTest(name):
+                    self.assertIn(kind, ("object", "string", "integer", "number", "boolean", "array"))
+
+    def test_refusals_look_as_described(self):
+        document = self.document()
+        for path, dialect in (("/api/tags", "ollama"), ("/v1/models", "openai"), ("/v1/messages", "anthropic")):
+            answer = self.ask("GET" if path != "/v1/messages" else "POST", path, token="")
+            schema = document["components"]["responses"][f"{dialect}-401"]["content"]["application/json"]["schema"]
+            self.assertConforms(answer.json(), schema)
+
+    def test_its_own_answers_look_as_described(self):
+        document = self.document()
+        self.ask("POST", "/api/chat", CHAT)
+        eventually(lambda: self.store.usage("user", 0), "the account")
+        for path in ("/health", "/me", "/admin/status", "/admin/usage", "/admin/tokens", "/admin/tokens/1", "/api/tags", "/api/ps",
+                     "/api/version", "/v1/models"):
+            with self.subTest(path):
+                answer = document["paths"][path.replace("/1", "/{id}")]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+                self.assertConforms(self.ask("GET", path, token=self.admin).json(), answer, document)
+
+    def assertConforms(self, value, schema, document=None):
+        """Check a value against as much of JSON Schema as the document uses."""
+        if "$ref" in schema:
+            schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+        kinds = schema.get("type", [])
+        types = {"object": dict, "string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "null": type(None)}
+        if kinds:
+            self.assertTrue(any(isinstance(value, types[kind]) for kind in ([kinds] if isinstance(kinds, str) else kinds)), (value, schema))
+        if isinstance(value, dict):
+            self.assertLessEqual(set(schema.get("required", ())), set(value))
+            for name, member in value.items():
+                self.assertConforms(member, schema.get("properties", {}).get(name, {}), document)
+        for member in value if isinstance(value, list) else ():
+            self.assertConforms(member, schema.get("items", {}), document)
+
+
 # == Recording ================================================================
 
 
