@@ -5043,25 +5043,33 @@ def edited(key, text, at):
     return text, {"left": before, "right": min(at + 1, len(text)), "home": 0, "end": len(text)}.get(key, at)
 
 
+def showable(text):
+    """Return a text as stdout can show it, on one line, without a control character."""
+    encoding = sys.stdout.encoding or "ascii"
+    return _printable(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
 def visible(text, at, columns):
     """Return the part of a line around the cursor that so many columns have room for, and the cursor's column."""
     start, column = at, 0
     while start and column + text_width(text[start - 1]) < columns:
         start -= 1
         column += text_width(text[start])
-    return fit(text[start:start + columns], columns), column
+    return fit(text[start:start + columns + 1], columns), column
 
 
 def wrapped(text, columns):
-    """Return a text as lines of at most so many characters."""
-    import textwrap  # which `serve` never needs
-    return textwrap.wrap(text, columns) or [""]
-
-
-def showable(text):
-    """Return a text as stdout can show it, on one line, without a control character."""
-    encoding = sys.stdout.encoding or "ascii"
-    return _printable(text).encode(encoding, "backslashreplace").decode(encoding)
+    """Return a text as lines of at most so many columns, broken at spaces where it can be."""
+    lines = [""]
+    for word in re.findall(" *[^ ]+", text):
+        if lines[-1] and text_width(lines[-1] + word) > columns:
+            lines.append("")
+            word = word.lstrip()
+        for character in word:
+            if text_width(lines[-1] + character) > columns:
+                lines.append("")
+            lines[-1] += character
+    return lines
 
 
 def complaint(check, text):
@@ -5138,21 +5146,21 @@ class Keyed:
     def _draw_list(self, title, labels, at):
         """Draw as much of a list as there is room for, and return how many lines of it that is."""
         columns, rows = shutil.get_terminal_size()
-        head = [(line, BOLD) for line in wrapped(title, columns - 1)]
+        head = [(line, BOLD) for line in wrapped(showable(title), columns - 1)]
         page = max(min(rows - len(head) - 2, len(labels)), 1)
         start = max(min(at - page // 2, len(labels) - page), 0)
         pointer, digits = "❯" if can_show("❯") else ">", len(str(len(labels)))
         lines = [(f"{pointer if here == at else ' '} {here + 1:{digits}}  {labels[here]}", CYAN if here == at else "")
                  for here in range(start, start + page)]
-        place = f" ({at + 1} of {len(labels)})" if page < len(labels) else ""
-        self._draw([*head, *lines, ("Enter chooses, Escape goes back" + place, DIM)])
+        place = f" ({at + 1}/{len(labels)})" if page < len(labels) else ""
+        self._draw([*head, *lines, ("Enter chooses, Esc goes back" + place, DIM)])
         return page
 
     def _draw_line(self, question, text, at, why):
         columns = shutil.get_terminal_size().columns - 1
         shown, column = visible(showable(text), len(showable(text[:at])), columns - 2)
-        self._draw([*((line, RED) for line in wrapped(why, columns) if why),
-                    *((line, BOLD) for line in wrapped(question, columns)), ("> " + shown, "")], 2 + column)
+        self._draw([*((line, RED) for line in wrapped(showable(why), columns) if why),
+                    *((line, BOLD) for line in wrapped(showable(question), columns)), ("> " + shown, "")], 2 + column)
 
     def _draw(self, lines, column=None):
         """Draw lines in the place of those before, the cursor in a column of the last, or hidden.
