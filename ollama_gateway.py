@@ -4966,8 +4966,8 @@ class UnixKeys:
         before, mode = termios.tcgetattr(terminal), termios.tcgetattr(terminal)
         mode[3] &= ~(termios.ICANON | termios.ECHO | termios.IEXTEN)
         mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
-        handlers = {signal.SIGTERM: signal.default_int_handler, signal.SIGTSTP: signal.SIG_IGN,
-                    signal.SIGQUIT: signal.SIG_IGN}  # these two would leave the shell a terminal without echo
+        handlers = {signal.SIGTERM: signal.default_int_handler, signal.SIGHUP: signal.default_int_handler,
+                    signal.SIGTSTP: signal.SIG_IGN, signal.SIGQUIT: signal.SIG_IGN}  # would leave it without echo
         handlers = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             termios.tcsetattr(terminal, termios.TCSANOW, mode)
@@ -5043,6 +5043,12 @@ def edited(key, text, at):
     return text, {"left": before, "right": min(at + 1, len(text)), "home": 0, "end": len(text)}.get(key, at)
 
 
+def drawing_size():
+    """Return how many columns and rows to draw in: the last column is left free, as some terminals wrap after it."""
+    columns, rows = shutil.get_terminal_size()
+    return max(columns, 20) - 1, rows
+
+
 def showable(text):
     """Return a text as stdout can show it, on one line, without a control character."""
     encoding = sys.stdout.encoding or "ascii"
@@ -5111,7 +5117,7 @@ class Keyed:
             page = self._draw_list(title, labels, at)
             key = self._keys.read()
             if key in ("enter", "escape"):
-                return self._settle(title, labels[at], at) if key == "enter" else self._settle()
+                return self._settle(title, re.sub("  +", ", ", labels[at]), at) if key == "enter" else self._settle()
             at, digits = moved(key, at, digits, len(labels), page)
 
     def ask(self, question, default, check):
@@ -5139,14 +5145,13 @@ class Keyed:
         """Leave of a question a line with its answer, or nothing, and return the answer."""
         self._draw((), column=0)
         if answer is not None:
-            text = f"{question}{'' if question.endswith('?') else ':'} {shown}"
-            say(fit(showable(text), shutil.get_terminal_size().columns - 1).rstrip())
+            say(fit(showable(f"{question}{'' if question.endswith('?') else ':'} {shown}"), drawing_size()[0]).rstrip())
         return answer
 
     def _draw_list(self, title, labels, at):
         """Draw as much of a list as there is room for, and return how many lines of it that is."""
-        columns, rows = shutil.get_terminal_size()
-        head = [(line, BOLD) for line in wrapped(showable(title), columns - 1)]
+        columns, rows = drawing_size()
+        head = [(line, BOLD) for line in wrapped(showable(title), columns)]
         page = max(min(rows - len(head) - 2, len(labels)), 1)
         start = max(min(at - page // 2, len(labels) - page), 0)
         pointer, digits = "❯" if can_show("❯") else ">", len(str(len(labels)))
@@ -5157,7 +5162,7 @@ class Keyed:
         return page
 
     def _draw_line(self, question, text, at, why):
-        columns = shutil.get_terminal_size().columns - 1
+        columns = drawing_size()[0]
         shown, column = visible(showable(text), len(showable(text[:at])), columns - 2)
         self._draw([*((line, RED) for line in wrapped(showable(why), columns) if why),
                     *((line, BOLD) for line in wrapped(showable(question), columns)), ("> " + shown, "")], 2 + column)
@@ -5167,9 +5172,9 @@ class Keyed:
 
         A terminal that became narrower has wrapped what was there.
         """
-        columns = shutil.get_terminal_size().columns
-        up = sum(max(1, -(-width // columns)) for width in self._drawn) - 1
-        texts = [fit(showable(text), columns - 1).rstrip() for text, _ in lines]
+        columns = drawing_size()[0]
+        up = sum(max(1, -(-width // (columns + 1))) for width in self._drawn) - 1
+        texts = [fit(showable(text), columns).rstrip() for text, _ in lines]
         self._drawn = [text_width(text) for text in texts]
         print((f"\x1b[{up}A" if up > 0 else "") + "\r\x1b[J"
               + "\n".join(self._painted(text, code) for text, (_, code) in zip(texts, lines))
@@ -5194,7 +5199,7 @@ class Numbered:
         """Return which label is chosen; None is back."""
         digits = len(str(len(labels)))
         for number, text in enumerate([title, *labels]):
-            say(f"{number:{digits}}  {showable(text)}" if number else text)
+            say(f"{number:{digits}}  {showable(text)}" if number else showable(text))
         say(f"{0:{digits}}  Back")
         answer = self.ask("Number", str(at + 1), functools.partial(self._check_number, len(labels)))
         return int(answer) - 1 if answer and int(answer) else None
@@ -5202,7 +5207,7 @@ class Numbered:
     def ask(self, question, default, check):
         """Return the next line, or the default for an empty one, once the check does not raise; Escape is back."""
         while True:
-            answer = input(with_default(question, default) + ": ").strip() or default
+            answer = input(showable(with_default(question, default)) + ": ").strip() or default
             if not sys.stdin.isatty():
                 say(showable(answer))  # else the next prompt would follow on the same line
             if answer == "\x1b":
@@ -5267,22 +5272,10 @@ class Menu:
             user, name, expires_at, admin, limits = answers
             self._do(cmd_token_create, user=user, name=name, expires_at=expires_at, admin=bool(admin), **limits)
 
-    def list(self):
-        self._do(cmd_token_list)
-
-    def delete(self):
-        self._confirm(cmd_token_delete, "Delete {}? It stops at its next request.")
-
     def export(self):
         answers = in_turn(self._ask_file, self._ask_to_replace)
         if answers and answers[1]:
             self._do(cmd_token_export, file=answers[0])
-
-    def change(self):
-        self._pick(self._change_rights)
-
-    def rotate(self):
-        self._confirm(cmd_token_rotate, "Give {} a new secret? The old one stops working.")
 
     def usage(self):
         keys = [*USAGE_BY]
@@ -5290,10 +5283,6 @@ class Menu:
                           lambda _: self._asker.ask("Since (7d, 12h, 2027-01-31)", "7d", beginning))
         if answers:
             self._do(cmd_usage, by=keys[answers[0]], since=answers[1])
-
-    ACTIONS = (("Generate a token", generate), ("List all users", list), ("Delete a token", delete),
-               ("Export users to file", export), ("Change limits", change), ("Rotate a token", rotate),
-               ("Usage", usage), ("Exit", None))
 
     def _do(self, command, **typed):
         command(argparse.Namespace(**self._args, **typed))
@@ -5386,8 +5375,18 @@ class Menu:
     def _ask_to_replace(self, file):
         return not os.path.exists(file) or self._asker.choose(f"Replace {file}, which is there?", NO_YES)
 
+    ACTIONS = (  # the first of them as in the replaced system
+        ("Generate a token", generate),
+        ("List all users", lambda self: self._do(cmd_token_list)),
+        ("Delete a token", lambda self: self._confirm(cmd_token_delete, "Delete {}? It stops at its next request.")),
+        ("Export users to file", export),
+        ("Change limits", lambda self: self._pick(self._change_rights)),
+        ("Rotate a token", lambda self: self._confirm(cmd_token_rotate, "Rotate {}? Its old secret stops working.")),
+        ("Usage", usage),
+        ("Exit", None))
 
-def asker():
+
+def choose_asker():
     """Return who asks: arrow keys need a terminal at both ends, and one that can move its cursor."""
     dumb = os.environ.get("TERM", "dumb" if os.name == "posix" else "") == "dumb"
     if dumb or not (sys.stdin.isatty() and sys.stdout.isatty()):
@@ -5397,12 +5396,14 @@ def asker():
 
 def cmd_token_menu(args):
     """Offer everything to choose from until it is left."""
+    if sys.stdin is None:
+        raise Failure("token menu: stdin is closed, and the answers come from there")
     with open_command_store(args, create=True) as store:
         path = store.path
     say(f"The tokens are in {path}")
     try:
-        with asker().held() as face:
-            Menu(face, **dict(env_file=args.env_file, db=path)).run()
+        with choose_asker().held() as asker:
+            Menu(asker, **dict(env_file=args.env_file, db=path)).run()
     except (EOFError, KeyboardInterrupt):
         say("Left the menu.")
 

@@ -1572,8 +1572,8 @@ class Menu(CommandCase):
             menu.shows(told)
         self.assertEqual([token["admin"] for token in self.tokens()], [False, False, True])
         hints = [token["hint"] for token in self.tokens()]
-        for keys, told in (("6\r", "Whose"), ("2\r", "Which"), ("1\r", "old one stops"), ("\r", MAIN_MENU), ("6\r", "Whose"), ("\r", "Which"),
-                           ("\r", "old one stops"), (DOWN + "\r", "╯"), ("", MAIN_MENU), ("3\r", "Whose"), ("2\r", "Which"), ("1\r", "stops at"),
+        for keys, told in (("6\r", "Whose"), ("2\r", "Which"), ("1\r", "old secret stops"), ("\r", MAIN_MENU), ("6\r", "Whose"), ("\r", "Which"),
+                           ("\r", "old secret stops"), (DOWN + "\r", "╯"), ("", MAIN_MENU), ("3\r", "Whose"), ("2\r", "Which"), ("1\r", "stops at"),
                            ("\r", MAIN_MENU), ("3\r", "Whose"), ("2\r", "Which"), ("2\r", 'Delete "bob/phone"?'), (UP + "\r", "Deleted the token"),
                            ("8\r", "")):
             menu.press(keys)
@@ -1605,7 +1605,7 @@ class Menu(CommandCase):
 
     def test_whatever_ends_it_the_terminal_is_as_it_was(self):
         for label, keys, end in (("Ctrl-C", "\x03", None), ("Ctrl-D", "\x04", None), ("Ctrl-Z and Ctrl-\\ do not", "\x1a\x1c\x03", None),
-                                 ("Ctrl-C at a question", "\r\x03", None), ("SIGTERM", "", signal.SIGTERM), ("SIGINT", "", signal.SIGINT)):
+                                 ("Ctrl-C at a question", "\r\x03", None), ("SIGTERM", "", signal.SIGTERM), ("SIGHUP", "", signal.SIGHUP)):
             with self.subTest(label):
                 menu = self.menu()
                 self.assertNotEqual(termios.tcgetattr(menu.master), menu.before)
@@ -1668,10 +1668,12 @@ class Menu(CommandCase):
                            ("é" * 70, "éé"), ("\r", "printable"), ("\x1b", "Whose"), ("\x1b", MAIN_MENU)):
             menu.press(keys)
             menu.shows(told)
-        menu.resize(30, 8)
-        menu.press(DOWN)
-        menu.shows("❯ 2")
-        for columns, frames in ((40, menu.frames()[1:-1]), (30, menu.frames()[-1:])):
+        for columns in (30, 1):
+            menu.resize(columns, 8)
+            menu.press("\x7f", DOWN)
+            menu.shows("❯")
+            menu.shows("❯")
+        for columns, frames in ((40, menu.frames()[1:-4]), (30, menu.frames()[-4:])):
             for line in itertools.chain.from_iterable(frame.splitlines() for frame in frames):
                 self.assertLess(gateway.text_width(line), columns, line)
 
@@ -1747,6 +1749,8 @@ class Menu(CommandCase):
         self.assertIn(self.db, self.script("8"))
         self.assertEqual(self.tokens(), [])
         self.assertIn("folder", self.fails("token", "menu", "--db", self.folder))
+        with unittest.mock.patch("sys.stdin", None), contextlib.redirect_stderr(io.StringIO()) as err:
+            self.assertEqual((gateway.main(["token", "menu", "--db", self.db]), "closed" in err.getvalue()), (1, True))
 
 
 # == The old database =========================================================
