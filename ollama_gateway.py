@@ -4966,9 +4966,16 @@ class UnixKeys:
         before, mode = termios.tcgetattr(terminal), termios.tcgetattr(terminal)
         mode[3] &= ~(termios.ICANON | termios.ECHO | termios.IEXTEN)
         mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
-        handlers = {signal.SIGTERM: signal.default_int_handler, signal.SIGHUP: signal.default_int_handler,
-                    signal.SIGTSTP: signal.SIG_IGN, signal.SIGQUIT: signal.SIG_IGN}  # would leave it without echo
-        handlers = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        handlers = {}
+
+        def leave(*_):
+            for number in handlers:
+                signal.signal(number, signal.SIG_IGN)  # a second one must not cut the way out short
+            raise KeyboardInterrupt
+        for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+            handlers[number] = signal.signal(number, leave)
+        for number in signal.SIGTSTP, signal.SIGQUIT:  # would leave the terminal without echo
+            handlers[number] = signal.signal(number, signal.SIG_IGN)
         try:
             termios.tcsetattr(terminal, termios.TCSANOW, mode)
             yield
@@ -5136,7 +5143,7 @@ class Keyed:
             text, at = edited(key, text, at)
 
     def complain(self, text):
-        say(self._painted(text, RED))
+        say(self._painted(showable(text), RED))
 
     def _painted(self, text, code):
         return f"\x1b[{code}m{text}\x1b[0m" if self._coloured and code else text
@@ -5260,10 +5267,8 @@ class Menu:
             at = self._asker.choose("Ollama Gateway", [label for label, _ in self.ACTIONS], at)
             if at is None or self.ACTIONS[at][1] is None:
                 return
-            try:
+            with self._going_on():
                 self.ACTIONS[at][1](self)
-            except (UsageError, Failure) as error:
-                self._asker.complain(str(error))
 
     def generate(self):
         answers = in_turn(self._ask_user, self._ask_name, lambda *_: self._ask_right("expires_at", "none"),
@@ -5283,6 +5288,14 @@ class Menu:
                           lambda _: self._asker.ask("Since (7d, 12h, 2027-01-31)", "7d", beginning))
         if answers:
             self._do(cmd_usage, by=keys[answers[0]], since=answers[1])
+
+    @contextlib.contextmanager
+    def _going_on(self):
+        """Tell what cannot be done, and go on."""
+        try:
+            yield
+        except (UsageError, Failure) as error:
+            self._asker.complain(str(error))
 
     def _do(self, command, **typed):
         command(argparse.Namespace(**self._args, **typed))
@@ -5365,8 +5378,9 @@ class Menu:
                 return None
             column = [*RIGHTS][at]
             value = self._ask_right(column, present[column])
-            if value is not None:
-                self._do(cmd_token_update, user=token.user, name=token.name, **{column: value})
+            with self._going_on():
+                if value is not None:
+                    self._do(cmd_token_update, user=token.user, name=token.name, **{column: value})
 
     def _ask_file(self):
         file = self._asker.ask("File (.csv or .json)", "tokens.csv", lambda file: export_format(file, None))
@@ -5403,7 +5417,7 @@ def cmd_token_menu(args):
     say(f"The tokens are in {path}")
     try:
         with choose_asker().held() as asker:
-            Menu(asker, **dict(env_file=args.env_file, db=path)).run()
+            Menu(asker, env_file=args.env_file, db=path).run()
     except (EOFError, KeyboardInterrupt):
         say("Left the menu.")
 

@@ -1565,7 +1565,8 @@ class Menu(CommandCase):
         menu.press(DOWN, "\r")
         self.assertIn("ogw_", menu.shows("never"))
         menu.press(DOWN, "\r")
-        for keys, told in (("2\r", "Admin (may"), (DOWN + "\r", "Changed the admin token"), ("4\r", "[none]"), ("7\r", "7 a minute"),
+        for keys, told in (("2\r", "Admin (may"), (DOWN + "\r", "Changed the admin token"), ("3\r", "Models (as"),
+                           ("tiny\r", "would be an admin's"), ("", 'Change "bob/phone"\n'), ("4\r", "[none]"), ("7\r", "7 a minute"),
                            ("4\r", "a minute [7]"), ("none\r", 'Changed the admin token "bob/phone", which does not expire, in'),
                            ("\x1b", "Which token?"), ("\x1b", "Whose token?"), ("\x1b", MAIN_MENU)):
             menu.press(keys)
@@ -1605,13 +1606,13 @@ class Menu(CommandCase):
 
     def test_whatever_ends_it_the_terminal_is_as_it_was(self):
         for label, keys, end in (("Ctrl-C", "\x03", None), ("Ctrl-D", "\x04", None), ("Ctrl-Z and Ctrl-\\ do not", "\x1a\x1c\x03", None),
-                                 ("Ctrl-C at a question", "\r\x03", None), ("SIGTERM", "", signal.SIGTERM), ("SIGHUP", "", signal.SIGHUP)):
+                                 ("Ctrl-C at a question", "\r\x03", None), ("SIGTERM", "", signal.SIGTERM), ("two at once", "", signal.SIGHUP)):
             with self.subTest(label):
                 menu = self.menu()
                 self.assertNotEqual(termios.tcgetattr(menu.master), menu.before)
                 menu.press(keys)
-                if end:
-                    menu.process.send_signal(end)
+                for number in (signal.SIGSTOP, end, signal.SIGTERM, signal.SIGCONT) if end else ():   # so both are there at once
+                    menu.process.send_signal(number)
                 self.assertEqual(menu.ends(), (0, True))
 
     def test_a_fault_leaves_the_terminal_and_the_signals_as_they_were(self):
