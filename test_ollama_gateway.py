@@ -1638,30 +1638,25 @@ class Menu(CommandCase):
                 self.assertIn(f"❯ {place:2}  user{place:02} (1 token)", menu.shows(f"({place}/60)").rpartition("\f")[2])
         self.assertLess(max(frame.count("\n") for frame in menu.frames()[1:-1]), 10)
 
-    def test_a_line_can_be_edited(self):
+    def test_a_line_can_be_edited_in_whatever_pieces_its_keys_come(self):
         for keys, line in (("abc", "abc"), ("abc\x7f\x7fd", "ad"), ("abc" + LEFT * 2 + "x" + REMOVE, "axc"), ("bc" + HOME + "a" + END + "d", "abcd"),
                            ("ab\x15c", "c"), ("Zoë 日本" + LEFT + "\b" + RIGHT + "!", "Zoë 本!"), ("a\x1b[200~b\tc\x00", "abc"), (" a b ", "a b")):
-            master, slave = pty.openpty()
-            with self.subTest(keys), open(slave, encoding="utf-8") as stdin, unittest.mock.patch("sys.stdin", stdin), \
-                    contextlib.redirect_stdout(io.StringIO()), gateway.Keyed(gateway.UnixKeys()).held() as asker:
-                os.write(master, keys.encode() + b"\r")
-                self.assertEqual(asker.ask("?", "", str), line)
-            os.close(master)
+            for size in gateway.READ_BYTES, 1:
+                with self.subTest(keys, size=size), unittest.mock.patch.object(gateway, "READ_BYTES", size):
+                    self.assertEqual(self.typed(keys), line)
+
+    def typed(self, keys):
+        """What a question is answered by some keys and Enter."""
+        master, slave = pty.openpty()
+        with open(master, "wb", buffering=0) as terminal, open(slave, encoding="utf-8") as stdin, unittest.mock.patch("sys.stdin", stdin), \
+                contextlib.redirect_stdout(io.StringIO()), gateway.Keyed(gateway.UnixKeys()).held() as asker:
+            terminal.write(keys.encode() + b"\r")
+            return asker.ask("?", "", str)
 
     def test_a_line_longer_than_the_terminal_shows_the_part_around_the_cursor(self):
         for at, shown in ((0, ("abcdefghi…", 0)), (3, ("abcdefghi…", 3)), (26, ("rstuvwxyz ", 9)), (20, ("lmnopqrst…", 9))):
             self.assertEqual(gateway.visible("abcdefghijklmnopqrstuvwxyz", at, 10), shown)
         self.assertEqual(gateway.visible("日本語日本語日本語", 9, 10), ("語日本語  ", 8))
-
-    def test_characters_that_come_in_pieces_are_put_together(self):
-        menu = self.menu()
-        menu.press("\r")
-        menu.shows("\n>")
-        menu.press(*(bytes([byte]) for byte in "Zoë日".encode()))
-        menu.shows("> Zoë日")
-        menu.press("\x1b", "[", "D")
-        menu.press("x")
-        menu.shows("> Zoëx日")
 
     def test_no_line_is_wider_than_the_terminal(self):
         menu = self.menu(f"{'x' * 64}/{'y' * 64}", f"{'日' * 64}/{'本' * 64}", columns=40)
