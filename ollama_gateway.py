@@ -5340,7 +5340,7 @@ class Menu:
         return answers and answers[-1]
 
     def _ask_new_user(self):
-        return self._asker.ask("Name of the user: a person", "", functools.partial(check_name, "user"))
+        return self._asker.ask("User (a person)", "", functools.partial(check_name, "user"))
 
     def _ask_name(self, user):
         """Ask for the name of a token that the user does not have yet."""
@@ -5350,7 +5350,7 @@ class Menu:
             if check_name("name", name) in taken:
                 raise token_exists(user, name)
         names = itertools.chain(["laptop"], map("laptop-{}".format, itertools.count(2)))
-        return self._asker.ask("Name of the token: a device, a program", next(n for n in names if n not in taken), check)
+        return self._asker.ask("Name (a device, a program)", next(n for n in names if n not in taken), check)
 
     def _ask_right(self, column, present):
         if column == "admin":

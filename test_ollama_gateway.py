@@ -1529,7 +1529,7 @@ class Menu(CommandCase):
         menu = self.enter(Terminal("token", "menu", "--db", self.db))
         menu.shows(MAIN_MENU)
         menu.press("\r")
-        for question, keys in (("user", "ada\r"), ("[laptop]", "\r"), ("Expires", "2099-01-31\r"), ("Admin", "\r"), ("No limits", DOWN + "\r"),
+        for question, keys in (("User (a", "ada\r"), ("[laptop]", "\r"), ("Expires", "2099-01-31\r"), ("Admin", "\r"), ("No limits", DOWN + "\r"),
                                ("Models", "Tiny*\r"), ("a minute", "60\r"), ("at once", "\r"), ("a day", "5000\r")):
             menu.shows(question)
             menu.press(keys)
@@ -1598,7 +1598,7 @@ class Menu(CommandCase):
 
     def test_escape_goes_back_one_question_and_leaves_the_first(self):
         menu = self.menu("ada/laptop")
-        for keys, told in (("\r", "A new user"), ("\r", "Name of the user"), ("x\x1b", "A new user"), (DOWN + "\r", "[laptop-2]"), ("\r", "Expires"),
+        for keys, told in (("\r", "A new user"), ("\r", "User (a person)"), ("x\x1b", "A new user"), (DOWN + "\r", "[laptop-2]"), ("\r", "Expires"),
                            ("\x1b", "[laptop-2]"), ("\x1b", "A new user"), ("\x1b", MAIN_MENU), ("\x1b", "")):
             menu.press(keys)
             menu.shows(told)
@@ -1660,7 +1660,7 @@ class Menu(CommandCase):
 
     def test_no_line_is_wider_than_the_terminal(self):
         menu = self.menu(f"{'x' * 64}/{'y' * 64}", f"{'日' * 64}/{'本' * 64}", columns=40)
-        for keys, told in (("3\r", "Whose"), ("2\r", "Which"), ("\r", "stops"), ("\r", MAIN_MENU), ("1\r", "Whose"), ("\r", "user"),
+        for keys, told in (("3\r", "Whose"), ("2\r", "Which"), ("\r", "stops"), ("\r", MAIN_MENU), ("1\r", "Whose"), ("\r", "User (a"),
                            ("é" * 70, "éé"), ("\r", "printable"), ("\x1b", "Whose"), ("\x1b", MAIN_MENU)):
             menu.press(keys)
             menu.shows(told)
@@ -1734,7 +1734,7 @@ class Menu(CommandCase):
         self.assertNotIn("Created", self.script())
         self.assertTrue(os.path.getsize(self.db))
         self.assertNotIn("Created", self.script("1", "ada"))
-        self.assertEqual(self.script("1", "\x1b", "0").count("Name of the user"), 1)
+        self.assertEqual(self.script("1", "\x1b", "0").count("User (a person)"), 1)
         done = run_alone("token", "menu", "--db", self.db, input=b"1\n\xff\n\x1b[31m\n\r\nada\r\n\n\n\n\n0\n",
                          env=dict(os.environ, PYTHONIOENCODING="utf-8:strict"))
         self.assertEqual((done.returncode, done.stderr, done.stdout.count(b"printable"), self.names()), (0, b"", 3, ["ada/laptop"]), done)
