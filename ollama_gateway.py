@@ -27,8 +27,9 @@ The sections, in order (`grep -n '^# =='` lists them):
     OpenAPI       what it serves, told to programs
     Pages         what the gateway answers by itself
     Assembly      the one place that puts the stages together
-    Commands      the command line
-    Main          errors become exit statuses
+    Commands      what a command line can do
+    Menu          the same, to choose from
+    Main          the command line's grammar; errors become exit statuses
 
 A request travels down the file: GatewayServer accepts it, ClientStream parses it, Gateway.serve conducts it through
 Router.match, Authenticator.identify, Limiter.admit, Upstream.open and relay, and Journal.write records it. Whoever
@@ -70,7 +71,7 @@ import time
 import types
 import urllib.parse
 import urllib.request
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from datetime import datetime, timedelta, timezone
 from typing import NamedTuple, Optional
 
@@ -1466,6 +1467,11 @@ def check_rights(user, name, admin, models):
                          "have a list of models: give it --models none, or --no-admin")
 
 
+def token_exists(user, name):
+    return Failure(f'the token "{user}/{name}" exists already: choose another name, or "token rotate" it',
+                   "token_exists")
+
+
 class TokenStore:
     """The tokens on disk; safe to share between threads, and with other processes."""
 
@@ -1532,8 +1538,7 @@ class TokenStore:
         secret = SECRET_PREFIX + secrets.token_urlsafe(32)
         with self._changing() as db:
             if db.execute("SELECT 1 FROM tokens WHERE user = ? AND name = ?", (user, name)).fetchone():
-                raise Failure(f'the token "{user}/{name}" exists already: choose another name, or "token rotate" it',
-                              "token_exists")
+                raise token_exists(user, name)
             _insert(db, user=user, name=name, digest=digest_of(secret), hint=hint_of(secret),
                     created_at=int(self._clock()), expires_at=expires_at, admin=bool(admin), **limits)
             token = self._get(db, user, name)
@@ -4347,6 +4352,15 @@ def terminal_width():
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
 
 
+def can_show(text):
+    """Tell whether stdout's encoding has these characters."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeError:
+        return False
+    return True
+
+
 def text_width(text):
     """Return how many columns of a terminal a text takes."""
     import unicodedata  # which `serve` never needs
@@ -4428,13 +4442,23 @@ def local_url(args):
     return f"{'https' if settings.tls_cert else 'http'}://{host}:{settings.port}{settings.base_path}"
 
 
+def framed(text, width):
+    """Return a line in a frame as wide as needed, or, on a narrower terminal, between rules: selected, it is whole."""
+    across, down, *corners = "─│╭╮╰╯" if can_show("─│╭╮╰╯") else "-|++++"
+    rule = across * (len(text) + 4)
+    if width < len(rule) + 2:
+        return f"{across * (width - 1)}\n{text}\n{across * (width - 1)}"
+    return f"{corners[0]}{rule}{corners[1]}\n{down}  {text}  {down}\n{corners[2]}{rule}{corners[3]}"
+
+
 def show_secret(args, store, done, token, secret):
     """Show a new secret, this once: alone, as JSON, or with how to use it."""
     if args.quiet:
         return say(secret)
     if args.json:
         return say(json.dumps(dict(as_json(token), token=secret), indent=2))
-    say(f"{done} {describe(token)}, in {store.path}\n\n    {secret}\n\n"
+    shown = framed(secret, terminal_width()) if terminal_width() else "    " + secret
+    say(f"{done} {describe(token)}, in {store.path}\n\n{shown}\n\n"
         "It is shown only now; keep it like a password. To use it:\n\n"
         f'    curl -H "Authorization: Bearer {secret}" {local_url(args)}/tags')
 
@@ -4525,10 +4549,16 @@ def replace_file(path, text):
         raise Failure(f"cannot write {path}: {error.strerror}") from None
 
 
-def cmd_token_export(args):
-    form = args.format or ("json" if args.file == "-" else args.file.rpartition(".")[2].lower())
+def export_format(file, form):
+    """Return the format that is asked for, or else the file's by its ending."""
+    form = form or ("json" if file == "-" else file.rpartition(".")[2].lower())
     if form not in ("csv", "json"):
-        raise UsageError(f'token export: "{args.file}" ends neither in .csv nor in .json: add --format csv or json')
+        raise UsageError(f'token export: "{file}" ends neither in .csv nor in .json: add --format csv or json')
+    return form
+
+
+def cmd_token_export(args):
+    form = export_format(args.file, args.format)
     with open_command_store(args) as store:
         rows = [dict(row, **{key: show_instant(row[key]) for key in row if key.endswith("_at")},
                      admin=bool(row["admin"])) for row in store.export_rows()]
@@ -4623,9 +4653,7 @@ def tokens_in(row):
 def bars(shares, columns):
     """Return a bar for each share of 0 to 1, the whole of so many columns long."""
     eighths = "▏▎▍▌▋▊▉"
-    try:
-        eighths.encode(sys.stdout.encoding or "ascii")
-    except UnicodeError:
+    if not can_show(eighths):
         return ["#" * round(share * columns) for share in shares]
     lengths = [round(share * columns * 8) for share in shares]
     return ["█" * (length // 8) + (eighths[length % 8 - 1] if length % 8 else "") for length in lengths]
@@ -4902,6 +4930,504 @@ def add_command(commands, common, name, run, text, examples, takes):
         add(parser)
 
 
+# == Menu =====================================================================
+
+ESCAPE_SECONDS = 0.05       # within which the rest of a key's sequence follows, over a slow line too
+SEQUENCE = re.compile(r"\x1b[\[O]([0-9]*)[0-9;]*([@-~])")
+BEGUN_SEQUENCE = re.compile(r"\x1b([\[O][0-9;]*)?")
+SEQUENCE_KEYS = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end", "1~": "home", "7~": "home",
+                 "4~": "end", "8~": "end", "3~": "delete", "5~": "page up", "6~": "page down"}
+WINDOWS_KEYS = {"H": "up", "P": "down", "M": "right", "K": "left", "G": "home", "O": "end", "S": "delete",
+                "I": "page up", "Q": "page down"}
+CONTROL_KEYS = {"\r": "enter", "\n": "enter", "\x1b": "escape", "\x7f": "backspace", "\b": "backspace",
+                "\x01": "home", "\x05": "end", "\x10": "up", "\x0e": "down", "\x15": "clear"}
+LEAVING_KEYS = {"\x03": KeyboardInterrupt, "\x04": EOFError, "\x1a": EOFError}
+BOLD, DIM, RED, CYAN = "1", "2", "31", "36"
+
+
+def named_key(character):
+    """Return the name of a control character's key, other characters as they are; raise for one that leaves."""
+    if character in LEAVING_KEYS:
+        raise LEAVING_KEYS[character]
+    return CONTROL_KEYS.get(character, character)
+
+
+class UnixKeys:
+    """The keys of a Unix terminal."""
+
+    def __init__(self):
+        self._typed, self._decode = "", codecs.getincrementaldecoder(sys.stdin.encoding)("ignore").decode
+
+    @contextlib.contextmanager
+    def held(self):
+        """Have keys come one by one and unechoed for the length of the with block, whatever ends it."""
+        import termios  # which Windows lacks
+        terminal = sys.stdin.fileno()
+        before, mode = termios.tcgetattr(terminal), termios.tcgetattr(terminal)
+        mode[3] &= ~(termios.ICANON | termios.ECHO | termios.IEXTEN)
+        mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
+        handlers = {}
+
+        def leave(*_):
+            for number in handlers:
+                signal.signal(number, signal.SIG_IGN)  # a second one must not cut the way out short
+            raise KeyboardInterrupt
+        for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+            handlers[number] = signal.signal(number, leave)
+        for number in signal.SIGTSTP, signal.SIGQUIT:  # would leave the terminal without echo
+            handlers[number] = signal.signal(number, signal.SIG_IGN)
+        try:
+            termios.tcsetattr(terminal, termios.TCSANOW, mode)
+            yield
+        finally:
+            with contextlib.suppress(termios.error):  # it was closed
+                termios.tcsetattr(terminal, termios.TCSANOW, before)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def read(self):
+        """Return the next key: a character, the name of a key that has none, or "" for one that nobody asked for."""
+        while not self._typed or BEGUN_SEQUENCE.fullmatch(self._typed) and self._is_more():
+            self._receive()
+        sequence = SEQUENCE.match(self._typed)
+        taken = sequence[0] if sequence else self._typed[0]
+        self._typed = self._typed[len(taken):]
+        if sequence:
+            return SEQUENCE_KEYS.get(sequence[1] + "~" if sequence[2] == "~" else sequence[2], "")
+        return named_key(taken)
+
+    def _is_more(self):
+        return select.select([sys.stdin], (), (), ESCAPE_SECONDS)[0]
+
+    def _receive(self):
+        received = b""
+        with contextlib.suppress(OSError):  # the terminal was closed
+            received = os.read(sys.stdin.fileno(), READ_BYTES)
+        if not received:
+            raise EOFError
+        self._typed += self._decode(received)
+
+
+class WindowsKeys:
+    """The keys of a Windows console."""
+
+    @contextlib.contextmanager
+    def held(self):
+        os.system("")  # from then on the console understands escape sequences
+        yield
+
+    def read(self):
+        """Return the next key as UnixKeys does."""
+        import msvcrt  # which only Windows has
+        key = msvcrt.getwch()
+        if key in "\0\xe0" and msvcrt.kbhit():  # else it is an "à"
+            return WINDOWS_KEYS.get(msvcrt.getwch(), "")
+        return named_key(key)
+
+
+def moved(key, at, digits, number, page):
+    """Return where a key leads to in a list of some number of lines, and the digits typed for that so far."""
+    if re.fullmatch("[0-9]", key):
+        for typed in digits + key, key:
+            if 1 <= int(typed) <= number:
+                return int(typed) - 1, typed
+    places = {"up": (at - 1) % number, "down": (at + 1) % number, "home": 0, "end": number - 1,
+              "page up": max(at - page, 0), "page down": min(at + page, number - 1)}
+    return places.get(key, at), ""
+
+
+def edited(key, text, at):
+    """Return a line and the cursor's place in it after a key."""
+    before = max(at - 1, 0)
+    if len(key) == 1 and key.isprintable():
+        return text[:at] + key + text[at:], at + 1
+    if key == "backspace":
+        return text[:before] + text[at:], before
+    if key == "delete":
+        return text[:at] + text[at + 1:], at
+    if key == "clear":
+        return "", 0
+    return text, {"left": before, "right": min(at + 1, len(text)), "home": 0, "end": len(text)}.get(key, at)
+
+
+def drawing_size():
+    """Return how many columns and rows to draw in: the last column is left free, as some terminals wrap after it."""
+    columns, rows = shutil.get_terminal_size()
+    return max(columns, 20) - 1, rows
+
+
+def showable(text):
+    """Return a text as stdout can show it, on one line, without a control character."""
+    encoding = sys.stdout.encoding or "ascii"
+    return _printable(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def visible(text, at, columns):
+    """Return the part of a line around the cursor that so many columns have room for, and the cursor's column."""
+    start, column = at, 0
+    while start and column + text_width(text[start - 1]) < columns:
+        start -= 1
+        column += text_width(text[start])
+    return fit(text[start:start + columns + 1], columns), column
+
+
+def wrapped(text, columns):
+    """Return a text as lines of at most so many columns, broken at spaces where it can be."""
+    lines = [""]
+    for word in re.findall(" *[^ ]+", text):
+        if lines[-1] and text_width(lines[-1] + word) > columns:
+            lines.append("")
+            word = word.lstrip()
+        for character in word:
+            if text_width(lines[-1] + character) > columns:
+                lines.append("")
+            lines[-1] += character
+    return lines
+
+
+def complaint(check, text):
+    """Return what a check, which raises, says against a text, or ""."""
+    try:
+        check(text)
+    except ValueError as error:
+        return f'"{text}" {error}'
+    except (UsageError, Failure) as error:
+        return str(error)
+    return ""
+
+
+def with_default(question, default):
+    return f"{question} [{default}]" if default else question
+
+
+class Keyed:
+    """Asks on a terminal, where arrow keys move; what is asked gives way to its answer."""
+
+    def __init__(self, keys):
+        self._keys, self._drawn = keys, []
+        self._coloured = not os.environ.get("NO_COLOR")
+
+    @contextlib.contextmanager
+    def held(self):
+        """Have the terminal for the length of the with block, and leave it as it was."""
+        with self._keys.held():
+            try:
+                yield self
+            finally:
+                with contextlib.suppress(OSError):
+                    self._draw((), column=0)
+
+    def choose(self, title, labels, at=0):
+        """Return which label is chosen; None is back."""
+        digits = ""
+        while True:
+            page = self._draw_list(title, labels, at)
+            key = self._keys.read()
+            if key in ("enter", "escape"):
+                return self._settle(title, re.sub("  +", ", ", labels[at]), at) if key == "enter" else self._settle()
+            at, digits = moved(key, at, digits, len(labels), page)
+
+    def ask(self, question, default, check):
+        """Return what is typed, or the default for nothing, once the check does not raise; None is back."""
+        text, at, why = "", 0, ""
+        while True:
+            self._draw_line(with_default(question, default), text, at, why)
+            key = self._keys.read()
+            if key == "escape":
+                return self._settle()
+            if key == "enter":
+                answer = text.strip() or default
+                why = complaint(check, answer)
+                if not why:
+                    return self._settle(question, answer, answer)
+            text, at = edited(key, text, at)
+
+    def complain(self, text):
+        say(self._painted(showable(text), RED))
+
+    def _painted(self, text, code):
+        return f"\x1b[{code}m{text}\x1b[0m" if self._coloured and code else text
+
+    def _settle(self, question="", shown="", answer=None):
+        """Leave of a question a line with its answer, or nothing, and return the answer."""
+        self._draw((), column=0)
+        if answer is not None:
+            say(fit(showable(f"{question}{'' if question.endswith('?') else ':'} {shown}"), drawing_size()[0]).rstrip())
+        return answer
+
+    def _draw_list(self, title, labels, at):
+        """Draw as much of a list as there is room for, and return how many lines of it that is."""
+        columns, rows = drawing_size()
+        head = [(line, BOLD) for line in wrapped(showable(title), columns)]
+        page = max(min(rows - len(head) - 2, len(labels)), 1)
+        start = max(min(at - page // 2, len(labels) - page), 0)
+        pointer, digits = "❯" if can_show("❯") else ">", len(str(len(labels)))
+        lines = [(f"{pointer if here == at else ' '} {here + 1:{digits}}  {labels[here]}", CYAN if here == at else "")
+                 for here in range(start, start + page)]
+        place = f" ({at + 1}/{len(labels)})" if page < len(labels) else ""
+        self._draw([*head, *lines, ("Enter chooses, Esc goes back" + place, DIM)])
+        return page
+
+    def _draw_line(self, question, text, at, why):
+        columns = drawing_size()[0]
+        shown, column = visible(showable(text), len(showable(text[:at])), columns - 2)
+        self._draw([*((line, RED) for line in wrapped(showable(why), columns) if why),
+                    *((line, BOLD) for line in wrapped(showable(question), columns)), ("> " + shown, "")], 2 + column)
+
+    def _draw(self, lines, column=None):
+        """Draw lines in the place of those before, the cursor in a column of the last, or hidden.
+
+        A terminal that became narrower has wrapped what was there.
+        """
+        columns = drawing_size()[0]
+        up = sum(max(1, -(-width // (columns + 1))) for width in self._drawn) - 1
+        texts = [fit(showable(text), columns).rstrip() for text, _ in lines]
+        self._drawn = [text_width(text) for text in texts]
+        print((f"\x1b[{up}A" if up > 0 else "") + "\r\x1b[J"
+              + "\n".join(self._painted(text, code) for text, (_, code) in zip(texts, lines))
+              + ("\x1b[?25l" if column is None else "\r" + (f"\x1b[{column}C" if column else "") + "\x1b[?25h"),
+              end="", flush=True)
+
+
+class Numbered:
+    """Asks line by line, for pipes and for terminals that cannot move their cursor."""
+
+    @contextlib.contextmanager
+    def held(self):
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a name of such is refused like others
+        try:
+            yield self
+        except (EOFError, KeyboardInterrupt):
+            say("")
+            raise
+
+    def choose(self, title, labels, at=0):
+        """Return which label is chosen; None is back."""
+        digits = len(str(len(labels)))
+        for number, text in enumerate([title, *labels]):
+            say(f"{number:{digits}}  {showable(text)}" if number else showable(text))
+        say(f"{0:{digits}}  Back")
+        answer = self.ask("Number", str(at + 1), functools.partial(self._check_number, len(labels)))
+        return int(answer) - 1 if answer and int(answer) else None
+
+    def ask(self, question, default, check):
+        """Return the next line, or the default for an empty one, once the check does not raise; Escape is back."""
+        while True:
+            answer = input(showable(with_default(question, default)) + ": ").strip() or default
+            if not sys.stdin.isatty():
+                say(showable(answer))  # else the next prompt would follow on the same line
+            if answer == "\x1b":
+                return None
+            why = complaint(check, answer)
+            if not why:
+                return answer
+            self.complain(why)
+
+    def complain(self, text):
+        say(showable(text))
+
+    @staticmethod
+    def _check_number(most, text):
+        if not re.fullmatch("[0-9]{1,9}", text) or int(text) > most:
+            raise ValueError(f"is no number from 0 to {most}")
+
+
+def in_turn(*questions):
+    """Ask one question after the other, each told the answers so far, one back for None; return all answers or None."""
+    answers = []
+    while len(answers) < len(questions):
+        answer = questions[len(answers)](*answers)
+        if answer is not None:
+            answers.append(answer)
+        elif answers:
+            answers.pop()
+        else:
+            return None
+    return answers
+
+
+RIGHTS = {"expires_at": "Expires (30d, 2027-01-31, none)", "admin": "Admin (may change models, too)",
+          "models": "Models (as llama3*,qwen2.5:7b)", "rpm": "Requests a minute", "max_parallel": "Requests at once",
+          "tokens_per_day": "Tokens a day"}
+NO_YES = ("No", "Yes")
+
+
+class Menu:
+    """What there is to choose; each action collects what a command line would say, and runs the command."""
+
+    def __init__(self, asker, **args):
+        self._asker, self._args = asker, dict(UNTYPED, **args)
+
+    def run(self):
+        """Offer the actions until it is left."""
+        at = 0
+        while True:
+            say("")
+            at = self._asker.choose("Ollama Gateway", [label for label, _ in self.ACTIONS], at)
+            if at is None or self.ACTIONS[at][1] is None:
+                return
+            with self._going_on():
+                self.ACTIONS[at][1](self)
+
+    def generate(self):
+        answers = in_turn(self._ask_user, self._ask_name, lambda *_: self._ask_right("expires_at", "none"),
+                          lambda *_: self._ask_right("admin", "No"), lambda *before: self._ask_limits(before[-1]))
+        if answers:
+            user, name, expires_at, admin, limits = answers
+            self._do(cmd_token_create, user=user, name=name, expires_at=expires_at, admin=bool(admin), **limits)
+
+    def export(self):
+        answers = in_turn(self._ask_file, self._ask_to_replace)
+        if answers and answers[1]:
+            self._do(cmd_token_export, file=answers[0])
+
+    def usage(self):
+        keys = [*USAGE_BY]
+        answers = in_turn(lambda: self._asker.choose("Usage by", keys),
+                          lambda _: self._asker.ask("Since (7d, 12h, 2027-01-31)", "7d", beginning))
+        if answers:
+            self._do(cmd_usage, by=keys[answers[0]], since=answers[1])
+
+    @contextlib.contextmanager
+    def _going_on(self):
+        """Tell what cannot be done, and go on."""
+        try:
+            yield
+        except (UsageError, Failure) as error:
+            self._asker.complain(str(error))
+
+    def _do(self, command, **typed):
+        command(argparse.Namespace(**self._args, **typed))
+
+    def _confirm(self, command, question):
+        """Have a token picked, and run a command on it if that is meant."""
+        picked = self._pick(lambda token: self._asker.choose(question.format(f'"{token.user}/{token.name}"'), NO_YES))
+        if picked and picked[-1]:
+            self._do(command, user=picked[0], name=picked[1].name)
+
+    def _pick(self, then):
+        """Ask for a user, for one of their tokens, and what is then to be asked of that; return all answers or None."""
+        tokens = self._tokens()
+        if not tokens:
+            return self._asker.complain("There are no tokens yet: generate one first.")
+        return in_turn(lambda: self._ask_whose(tokens),
+                       lambda user: self._ask_which([token for token in tokens if token.user == user]),
+                       lambda _, token: then(token))
+
+    def _tokens(self):
+        with open_command_store(argparse.Namespace(**self._args)) as store:
+            return store.list()
+
+    def _ask_whose(self, tokens):
+        held = Counter(token.user for token in tokens)
+        at = self._asker.choose("Whose token?", [f"{user} ({count(held[user], 'token')})" for user in held])
+        return None if at is None else [*held][at]
+
+    def _ask_which(self, tokens):
+        heads, tell = ("NAME", "SECRET", "EXPIRES"), dict(TOKEN_COLUMNS)
+        rows = [heads, *([tell[head](token) for head in heads] for token in tokens)]
+        width = max(terminal_width() - 8, 0)  # what stands before each of them, and one column
+        at = self._asker.choose("Which token?", table(rows, width, ("NAME",), ("EXPIRES",))[1:])
+        return None if at is None else tokens[at]
+
+    def _ask_user(self):
+        users = list(dict.fromkeys(token.user for token in self._tokens()))
+        if not users:
+            return self._ask_new_user()
+        answers = in_turn(lambda: self._asker.choose("Whose token?", ["A new user", *users]),
+                          lambda at: users[at - 1] if at else self._ask_new_user())
+        return answers and answers[-1]
+
+    def _ask_new_user(self):
+        return self._asker.ask("User (a person)", "", functools.partial(check_name, "user"))
+
+    def _ask_name(self, user):
+        """Ask for the name of a token that the user does not have yet."""
+        taken = {token.name for token in self._tokens() if token.user == user}
+
+        def check(name):
+            if check_name("name", name) in taken:
+                raise token_exists(user, name)
+        names = itertools.chain(["laptop"], map("laptop-{}".format, itertools.count(2)))
+        return self._asker.ask("Name (a device, a program)", next(n for n in names if n not in taken), check)
+
+    def _ask_right(self, column, present):
+        if column == "admin":
+            return self._asker.choose(RIGHTS[column], NO_YES, NO_YES.index(present))
+        return self._asker.ask(RIGHTS[column], present, functools.partial(read_grant, column))
+
+    def _ask_limits(self, admin):
+        """Return the limits of a new token by column; an admin's has no list of models."""
+        columns = [column for column in LIMITED if not (admin and column == "models")]
+        each = [lambda *_, column=column: self._ask_right(column, "none") for column in columns]
+        answers = in_turn(lambda: self._asker.choose("Limits", ("No limits", "Set them, one by one")),
+                          lambda wanted: in_turn(*each) if wanted else ())
+        return answers and dict(zip(columns, answers[-1]))
+
+    def _change_rights(self, token):
+        """Change what a token may, one thing after the other, until None, which is back."""
+        at = 0
+        while True:
+            token = next((same for same in self._tokens() if same.id == token.id), token)
+            present = {"expires_at": show_instant(token.expires_at) or "none", "admin": NO_YES[token.admin],
+                       **{column: str(getattr(token, column) or "none") for column in LIMITED}}
+            rows = [(RIGHTS[column].partition(" (")[0], present[column]) for column in RIGHTS]
+            at = self._asker.choose(f'Change "{token.user}/{token.name}"', table(rows, 0, (), ()), at)
+            if at is None:
+                return None
+            column = [*RIGHTS][at]
+            value = self._ask_right(column, present[column])
+            with self._going_on():
+                if value is not None:
+                    self._do(cmd_token_update, user=token.user, name=token.name, **{column: value})
+
+    def _ask_file(self):
+        file = self._asker.ask("File (.csv or .json)", "tokens.csv", lambda file: export_format(file, None))
+        return file and os.path.expanduser(file)
+
+    def _ask_to_replace(self, file):
+        return not os.path.exists(file) or self._asker.choose(f"Replace {file}, which is there?", NO_YES)
+
+    ACTIONS = (  # the first of them as in the replaced system
+        ("Generate a token", generate),
+        ("List all users", lambda self: self._do(cmd_token_list)),
+        ("Delete a token", lambda self: self._confirm(cmd_token_delete, "Delete {}? It stops at its next request.")),
+        ("Export users to file", export),
+        ("Change limits", lambda self: self._pick(self._change_rights)),
+        ("Rotate a token", lambda self: self._confirm(cmd_token_rotate, "Rotate {}? Its old secret stops working.")),
+        ("Usage", usage),
+        ("Exit", None))
+
+
+def choose_asker():
+    """Return who asks: arrow keys need a terminal at both ends, and one that can move its cursor."""
+    dumb = os.environ.get("TERM", "dumb" if os.name == "posix" else "") == "dumb"
+    if dumb or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return Numbered()
+    return Keyed(UnixKeys() if os.name == "posix" else WindowsKeys())
+
+
+def cmd_token_menu(args):
+    """Offer everything to choose from until it is left."""
+    if sys.stdin is None:
+        raise Failure("token menu: stdin is closed, and the answers come from there")
+    with open_command_store(args, create=True) as store:
+        path = store.path
+    say(f"The tokens are in {path}")
+    try:
+        with choose_asker().held() as asker:
+            Menu(asker, env_file=args.env_file, db=path).run()
+    except (EOFError, KeyboardInterrupt):
+        say("Left the menu.")
+
+
+MENU = ("menu", cmd_token_menu, "manage the tokens from a menu, with arrow keys", ("token menu",), ())
+
+
+# == Main =====================================================================
+
+
 def build_parser():
     """Return the parser of the whole command line."""
     common = Parser(add_help=False)
@@ -4917,12 +5443,9 @@ def build_parser():
     token = commands.add_parser("token", parents=[common], help=text,
                                 **told(text, ("token create ada laptop --expires 90d", "token list")))
     tokens = token.add_subparsers(metavar="ACTION", required=True)
-    for command in TOKEN_COMMANDS:
+    for command in (*TOKEN_COMMANDS, MENU):
         add_command(tokens, common, *command)
     return parser
-
-
-# == Main =====================================================================
 
 
 def main(argv=None):

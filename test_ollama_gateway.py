@@ -57,6 +57,13 @@ import unittest.mock
 import urllib.request
 import warnings
 
+try:
+    import fcntl
+    import pty
+    import termios
+except ImportError:   # on Windows
+    fcntl = pty = termios = None
+
 import ollama_gateway as gateway
 
 TESTS = os.path.abspath(__file__)
@@ -933,7 +940,7 @@ def variable_of(name):
 
 SECRET = re.compile(r"ogw_[A-Za-z0-9_-]{43}")
 COMMANDS = ((), ("serve",), ("usage",), ("token",),
-            *(("token", word) for word in ("create", "list", "update", "rotate", "delete", "export", "import")))
+            *(("token", word) for word in ("create", "list", "update", "rotate", "delete", "export", "import", "menu")))
 KEYS = {"id", "user", "name", "hint", "created_at", "expires_at", "last_used_at", "expired", "admin", "models", "rpm", "max_parallel",
         "tokens_per_day"}
 LIMITS = ("--models", "Llama3*, qwen2.5:7b", "--rpm", "60", "--max-parallel", "2", "--tokens-per-day", "100000")
@@ -1428,6 +1435,318 @@ class ExportAndImport(CommandCase):
 
     def test_a_file_that_is_not_there_is_told(self):
         self.assertIn("missing.csv", self.fails("token", "import", self.path("missing.csv")))
+
+
+# == The menu =================================================================
+
+ON_A_TERMINAL = f"""import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+sys.path.insert(0, {HERE!r})
+import ollama_gateway
+print("ended with", ollama_gateway.main(sys.argv[1:]), flush=True)
+os.read(0, 1)
+"""
+UP, DOWN, RIGHT, LEFT, HOME, END, PAGE_UP, PAGE_DOWN, REMOVE = (f"\x1b[{code}" for code in ("A", "B", "C", "D", "H", "F", "5~", "6~", "3~"))
+MAIN_MENU = "Ollama Gateway\n"
+
+
+class Terminal:
+    """A command on a pseudo-terminal of its own; it stays for a look at the terminal until it is closed."""
+
+    def __init__(self, *argv, columns=80, rows=24, **environ):
+        self.master, slave = pty.openpty()
+        self.resize(columns, rows)
+        self.before, self.raw, self.at = termios.tcgetattr(self.master), b"", 0
+        environ = dict({name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")},
+                       **{"TERM": "xterm", "PYTHONIOENCODING": "utf-8", **environ})
+        self.process = subprocess.Popen([sys.executable, "-c", ON_A_TERMINAL, *argv], stdin=slave, stdout=slave, stderr=slave,
+                                        start_new_session=True, env=environ)
+        os.close(slave)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait(GUARD)
+        os.close(self.master)
+
+    def resize(self, columns, rows):
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def press(self, *keys):
+        for key in keys:
+            os.write(self.master, key if isinstance(key, bytes) else key.encode())
+
+    @property
+    def text(self):
+        """All that was shown, without escape sequences, a form feed where lines were erased."""
+        text = re.sub(rb"\x1b(\[[0-9;?]*)?\Z", b"", self.raw).decode("utf-8", "ignore").replace("\r\n", "\n").replace("\x1b[J", "\f")
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", text)
+
+    def shows(self, text):
+        """Wait until a text is shown, behind those that were waited for, and return what came up to its end."""
+        deadline = time.monotonic() + GUARD
+        while text not in self.text[self.at:]:
+            ready = select.select([self.master], (), (), max(deadline - time.monotonic(), 0))[0]
+            assert ready, f"{text!r} was not shown, but:\n{self.text[self.at:]}"
+            try:
+                self.raw += os.read(self.master, 65536)
+            except OSError:
+                raise AssertionError(f"{text!r} was not shown before the end, but:\n{self.text[self.at:]}") from None
+        start, self.at = self.at, self.text.index(text, self.at) + len(text)
+        return self.text[start:self.at]
+
+    def frames(self):
+        """What was drawn, one after the other."""
+        return self.text.split("\f")
+
+    def ends(self):
+        """Wait for the command's end; return its exit status and whether the terminal is as it was, its cursor in sight."""
+        self.shows("ended with ")
+        status = int(self.shows("\n"))
+        shown = [match for match in re.findall(rb"\x1b\[\?25([lh])", self.raw)]
+        return status, termios.tcgetattr(self.master) == self.before and shown[-1:] in ([], [b"h"])
+
+
+@unittest.skipIf(pty is None, "needs pseudo-terminals")
+class Menu(CommandCase):
+    """token menu, by keys on a terminal and line by line."""
+
+    def menu(self, *tokens, **how):
+        """Start it in a database with some tokens, "user/name", and wait until it is there."""
+        with contextlib.closing(gateway.open_store(self.db, create=True)) as store:
+            for token in tokens:
+                store.create(*token.split("/"))
+        menu = self.enter(Terminal("token", "menu", "--db", self.db, **how))
+        menu.shows(MAIN_MENU)
+        return menu
+
+    def names(self):
+        return [f'{token["user"]}/{token["name"]}' for token in self.tokens()]
+
+    def test_a_token_is_generated_and_its_secret_framed(self):
+        menu = self.enter(Terminal("token", "menu", "--db", self.db))
+        menu.shows(MAIN_MENU)
+        menu.press("\r")
+        for question, keys in (("User (a", "ada\r"), ("[laptop]", "\r"), ("Expires", "2099-01-31\r"), ("Admin", "\r"), ("No limits", DOWN + "\r"),
+                               ("Models", "Tiny*\r"), ("a minute", "60\r"), ("at once", "\r"), ("a day", "5000\r")):
+            menu.shows(question)
+            menu.press(keys)
+        out = menu.shows(MAIN_MENU)
+        box = re.search("╭(─+)╮\n│  (\\S+)  │\n╰─+╯\n", out)
+        self.assertTrue(box, out)
+        self.assertIn(f"Bearer {box[2]}", out)
+        token, = self.find(box[2])
+        self.assertEqual((token.user, token.name, gateway.day(token.expires_at, ""), token.admin, token.models, token.rpm, token.max_parallel,
+                          token.tokens_per_day), ("ada", "laptop", "2099-01-31", 0, "tiny*", 60, None, 5000))
+        menu.press("\x1b")
+        self.assertEqual(menu.ends(), (0, True))
+
+    def test_what_is_typed_is_checked_at_once(self):
+        menu = self.menu("ada/laptop")
+        menu.press("1")
+        menu.shows("❯ 1")
+        menu.press("\r")
+        menu.shows("A new user")
+        menu.press("2\r")
+        for typed, told in (("laptop\r", "exists already"), ("\x15-x\r", "printable"), ("\x15\r", "Expires"), ("soon\r", '"soon" is no date'),
+                            ("\x151999-01-01\r", "in the past"), ("\x151d\r", "Admin"), (DOWN + "\r", "Limits"), ("2\r", "a minute"),
+                            ("0\r", '"0" is no whole number')):
+            menu.press(typed)
+            self.assertNotIn("--", menu.shows(told))
+        menu.press("\x03")
+        self.assertEqual((menu.ends(), self.names()), ((0, True), ["ada/laptop"]))
+
+    def test_tokens_are_changed_rotated_and_deleted(self):
+        menu = self.menu("ada/laptop", "bob/box", "bob/phone")
+        menu.press("5\r")
+        menu.shows("ada (1 token)")
+        menu.press(DOWN, "\r")
+        self.assertIn("ogw_", menu.shows("never"))
+        menu.press(DOWN, "\r")
+        for keys, told in (("2\r", "Admin (may"), (DOWN + "\r", "Changed the admin token"), ("3\r", "Models (as"),
+                           ("tiny\r", "would be an admin's"), ("", 'Change "bob/phone"\n'), ("4\r", "[none]"), ("7\r", "7 a minute"),
+                           ("4\r", "a minute [7]"), ("none\r", 'Changed the admin token "bob/phone", which does not expire, in'),
+                           ("\x1b", "Which token?"), ("\x1b", "Whose token?"), ("\x1b", MAIN_MENU)):
+            menu.press(keys)
+            menu.shows(told)
+        self.assertEqual([token["admin"] for token in self.tokens()], [False, False, True])
+        hints = [token["hint"] for token in self.tokens()]
+        for keys, told in (("6\r", "Whose"), ("2\r", "Which"), ("1\r", "old secret stops"), ("\r", MAIN_MENU), ("6\r", "Whose"), ("\r", "Which"),
+                           ("\r", "old secret stops"), (DOWN + "\r", "╯"), ("", MAIN_MENU), ("3\r", "Whose"), ("2\r", "Which"), ("1\r", "stops at"),
+                           ("\r", MAIN_MENU), ("3\r", "Whose"), ("2\r", "Which"), ("2\r", 'Delete "bob/phone"?'), (UP + "\r", "Deleted the token"),
+                           ("8\r", "")):
+            menu.press(keys)
+            menu.shows(told)
+        self.assertEqual((menu.ends(), self.names()), ((0, True), ["ada/laptop", "bob/box"]))
+        self.assertEqual([new["hint"] == old for new, old in zip(self.tokens(), hints)], [False, True])
+
+    def test_tokens_are_listed_and_exported_and_their_use_is_told(self):
+        menu, file = self.menu("ada/laptop"), self.path("out.csv")
+        menu.press("2\r")
+        self.assertRegex(menu.shows("1 token in"), r"USER +NAME.*\nada +laptop ")
+        menu.shows(MAIN_MENU)
+        menu.press("4\r")
+        menu.shows("[tokens.csv]")
+        for keys, told in ((self.path("out.txt\r"), "ends neither in"), ("\x15" + file + "\r", "Exported 1 token"), ("", MAIN_MENU), ("4\r", "File"),
+                           (file + "\r", "Replace "), ("\r", MAIN_MENU), ("7\r", "model"), ("3\r", "[7d]"), ("x\r", '"x" is no date'),
+                           ("\x15" + "30d\r", "0 requests, 0 tokens since"), ("", MAIN_MENU)):
+            menu.press(keys)
+            menu.shows(told)
+        self.assertIn(b"ada,laptop", self.read("out.csv"))
+
+    def test_escape_goes_back_one_question_and_leaves_the_first(self):
+        menu = self.menu("ada/laptop")
+        for keys, told in (("\r", "A new user"), ("\r", "User (a person)"), ("x\x1b", "A new user"), (DOWN + "\r", "[laptop-2]"), ("\r", "Expires"),
+                           ("\x1b", "[laptop-2]"), ("\x1b", "A new user"), ("\x1b", MAIN_MENU), ("\x1b", "")):
+            menu.press(keys)
+            menu.shows(told)
+        self.assertEqual((menu.ends(), self.names()), ((0, True), ["ada/laptop"]))
+
+    def test_whatever_ends_it_the_terminal_is_as_it_was(self):
+        for label, keys, end in (("Ctrl-C", "\x03", None), ("Ctrl-D", "\x04", None), ("Ctrl-Z and Ctrl-\\ do not", "\x1a\x1c\x03", None),
+                                 ("Ctrl-C at a question", "\r\x03", None), ("SIGTERM", "", signal.SIGTERM), ("two at once", "", signal.SIGHUP)):
+            with self.subTest(label):
+                menu = self.menu()
+                self.assertNotEqual(termios.tcgetattr(menu.master), menu.before)
+                menu.press(keys)
+                for number in (signal.SIGSTOP, end, signal.SIGTERM, signal.SIGCONT) if end else ():   # so both are there at once
+                    menu.process.send_signal(number)
+                self.assertEqual(menu.ends(), (0, True))
+
+    def test_a_fault_leaves_the_terminal_and_the_signals_as_they_were(self):
+        master, slave = pty.openpty()
+        before, handler = termios.tcgetattr(slave), signal.getsignal(signal.SIGTERM)
+        try:
+            with open(slave, encoding="utf-8", closefd=False) as stdin, unittest.mock.patch("sys.stdin", stdin), self.assertRaises(ZeroDivisionError):
+                with gateway.UnixKeys().held():
+                    self.assertNotEqual(termios.tcgetattr(slave), before)
+                    raise ZeroDivisionError
+            self.assertEqual((termios.tcgetattr(slave), signal.getsignal(signal.SIGTERM)), (before, handler))
+        finally:
+            os.close(master)
+            os.close(slave)
+
+    def test_a_long_list_scrolls_and_digits_find_their_line(self):
+        menu = self.menu(*(f"user{number:02}/box" for number in range(1, 61)), rows=10)
+        menu.press("3\r")
+        for keys, place in (("", 1), (UP, 60), (DOWN, 1), (PAGE_DOWN, 8), ("4", 4), ("2", 42), ("9", 9), ("0", 9), (END, 60), (PAGE_UP, 53),
+                            (HOME, 1), ("\x1bOB", 2), ("\x1b[1;5B", 3), ("\x1b[24~\x00é", 3)):
+            with self.subTest(keys):
+                menu.press(keys)
+                self.assertIn(f"❯ {place:2}  user{place:02} (1 token)", menu.shows(f"({place}/60)").rpartition("\f")[2])
+        self.assertLess(max(frame.count("\n") for frame in menu.frames()[1:-1]), 10)
+
+    def test_a_line_can_be_edited_in_whatever_pieces_its_keys_come(self):
+        for keys, line in (("abc", "abc"), ("abc\x7f\x7fd", "ad"), ("abc" + LEFT * 2 + "x" + REMOVE, "axc"), ("bc" + HOME + "a" + END + "d", "abcd"),
+                           ("ab\x15c", "c"), ("Zoë 日本" + LEFT + "\b" + RIGHT + "!", "Zoë 本!"), ("a\x1b[200~b\tc\x00", "abc"), (" a b ", "a b")):
+            for size in gateway.READ_BYTES, 1:
+                with self.subTest(keys, size=size), unittest.mock.patch.object(gateway, "READ_BYTES", size):
+                    self.assertEqual(self.typed(keys), line)
+
+    def typed(self, keys):
+        """What a question is answered by some keys and Enter."""
+        master, slave = pty.openpty()
+        with open(master, "wb", buffering=0) as terminal, open(slave, encoding="utf-8") as stdin, unittest.mock.patch("sys.stdin", stdin), \
+                contextlib.redirect_stdout(io.StringIO()), gateway.Keyed(gateway.UnixKeys()).held() as asker:
+            terminal.write(keys.encode() + b"\r")
+            return asker.ask("?", "", str)
+
+    def test_a_line_longer_than_the_terminal_shows_the_part_around_the_cursor(self):
+        for at, shown in ((0, ("abcdefghi…", 0)), (3, ("abcdefghi…", 3)), (26, ("rstuvwxyz ", 9)), (20, ("lmnopqrst…", 9))):
+            self.assertEqual(gateway.visible("abcdefghijklmnopqrstuvwxyz", at, 10), shown)
+        self.assertEqual(gateway.visible("日本語日本語日本語", 9, 10), ("語日本語  ", 8))
+
+    def test_no_line_is_wider_than_the_terminal(self):
+        menu = self.menu(f"{'x' * 64}/{'y' * 64}", f"{'日' * 64}/{'本' * 64}", columns=40)
+        for keys, told in (("3\r", "Whose"), ("2\r", "Which"), ("\r", "stops"), ("\r", MAIN_MENU), ("1\r", "Whose"), ("\r", "User (a"),
+                           ("é" * 70, "éé"), ("\r", "printable"), ("\x1b", "Whose"), ("\x1b", MAIN_MENU)):
+            menu.press(keys)
+            menu.shows(told)
+        for columns in (30, 1):
+            menu.resize(columns, 8)
+            menu.press("\x7f", DOWN)
+            menu.shows("❯")
+            menu.shows("❯")
+        for columns, frames in ((40, menu.frames()[1:-4]), (30, menu.frames()[-4:])):
+            for line in itertools.chain.from_iterable(frame.splitlines() for frame in frames):
+                self.assertLess(gateway.text_width(line), columns, line)
+
+    def test_names_from_elsewhere_can_do_no_harm(self):
+        menu = self.menu("ada/laptop")
+        with contextlib.closing(sqlite3.connect(self.db)) as db, db:
+            db.execute("UPDATE tokens SET user = ?, name = ?", ("\x1b]0;owned\x07\u202e", "a\nb\x9b31m"))
+        for keys, told in (("3\r", "❯ 1  ?]0;owned??"), ("\r", "❯ 1  a?b?31m")):
+            menu.press(keys)
+            menu.shows(told)
+        self.assertNotIn(b"\x07", menu.raw)
+
+    def test_there_is_colour_where_it_is_wanted(self):
+        for environ, coloured, moving in (({}, True, True), ({"NO_COLOR": "1"}, False, True), ({"NO_COLOR": ""}, True, True),
+                                          ({"TERM": "dumb"}, False, False)):
+            with self.subTest(environ):
+                menu = self.menu(**environ)
+                self.assertEqual((bool(re.search(rb"\x1b\[[0-9;]*m", menu.raw)), b"\x1b" in menu.raw), (coloured, moving))
+                menu.press("\x04")
+                self.assertEqual(menu.ends(), (0, True))
+
+    def test_a_terminal_of_few_characters_is_spared_others(self):
+        menu = self.menu("日本/laptop", PYTHONIOENCODING="ascii")
+        for keys, told in (("6\r", r"> 1  \u65e5\u672c (1 token)"), ("\r\r\x1b[B\r", "+---")):
+            menu.press(keys)
+            menu.shows(told)
+        self.assertTrue(menu.raw.isascii())
+
+    def test_create_frames_the_secret_on_a_terminal_so_that_it_can_be_selected(self):
+        box = r"\n╭─{51}╮\n│  SECRET  │\n╰─{51}╯\n"
+        for columns, frame in ((80, box), (53, box), (40, r"\n─{39}\nSECRET\n─{39}\n")):
+            terminal = self.enter(Terminal("token", "create", "ada", str(columns), "--db", self.db, columns=columns))
+            terminal.shows("ended with 0")
+            self.assertRegex(terminal.text, frame.replace("SECRET", SECRET.pattern))
+
+    def test_what_fails_is_told_and_the_menu_goes_on(self):
+        menu = self.menu("ada/laptop")
+        for name in os.listdir(self.folder):
+            os.remove(self.path(name))
+        menu.press("2\r")
+        menu.shows("there is no database")
+        menu.shows(MAIN_MENU)
+        menu.press("8\r")
+        self.assertEqual(menu.ends(), (0, True))
+
+    def script(self, *lines):
+        return self.succeeds("token", "menu", stdin="".join(line + "\n" for line in lines))
+
+    def test_lines_from_a_pipe_do_all_the_same(self):
+        self.assertIn("There are no tokens yet", self.script("3"))
+        out = self.script("1", "ada", "", "", "2", "2", "60", "", "")
+        self.assertEqual(len(self.find(*set(SECRET.findall(out)))), 1, out)
+        self.script("5", "1", "1", "3", "tiny*", "0", "0", "0", "8")
+        file = self.path("out.json")
+        out = self.script("2", "4", file, "4", file, "2", "4", file, "1", "7", "2", "1d", "6", "1", "1", "2", "9", "x", "8")
+        self.assertEqual([out.count(word) for word in ("USER  NAME", "Exported 1", "0 requests", "Gave a new secret", "no number from 0 to 8")],
+                         [1, 2, 1, 1, 2], out)
+        self.script("1", "2", "", "", "", "", "3", "1", "2", "1", "3", "1", "2", "2")
+        self.assertEqual(self.names(), ["ada/laptop"])
+
+    def test_lines_end_where_they_end_and_escape_goes_back(self):
+        self.assertNotIn("Created", self.script())
+        self.assertTrue(os.path.getsize(self.db))
+        self.assertNotIn("Created", self.script("1", "ada"))
+        self.assertEqual(self.script("1", "\x1b", "0").count("User (a person)"), 1)
+        done = run_alone("token", "menu", "--db", self.db, input=b"1\n\xff\n\x1b[31m\n\r\nada\r\n\n\n\n\n0\n",
+                         env=dict(os.environ, PYTHONIOENCODING="utf-8:strict"))
+        self.assertEqual((done.returncode, done.stderr, done.stdout.count(b"printable"), self.names()), (0, b"", 3, ["ada/laptop"]), done)
+        self.assertNotIn(b"\x1b", done.stdout)
+
+    def test_a_missing_or_empty_database_is_made(self):
+        self.write("tokens.db", b"")
+        self.assertIn(self.db, self.script("8"))
+        self.assertEqual(self.tokens(), [])
+        self.assertIn("folder", self.fails("token", "menu", "--db", self.folder))
+        with unittest.mock.patch("sys.stdin", None), contextlib.redirect_stderr(io.StringIO()) as err:
+            self.assertEqual((gateway.main(["token", "menu", "--db", self.db]), "closed" in err.getvalue()), (1, True))
 
 
 # == The old database =========================================================
@@ -5637,7 +5956,7 @@ class Promises(unittest.TestCase):
     def test_nothing_is_imported_but_the_standard_library(self):
         library = [os.path.realpath(sysconfig.get_path(kind)) for kind in ("stdlib", "platstdlib")]
         for path, own in ((GATEWAY, set()), (TESTS, {"ollama_gateway"})):
-            for name in imports_of(ast.parse(source_of(path))) - set(sys.builtin_module_names) - own:
+            for name in imports_of(ast.parse(source_of(path))) - set(sys.builtin_module_names) - own - {"msvcrt"}:  # Windows' own
                 origin = importlib.util.find_spec(name).origin
                 if origin != "frozen":
                     origin = os.path.realpath(origin)
