@@ -4140,8 +4140,10 @@ button.small, td button { padding: .15rem .55rem; font-size: .85rem; }
 fieldset { min-width: 0; margin: 0; padding: 0; border: 0; }
 .row { display: flex; flex-wrap: wrap; gap: .75rem; align-items: flex-end; margin-bottom: .75rem; }
 .row > label { flex: 1 1 14rem; }
+label + .row { margin: .75rem 0 0; }
 .head { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; justify-content: space-between; margin-bottom: .75rem; }
 .head h2, .head .row, .head input, .head select { margin: 0; }
+.head .row { align-items: center; }
 .head label { flex: 0 1 auto; }
 .problem { margin: .5rem 0 .75rem; color: var(--bad); font-weight: 600; }
 .problem:empty, .note:empty { display: none; }
@@ -4189,11 +4191,12 @@ summary { color: var(--dim); cursor: pointer; }
 dialog { width: min(34rem, calc(100vw - 2rem)); padding: 1.5rem; background: var(--card); color: inherit;
   border: 1px solid var(--line); border-radius: .75rem; overflow-wrap: anywhere; }
 dialog::backdrop { background: rgb(0 0 0 / 50%); }
-dialog form { display: grid; grid-template-columns: 1fr 1fr; gap: .75rem 1rem; align-items: end; }
+dialog form { display: grid; grid-template-columns: 1fr 1fr; gap: .75rem 1rem; align-items: start; }
 dialog form > * { grid-column: 1 / -1; margin: 0; }
 dialog form > .half { grid-column: auto; }
 dialog pre { white-space: pre-wrap; overflow-wrap: anywhere; margin-bottom: .75rem; }
 dialog .row { justify-content: flex-end; margin: .5rem 0 0; }
+dialog .problem { margin: .35rem 0 0; font-size: .9rem; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 @media (max-width: 40rem) {
   body > header, main, body > footer { padding-left: .9rem; padding-right: .9rem; }
@@ -4203,7 +4206,11 @@ dialog .row { justify-content: flex-end; margin: .5rem 0 0; }
   .stack tr { padding: .6rem 0; border-top: 1px solid var(--line); }
   .stack th, .stack td { padding: .1rem 0; border: 0; text-align: left; overflow-wrap: anywhere; }
   .stack td[data-label]::before { content: attr(data-label) ": "; color: var(--dim); }
+  .stack td[data-label=Actions]::before, .stack td[data-label=Share]::before { content: none; }
   .stack td:empty { display: none; }
+  #desk .stack th { font-weight: 600; }
+  .example > button { position: static; margin-top: .5rem; }
+  .example pre { padding-right: 1rem; }
   .stack td svg.bar { margin: .15rem 0; }
   .stack td .row { flex-wrap: wrap; margin-top: .3rem; }
   .stack code { white-space: normal; }
@@ -4299,7 +4306,7 @@ async function copy(pressed, source) {
   }
   pressed.textContent = "Copied";
 }
-const copyButton = source => button("Copy", event => copy(event.target, source), {class: "small"});
+const copyButton = (source, attributes) => button("Copy", event => copy(event.target, source), attributes);
 
 // A row is a list of cells, a cell what an element may hold; the first names its row, those in `numbers` are figures.
 function table(caption, headings, rows, numbers = []) {
@@ -4378,14 +4385,14 @@ function leave() {
 }
 
 async function* linesOf(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (let {value, done} = await reader.read(); !done; {value, done} = await reader.read()) {
-    const lines = (rest + value).split("\n");
-    rest = lines.pop();
+  const reader = body.getReader(), decoder = new TextDecoder();
+  for (let rest = "", ended = false; !ended;) {
+    const {value, done} = await reader.read().catch(() => { throw new Error("The answer broke off before its end"); });
+    const lines = (rest + decoder.decode(value, {stream: !done})).split("\n");
+    rest = done ? "" : lines.pop();
+    ended = done;
     yield* lines;
   }
-  yield rest;
 }
 
 async function talk(signal) {
@@ -4438,7 +4445,7 @@ function makeTabs() {
   const tabs = examples.map(example => {
     const heading = example.querySelector("h3");
     heading.hidden = true;
-    example.append(copyButton(example.querySelector("code")));
+    example.append(copyButton(example.querySelector("code"), {class: "small"}));
     fill(example, {role: "tabpanel", "aria-label": heading.textContent}, []);
     return button(heading.textContent, event => showTab(event.target, tabs), {role: "tab", "aria-controls": example.id});
   });
@@ -4466,10 +4473,9 @@ signIn(enter, leave);
 """
 
 ADMIN_SCRIPT = r"""
-const FIELDS = {user: ["User", "a person"], name: ["Name", "a device or a program"],
-  expires_at: ["Expires", "30d or 2027-01-31; empty: never"], models: ["Models", "llama3*,qwen2.5:7b; empty: all"],
-  rpm: ["Requests in a minute", "empty: any number"], max_parallel: ["Requests at once", "empty: any number"],
-  tokens_per_day: ["Tokens a day", "empty: any number"]};
+const FIELDS = {user: ["User", "a person"], name: ["Name", "a device, a program"], expires_at: ["Expires", "30d, 2027-01-31"],
+  models: ["Models", "llama3*,qwen2.5:7b"], rpm: ["Requests in a minute", ""], max_parallel: ["Requests at once", ""],
+  tokens_per_day: ["Tokens a day", ""]};
 let tokens = [], watching = 0;
 
 const nameOf = row => `${row.user}/${row.name}`;
@@ -4489,8 +4495,9 @@ function formDialog(title, content, doing, action) {
     event.preventDefault();
     await attempt(doing, problem, async () => { await action(form); box.close(); });
     const wrong = form.elements[problem.textContent.split(":")[0]];
-    if (wrong) wrong.closest("label").after(problem);
     if (wrong) wrong.focus();
+    if (wrong) wrong.after(problem);
+    else form.lastChild.before(problem);
   };
   const form = element("form", {submit}, content, problem,
     element("div", {class: "row"}, button("Cancel", () => box.close()), doing));
@@ -4505,7 +4512,7 @@ function showSecret(made) {
     element("p", {}, "It is shown only now. Keep it like a password."), element("pre", {id: "secret"}, secret),
     element("p", {}, "To use it:"), element("pre", {}, usage),
     element("p", {}, "How each client takes it: ", element("a", {href: "docs", target: "_blank"}, "the documentation"), "."),
-    element("div", {class: "row"}, copyButton(secret), button("I have kept it", () => box.close())));
+    element("div", {class: "row"}, copyButton(secret, {autofocus: ""}), button("I have kept it", () => box.close())));
   box.addEventListener("cancel", event => event.preventDefault());
 }
 
@@ -4516,7 +4523,8 @@ function editToken(title, names, known, text, save) {
     element("input", {name, value: asText(known[name]), autocomplete: "off", spellcheck: "false"})));
   const box = element("input", {type: "checkbox", name: "admin"});
   box.checked = known.admin;
-  formDialog(title, [fields, element("label", {}, box, "Admin ", element("small", {}, "may change models and tokens"))], doing(text),
+  formDialog(title, [fields, element("label", {}, box, "Admin ", element("small", {}, "may change models and tokens")),
+    element("p", {class: "dim"}, "A field that is empty sets no limit.")], doing(text),
     async form => {
       const changes = {};
       for (const name of names) {
@@ -4614,7 +4622,7 @@ async function watch() {
 
 function usageTable(caption, heading, rows) {
   const most = Math.max(1, ...rows.map(spent));
-  return table(caption, [heading, "", "Tokens", "Requests"], rows.map(row => [row[heading.toLowerCase()] || "-",
+  return table(caption, [heading, "Share", "Tokens", "Requests"], rows.map(row => [row[heading.toLowerCase()] || "-",
     bar(spent(row) / most), number(spent(row)), number(row.requests)]), [2, 3]);
 }
 
