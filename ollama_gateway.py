@@ -4092,9 +4092,10 @@ def openapi_document(routes, base):
 
 STYLE = r"""
 :root { color-scheme: light dark; --paper: #faf9f6; --card: #fff; --ink: #1e2422; --dim: #59625d; --line: #dfdcd4;
-  --edge: #868e89; --accent: #0a695c; --on-accent: #fff; --soft: #e4efec; --mild: #9cc4bb; --bad: #a2261e; --good: #1b6a35; }
+  --edge: #868e89; --accent: #0a695c; --on-accent: #fff; --soft: #e4efec; --mild: #64a195; --bad: #a2261e;
+  --good: #1b6a35; }
 @media (prefers-color-scheme: dark) { :root { --paper: #141716; --card: #1c201f; --ink: #e6eae8; --dim: #a4ada8;
-  --line: #343a37; --edge: #78817c; --accent: #63cdbb; --on-accent: #07241f; --soft: #21332f; --mild: #356f64;
+  --line: #343a37; --edge: #78817c; --accent: #63cdbb; --on-accent: #07241f; --soft: #21332f; --mild: #3f8073;
   --bad: #ff9c91; --good: #80d69a; } }
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
@@ -4118,55 +4119,54 @@ small { font-size: .85rem; }
 main > section, #desk > section { margin: 1.5rem 0; padding: 1.35rem 1.5rem 1.5rem; background: var(--card);
   border: 1px solid var(--line); border-radius: .75rem; }
 section > :last-child { margin-bottom: 0; }
-code, pre, .path { font: .875rem/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace; }
+code, pre { font: .875rem/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace; }
 pre { margin: 0; padding: .9rem 1rem; background: var(--paper); border: 1px solid var(--line); border-radius: .5rem;
   overflow-x: auto; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 label { display: block; font-size: .9rem; font-weight: 600; }
 label small { font-weight: 400; }
-input, select, textarea, button { font: inherit; color: inherit; border-radius: .45rem; }
-input, select, textarea { display: block; width: 100%; font-weight: 400; margin-top: .25rem; padding: .45rem .65rem; background: var(--paper);
-  border: 1px solid var(--edge); }
-input[type=checkbox] { display: inline-block; width: 1.05rem; height: 1.05rem; margin: 0 .35rem 0 0; vertical-align: -.15rem;
-  accent-color: var(--accent); }
+input, select, textarea, button { border: 1px solid var(--edge); border-radius: .45rem; font: inherit; color: inherit; }
+input, select, textarea { display: block; width: 100%; margin-top: .25rem; padding: .45rem .65rem;
+  background: var(--paper); font-weight: 400; }
+input[type=checkbox] { display: inline-block; width: 1.05rem; height: 1.05rem; margin: 0 .35rem 0 0;
+  vertical-align: -.15rem; accent-color: var(--accent); }
+::placeholder { color: var(--dim); opacity: 1; }
 textarea { min-height: 5.5rem; resize: vertical; }
-button { padding: .45rem .9rem; background: transparent; border: 1px solid var(--edge); cursor: pointer; white-space: nowrap; }
+button { padding: .45rem .9rem; background: transparent; cursor: pointer; white-space: nowrap; }
 button:hover { background: var(--soft); }
-button[type=submit] { background: var(--accent); border-color: var(--accent); color: var(--on-accent); font-weight: 600; }
+button[type=submit] { background: var(--accent); border-color: transparent; color: var(--on-accent); font-weight: 600; }
 button[type=submit]:hover { filter: brightness(1.08); }
-button.danger { background: var(--bad); border-color: var(--bad); color: var(--card); }
+button.danger[type=submit] { background: var(--bad); color: var(--card); }
 button.small, td button { padding: .15rem .55rem; font-size: .85rem; }
 :disabled { opacity: .55; cursor: default; }
 fieldset { min-width: 0; margin: 0; padding: 0; border: 0; }
-.row { display: flex; flex-wrap: wrap; gap: .75rem; align-items: flex-end; margin-bottom: .75rem; }
+.row, .head { display: flex; flex-wrap: wrap; gap: .75rem; align-items: flex-end; margin-bottom: .75rem; }
 .row > label { flex: 1 1 14rem; }
 label + .row { margin: .75rem 0 0; }
-.head { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; justify-content: space-between; margin-bottom: .75rem; }
+.head { justify-content: space-between; }
+.head, .head .row { align-items: center; }
 .head h2, .head .row, .head input, .head select { margin: 0; }
-.head .row { align-items: center; }
-.head label { flex: 0 1 auto; }
+.head label, .head input, .head select { flex: 0 1 auto; width: auto; min-width: 0; }
 .problem { margin: .5rem 0 .75rem; color: var(--bad); font-weight: 600; }
 .problem:empty, .note:empty { display: none; }
 .note { margin: .6rem 0 0; color: var(--dim); font-size: .9rem; font-variant-numeric: tabular-nums; }
 .answer { min-height: 4.5rem; font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; }
 .thought { color: var(--dim); font-style: italic; }
 .thought:not(:empty) + .said:not(:empty)::before { content: "\A\A"; }
-.tag { padding: .05rem .4rem; border-radius: .35rem; background: var(--soft); color: var(--accent); font-size: .8rem; font-weight: 600; }
+.tag { padding: .05rem .4rem; border-radius: .35rem; background: var(--soft); color: var(--accent); font-size: .8rem; }
 .bad { color: var(--bad); }
 .good { color: var(--good); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1rem 1.25rem; margin: 0 0 1rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1rem; margin: 0 0 1rem; }
 .tiles dt { color: var(--dim); font-size: .85rem; }
-.tiles dd { margin: 0; font-size: 1.3rem; line-height: 1.35; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+.tiles dd { margin: 0; font-size: 1.3rem; line-height: 1.35; overflow-wrap: anywhere; }
 .tiles dd svg { margin: .1rem 0 .2rem; }
 .tiles dd small { display: block; line-height: 1.4; }
 .tabs { display: flex; flex-wrap: wrap; gap: .35rem; margin-bottom: .75rem; }
-.tabs button[aria-selected=true] { background: var(--soft); border-color: var(--accent); color: var(--accent); font-weight: 600; }
+.tabs [aria-selected=true] { background: var(--soft); border-color: var(--accent); color: var(--accent); }
 .example { position: relative; }
 .example > button { position: absolute; top: .45rem; right: .45rem; background: var(--card); }
 .example pre { padding-right: 5.5rem; }
-.scroll { overflow-x: auto; }
 table { width: 100%; border-collapse: collapse; font-size: .925rem; }
-caption { text-align: left; }
 th, td { padding: .45rem .9rem .45rem 0; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
 th { font-weight: 600; }
 tbody th[scope=row] { font-weight: 400; overflow-wrap: anywhere; }
@@ -4183,8 +4183,8 @@ td svg.bar { margin-top: .5rem; }
 svg .prompt { fill: var(--mild); }
 figure { margin: 0; }
 figcaption, .axis { display: flex; justify-content: space-between; gap: 1rem; color: var(--dim); font-size: .85rem; }
-.key::before { content: ""; display: inline-block; width: .7rem; height: .7rem; margin: 0 .35rem 0 .8rem; border-radius: .15rem;
-  background: var(--accent); }
+.key::before { content: ""; display: inline-block; width: .7rem; height: .7rem; margin: 0 .35rem 0 .8rem;
+  border-radius: .15rem; background: var(--accent); }
 .key.prompt::before { background: var(--mild); }
 details { margin-top: .6rem; font-size: .9rem; }
 summary { color: var(--dim); cursor: pointer; }
@@ -4258,7 +4258,7 @@ async function refusal(reply) {
 async function ask(method, path, {body, secret = token(), signal} = {}) {
   if (!/^[\x21-\x7e]+$/.test(secret)) throw new Error("A token is one word of plain letters, digits and signs");
   const headers = {Authorization: `Bearer ${secret}`, "Content-Type": "application/json"};
-  const reply = await fetch(ROOT + path, {method, headers, signal, cache: "no-store", body: body && JSON.stringify(body)})
+  const reply = await fetch(ROOT + path, {method, headers, signal, cache: "no-store", body: JSON.stringify(body)})
     .catch(error => { throw error.name === "AbortError" ? error : new Error("The gateway cannot be reached"); });
   if (!reply.ok) throw await refusal(reply);
   return reply;
@@ -4284,15 +4284,16 @@ function signIn(enter, leave) {
     form.hidden = true;
     byId("signed-in").hidden = false;
   });
-  const forget = () => {
+  const forget = (why = "") => {
     sessionStorage.removeItem(KEY);
+    problem.textContent = why;
     form.hidden = false;
     byId("signed-in").hidden = true;
     leave();
     field.focus();
   };
   form.addEventListener("submit", event => { event.preventDefault(); use(field.value.trim()); });
-  byId("forget").addEventListener("click", forget);
+  byId("forget").addEventListener("click", () => forget());
   if (token()) use(token());
   return forget;
 }
@@ -4322,12 +4323,14 @@ const bar = share => drawn("svg", {class: "bar", "aria-hidden": "true"},
   drawn("rect", {width: `${100 * share}%`, height: "100%"}));
 
 function dayChart(rows, days) {
-  const known = new Map(rows.map(row => [row.day, row])), nothing = {requests: 0, prompt_tokens: 0, completion_tokens: 0};
-  const all = Array.from({length: days}, (_, at) => dayAgo(days - 1 - at)).map(day => known.get(day) || {day, ...nothing});
+  const known = new Map(rows.map(row => [row.day, row]));
+  const all = Array.from({length: days}, (_, at) => dayAgo(days - 1 - at)).map(
+    day => known.get(day) || {day, requests: 0, prompt_tokens: 0, completion_tokens: 0});
   const most = Math.max(1, ...all.map(spent)), total = all.reduce((sum, row) => sum + spent(row), 0);
   const column = (row, at) => {
     const said = row.completion_tokens / most * 100, asked = row.prompt_tokens / most * 100;
-    return drawn("g", {}, drawn("title", {}, `${row.day}: ${number(spent(row))} tokens, ${number(row.requests)} requests`),
+    return drawn("g", {},
+      drawn("title", {}, `${row.day}: ${number(spent(row))} tokens, ${number(row.requests)} requests`),
       drawn("rect", {x: at + 0.12, width: 0.76, y: 100 - said, height: said}),
       drawn("rect", {class: "prompt", x: at + 0.12, width: 0.76, y: 100 - said - asked, height: asked}));
   };
@@ -4354,8 +4357,8 @@ function showMe(me) {
     element("dl", {class: "tiles"},
       tile("Valid", me.expires_at ? `until ${minute(me.expires_at)}` : "until deleted"),
       tile("Models", me.models ? me.models.join(", ") : "all"),
-      Object.entries(me.left).map(([name, {limit, remaining}]) =>
-        tile(LIMITS[name], number(remaining), bar(remaining / limit), element("small", {}, `left of ${number(limit)}`)))),
+      Object.entries(me.left).map(([name, {limit, remaining}]) => tile(LIMITS[name],
+        number(remaining), bar(remaining / limit), element("small", {}, `left of ${number(limit)}`)))),
     element("h3", {}, "Your last seven days"), dayChart(me.usage, 7));
 }
 
@@ -4429,7 +4432,7 @@ async function send(event) {
   running = null;
   byId("stop").disabled = true;
   byId("answer").setAttribute("aria-busy", "false");
-  if (token()) askJSON("GET", "/me").then(showMe, () => {});
+  if (token()) askJSON("GET", "/me").then(me => token() && showMe(me), () => {});
 }
 
 function showTab(shown, tabs) {
@@ -4447,7 +4450,8 @@ function makeTabs() {
     heading.hidden = true;
     example.append(copyButton(example.querySelector("code"), {class: "small"}));
     fill(example, {role: "tabpanel", "aria-label": heading.textContent}, []);
-    return button(heading.textContent, event => showTab(event.target, tabs), {role: "tab", "aria-controls": example.id});
+    const attributes = {role: "tab", "aria-controls": example.id};
+    return button(heading.textContent, event => showTab(event.target, tabs), attributes);
   });
   const turn = event => {
     const step = {ArrowRight: 1, ArrowLeft: tabs.length - 1}[event.key], at = tabs.indexOf(event.target);
@@ -4473,9 +4477,9 @@ signIn(enter, leave);
 """
 
 ADMIN_SCRIPT = r"""
-const FIELDS = {user: ["User", "a person"], name: ["Name", "a device, a program"], expires_at: ["Expires", "30d, 2027-01-31"],
-  models: ["Models", "llama3*,qwen2.5:7b"], rpm: ["Requests in a minute", ""], max_parallel: ["Requests at once", ""],
-  tokens_per_day: ["Tokens a day", ""]};
+const FIELDS = {user: ["User", "a person"], name: ["Name", "a device, a program"],
+  expires_at: ["Expires", "30d, 2027-01-31"], models: ["Models", "llama3*,qwen2.5:7b"],
+  rpm: ["Requests in a minute", ""], max_parallel: ["Requests at once", ""], tokens_per_day: ["Tokens a day", ""]};
 let tokens = [], watching = 0;
 
 const nameOf = row => `${row.user}/${row.name}`;
@@ -4511,7 +4515,7 @@ function showSecret(made) {
   const box = dialog(`The secret of ${nameOf(made)}`,
     element("p", {}, "It is shown only now. Keep it like a password."), element("pre", {id: "secret"}, secret),
     element("p", {}, "To use it:"), element("pre", {}, usage),
-    element("p", {}, "How each client takes it: ", element("a", {href: "docs", target: "_blank"}, "the documentation"), "."),
+    element("p", {}, element("a", {href: "docs", target: "_blank"}, "How each client takes it")),
     element("div", {class: "row"}, copyButton(secret, {autofocus: ""}), button("I have kept it", () => box.close())));
   box.addEventListener("cancel", event => event.preventDefault());
 }
@@ -4519,7 +4523,8 @@ function showSecret(made) {
 const asText = value => value === null || value === undefined ? "" : [].concat(value).join(",");
 
 function editToken(title, names, known, text, save) {
-  const fields = names.map(name => element("label", {class: "half"}, FIELDS[name][0] + " ", element("small", {}, FIELDS[name][1]),
+  const fields = names.map(name => element("label", {class: "half"},
+    FIELDS[name][0] + " ", element("small", {}, FIELDS[name][1]),
     element("input", {name, value: asText(known[name]), autocomplete: "off", spellcheck: "false"})));
   const box = element("input", {type: "checkbox", name: "admin"});
   box.checked = known.admin;
@@ -4548,19 +4553,21 @@ function changeToken(known) {
 }
 
 function rotateToken(known) {
-  formDialog("Give it a new secret?", element("p", {}, `The secret of ${nameOf(known)} stops working at its next request.`),
-    doing("New secret"), async () => {
-      showSecret(await askJSON("POST", `/admin/tokens/${known.id}/rotate`));
-      await loadTokens();
-    });
+  const text = `The secret of ${nameOf(known)} stops working at its next request.`;
+  formDialog("Give it a new secret?", element("p", {}, text), doing("New secret"), async () => {
+    const made = await askJSON("POST", `/admin/tokens/${known.id}/rotate`);
+    if (token().startsWith(known.hint)) keep(made.token);    // it was the one in use
+    showSecret(made);
+    await loadTokens();
+  });
 }
 
 function deleteToken(known) {
-  formDialog("Delete this token?", element("p", {}, `${nameOf(known)} stops working at its next request, and does not come back.`),
-    doing("Delete", "danger"), async () => {
-      await ask("DELETE", `/admin/tokens/${known.id}`);
-      await loadTokens();
-    });
+  const text = `${nameOf(known)} stops working at its next request, and does not come back.`;
+  formDialog("Delete this token?", element("p", {}, text), doing("Delete", "danger"), async () => {
+    await ask("DELETE", `/admin/tokens/${known.id}`);
+    await loadTokens();
+  });
 }
 
 function limitsOf(row) {
@@ -4570,12 +4577,13 @@ function limitsOf(row) {
 }
 
 function tokenRow(row) {
-  const action = (text, act) => button(text, () => act(row), {"aria-label": `${text}: ${nameOf(row)}`});
-  return [[nameOf(row), row.admin ? [" ", element("span", {class: "tag"}, "admin")] : ""].flat(),
+  const actions = Object.entries({Edit: changeToken, "New secret": rotateToken, Delete: deleteToken}).map(
+    ([text, act]) => button(text, () => act(row), {"aria-label": `${text}: ${nameOf(row)}`}));
+  return [[nameOf(row), row.admin ? [" ", element("span", {class: "tag"}, "admin")] : ""],
     element("code", {}, `${row.hint}…`),
     row.expired ? element("span", {class: "bad"}, "expired") : row.expires_at ? minute(row.expires_at) : "never",
     row.last_used_at ? minute(row.last_used_at) : "never", limitsOf(row),
-    element("div", {class: "row"}, action("Edit", changeToken), action("New secret", rotateToken), action("Delete", deleteToken))];
+    element("div", {class: "row"}, actions)];
 }
 
 function showTokens() {
@@ -4584,7 +4592,7 @@ function showTokens() {
     const text = `${nameOf(row)} ${row.hint} ${row.admin ? "admin" : ""} ${limitsOf(row)}`.toLowerCase();
     return words.every(word => text.includes(word));
   });
-  byId("token-count").textContent = shown.length === tokens.length ? `${tokens.length} in all` : `${shown.length} of ${tokens.length}`;
+  byId("token-count").textContent = `${shown.length} of ${tokens.length}`;
   byId("tokens").replaceChildren(
     table("Tokens", ["Token", "Secret", "Expires", "Last used", "Limits", "Actions"], shown.map(tokenRow)));
 }
@@ -4599,7 +4607,8 @@ function showStatus({upstream, requests, ...gauges}) {
   byId("in-flight").textContent = number(gauges.in_flight_requests);
   byId("queued").textContent = number(gauges.queued_requests);
   byId("connections").textContent = number(gauges.connections);
-  byId("ollama").replaceChildren(element("span", {class: up ? "good" : "bad"}, up ? `up, ${upstream.version}` : "down"));
+  byId("ollama").textContent = up ? `up, ${upstream.version}` : "down";
+  byId("ollama").className = up ? "good" : "bad";
   byId("loaded").textContent = upstream.loaded.map(({name}) => name).join(", ") || "none";
   byId("requests").replaceChildren(requests.length ? table("Requests in flight and queued",
     ["Token", "Model", "Path", "State", "Seconds"], requests.map(row => [nameOf(row), row.model || "",
@@ -4613,7 +4622,7 @@ async function watch() {
     showStatus(status);
     problem.textContent = "";
   }, error => {
-    if (error.status === 401 || error.status === 403) forget();
+    if (error.status === 401 || error.status === 403) forget(error.message);
     problem.textContent = error.message;
   });
   clearTimeout(watching);
@@ -4635,7 +4644,7 @@ async function loadUsage() {
   byId("by-user").replaceChildren(usageTable("Use by user", "User", byUser));
   byId("by-model").replaceChildren(usageTable("Use by model", "Model", byModel));
 }
-const showUsage = () => attempt({}, byId("usage-problem"), loadUsage);
+const showUsage = () => attempt(byId("refresh"), byId("usage-problem"), loadUsage);
 
 async function enter(secret) {
   tokens = await askJSON("GET", "/admin/tokens", {secret});
@@ -4664,20 +4673,21 @@ const forget = signIn(enter, leave);
 SIGN_IN = """
 <form id="sign-in">
 <div class="row">
-<label>{label}<input id="token" type="password" autocomplete="off" autocapitalize="off" spellcheck="false" required></label>
+<label>{label}<input id="token" type="password" autocomplete="off" spellcheck="false" required></label>
 <button type="submit">Use this token</button>
 </div>
 <p class="dim">It stays in this tab, and is forgotten with it.</p>
 <p id="sign-in-problem" class="problem" role="alert"></p>
 </form>
-<div id="signed-in" class="head" hidden><span id="who">{signed_in}</span><button id="forget" type="button">Forget the token</button></div>
+<div id="signed-in" class="head" hidden><span id="who">{signed_in}</span>
+<button id="forget" type="button">Forget the token</button></div>
 """
 DOCS = """
 <header>
 <p class="brand">ollama_gateway {version}</p>
 <h1>An Ollama to share</h1>
-<p>Every Ollama, OpenAI and Anthropic client works here, streaming. It takes a token, which whoever runs this gateway has for you.</p>
-<nav aria-label="On this page"><a href="#yours">Your token</a><a href="#examples">Examples</a><a href="#routes">Routes</a>
+<p>Every Ollama, OpenAI and Anthropic client works here, streaming. It takes a token: ask whoever runs this gateway.</p>
+<nav><a href="#yours">Your token</a><a href="#examples">Examples</a><a href="#routes">Routes</a>
 <a href="#errors">Errors</a><a href="#settings">Settings</a>{links}</nav>
 </header>
 <main>
@@ -4692,7 +4702,8 @@ DOCS = """
 <form id="console-form"><fieldset id="talk" disabled>
 <div class="row"><label>Model<select id="model"></select></label></div>
 <label>Prompt <small>Ctrl+Enter sends it</small><textarea id="prompt" required>Why is the sky blue?</textarea></label>
-<div class="row actions"><button id="send" type="submit">Send</button><button id="stop" type="button" disabled>Stop</button></div>
+<div class="row"><button id="send" type="submit">Send</button>
+<button id="stop" type="button" disabled>Stop</button></div>
 </fieldset></form>
 <p id="problem" class="problem" role="alert"></p>
 <pre id="answer" class="answer" aria-label="Answer" aria-live="polite"><span id="thought" class="thought"></span
@@ -4706,7 +4717,7 @@ DOCS = """
 </section>
 <section id="routes" aria-labelledby="routes-title">
 <h2 id="routes-title">Routes</h2>
-<p>The token goes into <code>Authorization: Bearer …</code> or <code>x-api-key: …</code>. There are no routes but these.</p>
+<p>The token goes into <code>Authorization: Bearer …</code> or <code>x-api-key: …</code>. There are no others:</p>
 {routes}
 </section>
 <section id="errors" aria-labelledby="errors-title">
@@ -4751,14 +4762,14 @@ ADMIN = """
 </section>
 <section aria-labelledby="tokens-title">
 <div class="head"><h2 id="tokens-title">Tokens <small id="token-count" role="status"></small></h2>
-<div class="row"><label><span class="unseen">Filter the tokens</span><input id="filter" type="search" placeholder="Filter"></label>
+<div class="row"><input id="filter" type="search" placeholder="Filter" aria-label="Filter the tokens">
 <button id="create" type="button">New token</button></div></div>
 <div id="tokens"></div>
 </section>
 <section aria-labelledby="usage-title">
 <div class="head"><h2 id="usage-title">Usage</h2>
-<div class="row"><label><span class="unseen">Period</span><select id="period"><option value="7">7 days</option>
-<option value="30">30 days</option><option value="90">90 days</option></select></label>
+<div class="row"><select id="period" aria-label="Period"><option value="7">7 days</option>
+<option value="30">30 days</option><option value="90">90 days</option></select>
 <button id="refresh" type="button">Refresh</button></div></div>
 <p id="usage-problem" class="problem" role="alert"></p>
 <div id="by-day"></div>
@@ -4820,8 +4831,8 @@ def source_hash(text):
 
 def html_page(title, body, script, base):
     """Return a page that is nothing but itself: no source beside its own style and script, no target but its origin."""
-    policy = (f"default-src 'none'; style-src {source_hash(STYLE)}; script-src {source_hash(script)}; connect-src 'self'; "
-              "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    policy = (f"default-src 'none'; style-src {source_hash(STYLE)}; script-src {source_hash(script)}; "
+              "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
     page = (f'<!doctype html>\n<html lang="en" data-base="{base}">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" '
             f'content="light dark">\n<title>{title}</title>\n<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n'
@@ -4835,7 +4846,7 @@ def html_rows(headings, rows, group=""):
     told = [f'<tr><th scope="rowgroup" colspan="{len(headings)}">{group}</th></tr>\n'] if group else []
     labels = [f' data-label="{heading}"' if at else "" for at, heading in enumerate(headings[1:])]
     for first, *others in rows:
-        cells = "".join(f"<td{label}>{html.escape(cell)}</td>" if cell else "<td></td>" for label, cell in zip(labels, others))
+        cells = "".join(f"<td{label}>{html.escape(cell or '')}</td>" for label, cell in zip(labels, others))
         told.append(f'<tr><th scope="row"><code>{html.escape(first)}</code></th>{cells}</tr>\n')
     return "<tbody>\n" + "".join(told) + "</tbody>\n"
 
@@ -4853,18 +4864,18 @@ def example_sections(base):
     found = []
     for name, text in re.findall(r"(?ms)^== (\w+)\n(.*?)\n(?===|\Z)", EXAMPLES):
         if "{host}" not in text or base.endswith("/api"):
-            text = re.sub(r"\{(?:address|base|model|host)\}", lambda place: places[place[0]], html.escape(text, quote=False))
-            found.append(f'<div class="example" id="example-{name}"><h3>{name}</h3><pre><code>{text}</code></pre></div>\n')
-    return "".join(found)
+            text = re.sub(r"\{\w+\}", lambda place: places.get(place[0], place[0]), html.escape(text, quote=False))
+            found.append(
+                f'<div class="example" id="example-{name}"><h3>{name}</h3><pre><code>{text}</code></pre></div>')
+    return "\n".join(found)
 
 
 def docs_page(routes, base):
     """Return the documentation of a gateway with these routes, with /api at the base."""
-    ways = ("Route", "What it does")
-    routes_told = "".join(html_rows(ways, [
-        (f"{route.method} {at_base(route.path, base)}", about(route).text) for route in routes if route.access == access],
-        group) for access, group in ACCESS.items())
-    when, flags = ("Status", "When"), ("Flag", "What it is", "Variable", "Default")
+    ways, when, flags = ("Route", "What it does"), ("Status", "When"), ("Flag", "What it is", "Variable", "Default")
+    told = {access: [] for access in ACCESS}
+    for route in routes:
+        told[route.access].append((f"{route.method} {at_base(route.path, base)}", about(route).text))
     errors = {}
     for status, meaning in sorted(REFUSALS.values()):
         errors[str(status)] = f"{errors[str(status)]}; or {meaning}" if str(status) in errors else meaning
@@ -4872,8 +4883,9 @@ def docs_page(routes, base):
     if any(route.page == "admin" for route in routes):
         links += '<a href="admin">Administration</a>'
     body = DOCS.format(
-        version=VERSION, links=links, sign_in=SIGN_IN.format(label="Token", signed_in=""), examples=example_sections(base),
-        routes=html_table(ways, routes_told),
+        version=VERSION, links=links, sign_in=SIGN_IN.format(label="Token", signed_in=""),
+        examples=example_sections(base),
+        routes=html_table(ways, "".join(html_rows(ways, told[access], group) for access, group in ACCESS.items())),
         errors=html_table(when, html_rows(when, errors.items())),
         options=html_table(flags, html_rows(flags, [
             (option.flag, option.help, option.variable, option.default) for option in OPTIONS])))

@@ -704,9 +704,11 @@ class Tab:
         """Replace what stands in the field of this label, as if pasted."""
         eventually(lambda: self.evaluate("""(name => {
             const scope = [...document.querySelectorAll("dialog[open]")].pop() || document;
-            const label = [...scope.querySelectorAll("label")].find(label => label.checkVisibility() && label.textContent.startsWith(name));
-            if (label) { label.control.focus(); label.control.select(); }
-            return Boolean(label) && document.activeElement === label.control;
+            const field = [...scope.querySelectorAll("input, textarea")].find(field => field.checkVisibility() && !field.matches(":disabled")
+                && (field.ariaLabel || field.labels[0].textContent).startsWith(name));
+            if (field) field.focus();
+            if (field) field.select();
+            return Boolean(field) && document.activeElement === field;
         })(%s)""" % json.dumps(label)), f"a field {label!r}")
         self.call("Input.insertText", text=text) if text else self.evaluate("document.execCommand('delete')")
 
@@ -5629,6 +5631,7 @@ class Browser(GatewayCase):
         tab.shows("models tiny*, own", "#tokens")
         kim = self.store.list("kim")[0]
         self.assertEqual((kim.rpm, kim.models, kim.admin), (None, "tiny*,own", False))
+        self.assertEqual(tab.evaluate("sessionStorage.getItem(KEY)"), self.admin)
         tab.press("New secret: kim/school")
         tab.press("New secret")
         tab.shows("shown only now", "dialog")
@@ -5639,6 +5642,25 @@ class Browser(GatewayCase):
         tab.press("Delete")
         eventually(lambda: "kim" not in tab.text("#tokens"), "the row's going")
         self.assertEqual(self.names(), ["ada/laptop", "root/box"])
+
+    def test_a_new_secret_of_the_token_in_use_is_used(self):
+        tab = self.desk()
+        tab.press("New secret: root/box")
+        tab.press("New secret")
+        tab.shows("shown only now", "dialog")
+        self.assertEqual(tab.evaluate("sessionStorage.getItem(KEY)"), tab.text("#secret").strip())
+        tab.press("I have kept it")
+        tab.press("Edit: ada/laptop")
+        tab.type("Tokens a day", "5")
+        tab.press("Save")
+        tab.shows("5 tokens a day", "#tokens")
+
+    def test_whoever_loses_the_right_to_be_here_is_told(self):
+        tab = self.desk()
+        self.store.update("root", "box", admin=False)
+        tab.evaluate("watch()")
+        tab.shows("it takes an admin token", "#sign-in-problem")
+        self.assertFalse(tab.text("#desk"))
 
     def test_whoever_cancels_changes_nothing(self):
         tab = self.desk()
@@ -5676,6 +5698,8 @@ class Browser(GatewayCase):
         tab.shows("running", "#requests")
         tab.shows("ada/laptop", "#requests")
         rest.set()
+        self.logged(lambda fields: fields["path"] == "/api/chat")
+        tab.evaluate("watch()")
         tab.shows("Nothing runs", "#requests")
         tab.press("Forget the token")
         self.assertEqual(tab.evaluate("byId('desk').querySelectorAll('tr').length"), 0)
