@@ -4142,11 +4142,11 @@ button.small, td button { padding: .15rem .55rem; font-size: .85rem; }
 fieldset { min-width: 0; margin: 0; padding: 0; border: 0; }
 .row, .head { display: flex; flex-wrap: wrap; gap: .75rem; align-items: flex-end; margin-bottom: .75rem; }
 .row > label { flex: 1 1 14rem; }
-label + .row { margin: .75rem 0 0; }
+label + .row { margin-top: .75rem; }
 .head { justify-content: space-between; }
 .head, .head .row { align-items: center; }
 .head h2, .head .row, .head input, .head select { margin: 0; }
-.head label, .head input, .head select { flex: 0 1 auto; width: auto; min-width: 0; }
+.head input, .head select { width: auto; max-width: 11rem; }
 .problem { margin: .5rem 0 .75rem; color: var(--bad); font-weight: 600; }
 .problem:empty, .note:empty { display: none; }
 .note { margin: .6rem 0 0; color: var(--dim); font-size: .9rem; font-variant-numeric: tabular-nums; }
@@ -4174,6 +4174,7 @@ tbody th[scope=rowgroup] { padding-top: 1.2rem; border-top: 0; color: var(--dim)
 thead th { border-top: 0; color: var(--dim); font-size: .85rem; white-space: nowrap; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td:last-child, th:last-child { padding-right: 0; }
+td[data-label=Expires] { min-width: 6.4rem; }
 td .row { flex-wrap: nowrap; gap: .35rem; margin: 0; }
 th code { white-space: nowrap; }
 svg { display: block; width: 100%; fill: var(--accent); }
@@ -4183,6 +4184,7 @@ td svg.bar { margin-top: .5rem; }
 svg .prompt { fill: var(--mild); }
 figure { margin: 0; }
 figcaption, .axis { display: flex; justify-content: space-between; gap: 1rem; color: var(--dim); font-size: .85rem; }
+.key { white-space: nowrap; }
 .key::before { content: ""; display: inline-block; width: .7rem; height: .7rem; margin: 0 .35rem 0 .8rem;
   border-radius: .15rem; background: var(--accent); }
 .key.prompt::before { background: var(--mild); }
