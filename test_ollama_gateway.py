@@ -5512,13 +5512,16 @@ class Browser(GatewayCase):
 
     def test_lines_and_letters_survive_being_split(self):
         whole = chat_line("blü") + chat_line("te") + LAST_CHAT_LINE
-        cuts = (0, whole.index(b"\xbc"), whole.index(b"\n") + 1, whole.index(b"te") + 1, len(whole) - 1, len(whole))
+        cuts = (0, whole.index(b"\xbc"), whole.index(b"\n") + 1, whole.index(b'"te"') + 2, len(whole) - 1, len(whole))
         holds = [self.hold() for _ in cuts]
         self.chat(*itertools.chain.from_iterable((whole[begin:end], hold) for begin, end, hold in zip(cuts, cuts[1:], holds)))
         tab = self.docs()
         tab.evaluate("""window.decoded = 0;
             const decode = TextDecoder.prototype.decode;
-            TextDecoder.prototype.decode = function(data, ...how) { window.decoded += data ? data.length : 0; return decode.call(this, data, ...how); }""")
+            TextDecoder.prototype.decode = function(data, ...how) {
+                window.decoded += data ? data.length : 0;
+                return decode.call(this, data, ...how);
+            }""")
         tab.press("Send")
         for end, hold in zip(cuts[1:], holds):
             eventually(lambda end=end: tab.evaluate("window.decoded") == end, f"the first {end} bytes' arrival")
@@ -5719,6 +5722,18 @@ class Browser(GatewayCase):
         tab.shows("Nothing runs", "#requests")
         tab.press("Forget the token")
         self.assertEqual(tab.evaluate("byId('desk').querySelectorAll('tr').length"), 0)
+
+    def test_a_page_that_is_not_seen_asks_for_nothing(self):
+        tab = self.desk()
+        tab.shows("up", "#ollama")
+        tab.evaluate("Object.defineProperty(document, 'hidden', {value: true, configurable: true}); watch()")
+        tab.evaluate("""window.timers = 0;
+            const set = setTimeout;
+            window.setTimeout = (...how) => { window.timers += 1; return set(...how); };
+            watch()""")
+        self.assertEqual(tab.evaluate("timers"), 0)
+        tab.evaluate("delete document.hidden; document.dispatchEvent(new Event('visibilitychange'))")
+        eventually(lambda: tab.evaluate("timers") == 1, "the next look")
 
     def test_tokens_are_found_by_any_text(self):
         tab = self.desk()
