@@ -4300,24 +4300,20 @@ function signIn(enter, leave) {
   return forget;
 }
 
-async function copy(pressed, source) {
-  if (navigator.clipboard) {
-    await navigator.clipboard.writeText(source.textContent);
-  } else {    // a page that came without TLS has the old way only
-    getSelection().selectAllChildren(source);
-    document.execCommand("copy");
-  }
-  pressed.textContent = "Copied";
+function copy(pressed, source) {
+  getSelection().selectAllChildren(source);
+  pressed.textContent = document.execCommand("copy") ? "Copied" : "Selected";   // the newer way takes TLS
 }
 const copyButton = (source, attributes) => button("Copy", event => copy(event.target, source), attributes);
 
 // A row is a list of cells, a cell what an element may hold; the first names its row, those in `numbers` are figures.
 function table(caption, headings, rows, numbers = []) {
-  const cell = (content, at) => element(at ? "td" : "th", {class: numbers.includes(at) ? "number" : "",
-    ...(at ? {"data-label": headings[at]} : {scope: "row"})}, content);
+  const style = at => numbers.includes(at) && "number";
+  const head = (heading, at) => element("th", {scope: "col", class: style(at)}, heading);
+  const cell = (content, at) => at ? element("td", {class: style(at), "data-label": headings[at]}, content)
+    : element("th", {scope: "row"}, content);
   return element("table", {class: "stack"}, element("caption", {class: "unseen"}, caption),
-    element("thead", {}, element("tr", {}, headings.map((heading, at) =>
-      element("th", {scope: "col", class: numbers.includes(at) ? "number" : ""}, heading)))),
+    element("thead", {}, element("tr", {}, headings.map(head))),
     element("tbody", {}, rows.map(cells => element("tr", {}, cells.map(cell)))));
 }
 
@@ -4485,6 +4481,8 @@ const FIELDS = {user: ["User", "a person"], name: ["Name", "a device, a program"
 let tokens = [], watching = 0;
 
 const nameOf = row => `${row.user}/${row.name}`;
+const asText = value => value === null || value === undefined ? "" : [].concat(value).join(",");
+const doing = (text, style = false) => element("button", {type: "submit", class: style}, text);
 
 function dialog(title, ...content) {
   const box = element("dialog", {"aria-labelledby": "dialog-title", close: () => box.remove()},
@@ -4495,21 +4493,20 @@ function dialog(title, ...content) {
 }
 
 // A dialog whose form does something when it is submitted, and says what went wrong where it went wrong.
-function formDialog(title, content, doing, action) {
+function formDialog(title, content, submitter, action) {
   const problem = element("p", {class: "problem", role: "alert"});
   const submit = async event => {
     event.preventDefault();
-    await attempt(doing, problem, async () => { await action(form); box.close(); });
+    await attempt(submitter, problem, async () => { await action(form); box.close(); });
     const wrong = form.elements[problem.textContent.split(":")[0]];
     if (wrong) wrong.focus();
     if (wrong) wrong.after(problem);
     else form.lastChild.before(problem);
   };
   const form = element("form", {submit}, content, problem,
-    element("div", {class: "row"}, button("Cancel", () => box.close()), doing));
+    element("div", {class: "row"}, button("Cancel", () => box.close()), submitter));
   const box = dialog(title, form);
 }
-const doing = (text, style = "") => element("button", {type: "submit", class: style}, text);
 
 function showSecret(made) {
   const secret = element("code", {}, made.token);
@@ -4521,8 +4518,6 @@ function showSecret(made) {
     element("div", {class: "row"}, copyButton(secret, {autofocus: ""}), button("I have kept it", () => box.close())));
   box.addEventListener("cancel", event => event.preventDefault());
 }
-
-const asText = value => value === null || value === undefined ? "" : [].concat(value).join(",");
 
 function editToken(title, names, known, text, save) {
   const fields = names.map(name => element("label", {class: "half"},
@@ -4621,7 +4616,7 @@ function showStatus({upstream, requests, ...gauges}) {
 async function watch() {
   const problem = byId("status-problem");
   await askJSON("GET", "/admin/status").then(status => {
-    showStatus(status);
+    if (!byId("desk").hidden) showStatus(status);
     problem.textContent = "";
   }, error => {
     if (error.status === 401 || error.status === 403) forget(error.message);
@@ -4641,7 +4636,7 @@ async function loadUsage() {
   const days = byId("period").value, since = dayAgo(days - 1);
   const [byDay, byUser, byModel] = await Promise.all(
     ["day", "user", "model"].map(by => askJSON("GET", `/admin/usage?by=${by}&since=${since}`)));
-  if (days !== byId("period").value) return;    // another one was chosen meanwhile
+  if (days !== byId("period").value || byId("desk").hidden) return;    // nobody waits for this any more
   byId("by-day").replaceChildren(dayChart(byDay, Number(days)));
   byId("by-user").replaceChildren(usageTable("Use by user", "User", byUser));
   byId("by-model").replaceChildren(usageTable("Use by model", "Model", byModel));
@@ -4661,7 +4656,7 @@ function leave() {
   clearTimeout(watching);
   tokens = [];
   byId("desk").hidden = true;
-  for (const id of ["requests", "tokens", "by-day", "by-user", "by-model"]) byId(id).replaceChildren();
+  for (const id of ["loaded", "requests", "tokens", "by-day", "by-user", "by-model"]) byId(id).replaceChildren();
 }
 
 byId("create").addEventListener("click", createToken);
