@@ -25,6 +25,7 @@ The sections, in order (`grep -n '^# =='` lists them):
     Relay         the answer, from the upstream to the client, as it comes
     Record        a log line and the meters of each request, written behind its back
     OpenAPI       what it serves, told to programs
+    Browser       the documentation and the admin page: their style, scripts and HTML
     Pages         what the gateway answers by itself
     Assembly      the one place that puts the stages together
     Commands      what a command line can do
@@ -38,6 +39,7 @@ will not go on raises a Refusal, which becomes the answer, or, once an answer ha
 from __future__ import annotations
 
 import argparse
+import base64
 import bisect
 import codecs
 import contextlib
@@ -46,6 +48,7 @@ import errno
 import fnmatch
 import functools
 import hashlib
+import html
 import http
 import http.server
 import io
@@ -4090,6 +4093,813 @@ def openapi_document(routes, base):
             "responses": refusal_responses()}}
 
 
+# == Browser ==================================================================
+
+STYLE = r"""
+:root { color-scheme: light dark; --paper: #faf9f6; --card: #fff; --ink: #1e2422; --dim: #59625d; --line: #dfdcd4;
+  --edge: #868e89; --accent: #0a695c; --on-accent: #fff; --soft: #e4efec; --mild: #64a195; --bad: #a2261e;
+  --good: #1b6a35; }
+@media (prefers-color-scheme: dark) { :root { --paper: #141716; --card: #1c201f; --ink: #e6eae8; --dim: #a4ada8;
+  --line: #343a37; --edge: #78817c; --accent: #63cdbb; --on-accent: #07241f; --soft: #21332f; --mild: #3f8073;
+  --bad: #ff9c91; --good: #80d69a; } }
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+html { scroll-behavior: smooth; scroll-padding-top: 1rem; -webkit-text-size-adjust: 100%; }
+body { margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: break-word;
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
+body > header, main, body > footer { max-width: 64rem; margin: 0 auto; padding: 0 1.25rem; }
+body > header { padding-top: 2.5rem; }
+body > footer { padding-top: 1rem; padding-bottom: 3rem; color: var(--dim); font-size: .9rem; }
+h1 { margin: .25rem 0 .5rem; font-size: 1.9rem; line-height: 1.2; letter-spacing: -.02em; }
+h2 { margin: 0 0 .75rem; font-size: 1.2rem; line-height: 1.3; letter-spacing: -.01em; }
+h3 { margin: 1.25rem 0 .5rem; font-size: 1rem; }
+p { margin: 0 0 .75rem; max-width: 44rem; }
+a { color: var(--accent); text-underline-offset: .15em; }
+nav { display: flex; flex-wrap: wrap; gap: .35rem 1.1rem; margin: 1rem 0 0; }
+nav a { text-decoration: none; }
+nav a:hover { text-decoration: underline; }
+.brand, small, .dim { color: var(--dim); }
+.brand { margin: 0; font-size: .9rem; }
+small { font-size: .85rem; }
+main > section, #desk > section { margin: 1.5rem 0; padding: 1.35rem 1.5rem 1.5rem; background: var(--card);
+  border: 1px solid var(--line); border-radius: .75rem; }
+section > :last-child { margin-bottom: 0; }
+code, pre { font: .875rem/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace; }
+pre { margin: 0; padding: .9rem 1rem; background: var(--paper); border: 1px solid var(--line); border-radius: .5rem;
+  overflow-x: auto; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+label { display: block; font-size: .9rem; font-weight: 600; }
+label small { font-weight: 400; }
+input, select, textarea, button { border: 1px solid var(--edge); border-radius: .45rem; font: inherit; color: inherit; }
+input, select, textarea { display: block; width: 100%; margin-top: .25rem; padding: .45rem .65rem;
+  background: var(--paper); font-weight: 400; }
+input[type=checkbox] { display: inline-block; width: 1.05rem; height: 1.05rem; margin: 0 .35rem 0 0;
+  vertical-align: -.15rem; accent-color: var(--accent); }
+::placeholder { color: var(--dim); opacity: 1; }
+textarea { min-height: 5.5rem; resize: vertical; }
+button { padding: .45rem .9rem; background: transparent; cursor: pointer; white-space: nowrap; }
+button:hover { background: var(--soft); }
+button[type=submit] { background: var(--accent); border-color: transparent; color: var(--on-accent); font-weight: 600; }
+button[type=submit]:hover { filter: brightness(1.08); }
+button.danger[type=submit] { background: var(--bad); color: var(--card); }
+button.small, td button { padding: .15rem .55rem; font-size: .85rem; }
+:disabled { opacity: .55; cursor: default; }
+fieldset { min-width: 0; margin: 0; padding: 0; border: 0; }
+.row, .head { display: flex; flex-wrap: wrap; gap: .75rem; align-items: flex-end; margin-bottom: .75rem; }
+.row > label { flex: 1 1 14rem; }
+label + .row { margin-top: .75rem; }
+.head { justify-content: space-between; }
+.head, .head .row { align-items: center; }
+.head h2, .head .row, .head input, .head select { margin: 0; }
+.head input, .head select { width: auto; max-width: 11rem; }
+.problem { margin: .5rem 0 .75rem; color: var(--bad); font-weight: 600; }
+.problem:empty, .note:empty { display: none; }
+.note { margin: .6rem 0 0; color: var(--dim); font-size: .9rem; font-variant-numeric: tabular-nums; }
+.answer { min-height: 4.5rem; font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; }
+.thought { color: var(--dim); font-style: italic; }
+.thought:not(:empty) + .said:not(:empty)::before { content: "\A\A"; }
+.tag { padding: .05rem .4rem; border-radius: .35rem; background: var(--soft); color: var(--accent); font-size: .8rem; }
+.bad { color: var(--bad); }
+.good { color: var(--good); }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1rem; margin: 0 0 1rem; }
+.tiles dt { color: var(--dim); font-size: .85rem; }
+.tiles dd { margin: 0; font-size: 1.3rem; line-height: 1.35; overflow-wrap: anywhere; }
+.tiles dd svg { margin: .1rem 0 .2rem; }
+.tiles dd small { display: block; line-height: 1.4; }
+.tabs { display: flex; flex-wrap: wrap; gap: .35rem; margin-bottom: .75rem; }
+.tabs [aria-selected=true] { background: var(--soft); border-color: var(--accent); color: var(--accent); }
+.example { position: relative; }
+.example > button { position: absolute; top: .45rem; right: .45rem; background: var(--card); }
+.example pre { padding-right: 5.5rem; }
+table { width: 100%; border-collapse: collapse; font-size: .925rem; }
+th, td { padding: .45rem .9rem .45rem 0; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
+th { font-weight: 600; }
+tbody th[scope=row] { font-weight: 400; overflow-wrap: anywhere; }
+tbody th[scope=rowgroup] { padding-top: 1.2rem; border-top: 0; color: var(--dim); }
+thead th { border-top: 0; color: var(--dim); font-size: .85rem; white-space: nowrap; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+td:last-child, th:last-child { padding-right: 0; }
+td[data-label=Expires] { min-width: 6.4rem; }
+td .row { flex-wrap: nowrap; gap: .35rem; margin: 0; }
+th code { white-space: nowrap; }
+svg { display: block; width: 100%; fill: var(--accent); }
+svg.days { height: 9rem; border-bottom: 1px solid var(--edge); }
+svg.bar { height: .55rem; min-width: 5rem; border-radius: .3rem; background: var(--soft); }
+td svg.bar { margin-top: .5rem; }
+svg .prompt { fill: var(--mild); }
+figure { margin: 0; }
+figcaption, .axis { display: flex; justify-content: space-between; gap: 1rem; color: var(--dim); font-size: .85rem; }
+.key { white-space: nowrap; }
+.key::before { content: ""; display: inline-block; width: .7rem; height: .7rem; margin: 0 .35rem 0 .8rem;
+  border-radius: .15rem; background: var(--accent); }
+.key.prompt::before { background: var(--mild); }
+details { margin-top: .6rem; font-size: .9rem; }
+summary { color: var(--dim); cursor: pointer; }
+dialog { width: min(34rem, calc(100vw - 2rem)); padding: 1.5rem; background: var(--card); color: inherit;
+  border: 1px solid var(--line); border-radius: .75rem; overflow-wrap: anywhere; }
+dialog::backdrop { background: rgb(0 0 0 / 50%); }
+dialog form { display: grid; grid-template-columns: 1fr 1fr; gap: .75rem 1rem; align-items: start; }
+dialog form > * { grid-column: 1 / -1; margin: 0; }
+dialog form > .half { grid-column: auto; }
+dialog pre { white-space: pre-wrap; overflow-wrap: anywhere; margin-bottom: .75rem; }
+dialog .row { justify-content: flex-end; margin: .5rem 0 0; }
+dialog .problem { margin: .35rem 0 0; font-size: .9rem; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+@media (max-width: 40rem) {
+  body > header, main, body > footer { padding-left: .9rem; padding-right: .9rem; }
+  main > section, #desk > section { padding: 1.1rem 1rem; }
+  .stack thead { display: none; }
+  .stack, .stack tbody, .stack tr, .stack th, .stack td { display: block; }
+  .stack tr { padding: .6rem 0; border-top: 1px solid var(--line); }
+  .stack th, .stack td { padding: .1rem 0; border: 0; text-align: left; overflow-wrap: anywhere; }
+  .stack td[data-label]::before { content: attr(data-label) ": "; color: var(--dim); }
+  .stack td[data-label=Actions]::before, .stack td[data-label=Share]::before { content: none; }
+  .stack td:empty { display: none; }
+  #desk .stack th { font-weight: 600; }
+  .example > button { position: static; margin-top: .5rem; }
+  .example pre { padding-right: 1rem; }
+  .stack td svg.bar { margin: .15rem 0; }
+  .stack td .row { flex-wrap: wrap; margin-top: .3rem; }
+  .stack code { white-space: normal; }
+  dialog form > .half { grid-column: 1 / -1; }
+}
+@media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto; } }
+"""
+
+SCRIPT = r"""
+"use strict";
+const KEY = "ollama_gateway.token";
+// All is asked for below where the page is seen, behind a proxy's prefix too; a secret in the path goes as a header.
+const [, ROOT, PATH_SECRET] = location.pathname.match(/^(.*?)(?:\/t\/([^/]+))?\/[^/]*$/);
+const BASE = document.documentElement.dataset.base;
+const ADDRESS = location.origin + ROOT;
+
+const byId = id => document.getElementById(id);
+const token = () => sessionStorage.getItem(KEY) || PATH_SECRET;
+const keep = secret => secret === PATH_SECRET || sessionStorage.setItem(KEY, secret);
+const number = value => value === null ? "unknown" : value.toLocaleString("en");
+const minute = time => time.slice(0, 16).replace("T", " ");
+const spent = row => row.prompt_tokens === null ? null : row.prompt_tokens + row.completion_tokens;
+const dayAgo = days => new Date(Date.now() - days * 86400000).toISOString().slice(0, 10);
+
+function fill(node, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (typeof value === "function") node.addEventListener(name, value);
+    else if (value !== false) node.setAttribute(name, value);
+  }
+  node.append(...children.flat(Infinity));
+  return node;
+}
+const element = (name, attributes, ...children) => fill(document.createElement(name), attributes, children);
+const drawn = (name, attributes, ...children) =>
+  fill(document.createElementNS("http://www.w3.org/2000/svg", name), attributes, children);
+const button = (text, click, attributes = {}) => element("button", {type: "button", click, ...attributes}, text);
+
+async function refusal(reply) {
+  const told = await reply.json().catch(() => null), retry = reply.headers.get("Retry-After");
+  const text = reply.status === 401 ? "This token is not valid: it is unknown, expired or deleted"
+    : told && told.error || `${reply.status} ${reply.statusText}`;
+  return Object.assign(new Error(text + (retry ? `; try again in ${retry} s` : "")), {status: reply.status});
+}
+
+async function ask(method, path, {body, secret = token(), signal} = {}) {
+  if (!/^[\x21-\x7e]+$/.test(secret)) throw new Error("A token is one word of plain letters, digits and signs");
+  const headers = {Authorization: `Bearer ${secret}`, "Content-Type": "application/json"};
+  const reply = await fetch(ROOT + path, {method, headers, signal, cache: "no-store", body: JSON.stringify(body)})
+    .catch(error => { throw error.name === "AbortError" ? error : new Error("The gateway cannot be reached"); });
+  if (!reply.ok) throw await refusal(reply);
+  return reply;
+}
+const askJSON = async (...args) => (await ask(...args)).json();
+
+async function attempt(pressed, problem, action) {
+  problem.textContent = "";
+  pressed.disabled = true;
+  await action().catch(error => { problem.textContent = error.message; });
+  pressed.disabled = false;
+}
+
+// Asks for the token, until it is forgotten: `enter` keeps the one it is given, or throws if it is not good enough.
+function signIn(enter, leave) {
+  const form = byId("sign-in"), problem = byId("sign-in-problem"), field = byId("token");
+  const use = secret => attempt(form.querySelector("button"), problem, async () => {
+    await enter(secret).catch(error => {
+      if (error.status === 401 && secret === token()) sessionStorage.removeItem(KEY);
+      throw error;
+    });
+    field.value = "";
+    form.hidden = true;
+    byId("signed-in").hidden = false;
+  });
+  const forget = (why = "") => {
+    sessionStorage.removeItem(KEY);
+    problem.textContent = why;
+    form.hidden = false;
+    byId("signed-in").hidden = true;
+    leave();
+    field.focus();
+  };
+  form.addEventListener("submit", event => { event.preventDefault(); use(field.value.trim()); });
+  byId("forget").addEventListener("click", () => forget());
+  if (token()) use(token());
+  return forget;
+}
+
+function copy(pressed, source) {
+  getSelection().selectAllChildren(source);
+  pressed.textContent = document.execCommand("copy") ? "Copied" : "Selected";   // the newer way takes TLS
+}
+const copyButton = (source, attributes) => button("Copy", event => copy(event.target, source), attributes);
+
+// A row is a list of cells, a cell what an element may hold; the first names its row, those in `numbers` are figures.
+function table(caption, headings, rows, numbers = []) {
+  const style = at => numbers.includes(at) && "number";
+  const head = (heading, at) => element("th", {scope: "col", class: style(at)}, heading);
+  const cell = (content, at) => at ? element("td", {class: style(at), "data-label": headings[at]}, content)
+    : element("th", {scope: "row"}, content);
+  return element("table", {class: "stack"}, element("caption", {class: "unseen"}, caption),
+    element("thead", {}, element("tr", {}, headings.map(head))),
+    element("tbody", {}, rows.map(cells => element("tr", {}, cells.map(cell)))));
+}
+
+const bar = share => drawn("svg", {class: "bar", "aria-hidden": "true"},
+  drawn("rect", {width: `${100 * share}%`, height: "100%"}));
+
+function dayChart(rows, days) {
+  const known = new Map(rows.map(row => [row.day, row]));
+  const all = Array.from({length: days}, (_, at) => dayAgo(days - 1 - at)).map(
+    day => known.get(day) || {day, requests: 0, prompt_tokens: 0, completion_tokens: 0});
+  const most = Math.max(1, ...all.map(spent)), total = all.reduce((sum, row) => sum + spent(row), 0);
+  const column = (row, at) => {
+    const said = row.completion_tokens / most * 100, asked = row.prompt_tokens / most * 100;
+    return drawn("g", {},
+      drawn("title", {}, `${row.day}: ${number(spent(row))} tokens, ${number(row.requests)} requests`),
+      drawn("rect", {x: at + 0.12, width: 0.76, y: 100 - said, height: said}),
+      drawn("rect", {class: "prompt", x: at + 0.12, width: 0.76, y: 100 - said - asked, height: asked}));
+  };
+  return element("figure", {},
+    element("figcaption", {}, element("span", {}, `most in a day: ${number(most)}`), element("span", {},
+      element("span", {class: "key prompt"}, "prompts"), element("span", {class: "key"}, "answers"))),
+    drawn("svg", {class: "days", viewBox: `0 0 ${days} 100`, preserveAspectRatio: "none", role: "img",
+      "aria-label": `Tokens of each of the last ${days} days, ${number(total)} in all`}, all.map(column)),
+    element("div", {class: "axis"}, element("span", {}, all[0].day), element("span", {}, "today, in UTC")),
+    element("details", {}, element("summary", {}, "As a table"), table("Use by day", ["Day", "Tokens", "Requests"],
+      all.filter(row => row.requests).map(row => [row.day, number(spent(row)), number(row.requests)]), [1, 2])));
+}
+"""
+
+DOCS_SCRIPT = r"""
+const LIMITS = {rpm: "Requests in a minute", max_parallel: "Requests at once", tokens_per_day: "Tokens today"};
+let running = null;
+
+const tile = (name, ...content) => element("div", {}, element("dt", {}, name), element("dd", {}, content));
+
+function showMe(me) {
+  byId("who").textContent = `${me.user}/${me.name}`;
+  byId("me").replaceChildren(
+    element("dl", {class: "tiles"},
+      tile("Valid", me.expires_at ? `until ${minute(me.expires_at)}` : "until deleted"),
+      tile("Models", me.models ? me.models.join(", ") : "all"),
+      Object.entries(me.left).map(([name, {limit, remaining}]) => tile(LIMITS[name],
+        number(remaining), bar(remaining / limit), element("small", {}, `left of ${number(limit)}`)))),
+    element("h3", {}, "Your last seven days"), dayChart(me.usage, 7));
+}
+
+async function showModels() {
+  const {models} = await askJSON("GET", `${BASE}/tags`);
+  byId("model").replaceChildren(...(models || []).map(({name}) => element("option", {}, name)));
+  byId("talk").disabled = false;
+  nameModel();
+}
+
+function nameModel() {
+  const name = byId("model").value;     // what could be more than a name in a shell's eyes is not put there
+  if (/^[\w.:\/-]+$/.test(name)) for (const place of document.querySelectorAll(".model")) place.textContent = name;
+}
+
+async function enter(secret) {
+  showMe(await askJSON("GET", "/me", {secret}));
+  keep(secret);
+  byId("me").hidden = false;
+  showModels().catch(error => { byId("problem").textContent = error.message; });
+}
+
+function leave() {
+  if (running) running.abort();
+  byId("me").hidden = byId("talk").disabled = true;
+  for (const id of ["me", "who", "model", "thought", "said", "figures", "problem"]) byId(id).replaceChildren();
+}
+
+async function* linesOf(body) {
+  const reader = body.getReader(), decoder = new TextDecoder();
+  for (let rest = "", ended = false; !ended;) {
+    const {value, done} = await reader.read().catch(() => { throw new Error("The answer broke off before its end"); });
+    const lines = (rest + decoder.decode(value, {stream: !done})).split("\n");
+    rest = done ? "" : lines.pop();
+    ended = done;
+    yield* lines;
+  }
+}
+
+async function talk(signal) {
+  const began = performance.now(), seconds = () => (performance.now() - began) / 1000;
+  const body = {model: byId("model").value, messages: [{role: "user", content: byId("prompt").value}]};
+  let first = 0;
+  for await (const line of linesOf((await ask("POST", `${BASE}/chat`, {body, signal})).body)) {
+    const {message = {}, error, done, eval_count: count, eval_duration: lasted} = JSON.parse(line.trim() || "{}");
+    if (error) throw new Error(error);
+    byId("thought").append(message.thinking || "");
+    byId("said").append(message.content || "");
+    if (!first && (message.thinking || message.content)) {
+      first = seconds();
+      byId("figures").textContent = `first token after ${first.toFixed(2)} s`;
+    }
+    if (done && count) {
+      const rate = count / (lasted / 1e9 || seconds() - first);
+      byId("figures").append(`, ${number(count)} tokens, ${rate.toFixed(1)} a second`);
+    }
+  }
+}
+
+async function send(event) {
+  event.preventDefault();
+  if (running) return;
+  for (const id of ["thought", "said", "figures"]) byId(id).replaceChildren();
+  const {signal} = running = new AbortController();
+  byId("stop").disabled = false;
+  byId("answer").setAttribute("aria-busy", "true");
+  await attempt(byId("send"), byId("problem"), () => talk(signal).catch(error => {
+    if (!signal.aborted) throw error;
+    byId("figures").append(" (stopped)");
+  }));
+  running = null;
+  byId("stop").disabled = true;
+  byId("answer").setAttribute("aria-busy", "false");
+  if (token()) askJSON("GET", "/me").then(me => token() && showMe(me), () => {});
+}
+
+function showTab(shown, tabs) {
+  for (const tab of tabs) {
+    tab.setAttribute("aria-selected", tab === shown);
+    tab.tabIndex = tab === shown ? 0 : -1;
+    byId(tab.getAttribute("aria-controls")).hidden = tab !== shown;
+  }
+}
+
+function makeTabs() {
+  const examples = [...document.querySelectorAll(".example")];
+  const tabs = examples.map(example => {
+    const heading = example.querySelector("h3");
+    heading.hidden = true;
+    example.append(copyButton(example.querySelector("code"), {class: "small"}));
+    fill(example, {role: "tabpanel", "aria-label": heading.textContent}, []);
+    const attributes = {role: "tab", "aria-controls": example.id};
+    return button(heading.textContent, event => showTab(event.target, tabs), attributes);
+  });
+  const turn = event => {
+    const step = {ArrowRight: 1, ArrowLeft: tabs.length - 1}[event.key], at = tabs.indexOf(event.target);
+    if (!step) return;
+    const next = tabs[(at + step) % tabs.length];
+    showTab(next, tabs);
+    next.focus();
+  };
+  examples[0].before(element("div", {class: "tabs", role: "tablist", "aria-label": "Clients", keydown: turn}, tabs));
+  showTab(tabs[0], tabs);
+}
+
+for (const place of document.querySelectorAll(".address")) place.textContent = ADDRESS;
+makeTabs();
+byId("console").hidden = false;
+byId("console-form").addEventListener("submit", send);
+byId("stop").addEventListener("click", () => running && running.abort());
+byId("model").addEventListener("change", nameModel);
+byId("prompt").addEventListener("keydown", event => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("console-form").requestSubmit();
+});
+signIn(enter, leave);
+"""
+
+ADMIN_SCRIPT = r"""
+const FIELDS = {user: ["User", "a person"], name: ["Name", "a device, a program"],
+  expires_at: ["Expires", "30d, 2027-01-31"], models: ["Models", "llama3*,qwen2.5:7b"],
+  rpm: ["Requests in a minute", ""], max_parallel: ["Requests at once", ""], tokens_per_day: ["Tokens a day", ""]};
+let tokens = [], watching = 0;
+
+const nameOf = row => `${row.user}/${row.name}`;
+const asText = value => value === null || value === undefined ? "" : [].concat(value).join(",");
+const doing = (text, style = false) => element("button", {type: "submit", class: style}, text);
+
+function dialog(title, ...content) {
+  const box = element("dialog", {"aria-labelledby": "dialog-title", close: () => box.remove()},
+    element("h2", {id: "dialog-title"}, title), content);
+  document.body.append(box);
+  box.showModal();
+  return box;
+}
+
+// A dialog whose form does something when it is submitted, and says what went wrong where it went wrong.
+function formDialog(title, content, submitter, action) {
+  const problem = element("p", {class: "problem", role: "alert"});
+  const submit = async event => {
+    event.preventDefault();
+    await attempt(submitter, problem, async () => { await action(form); box.close(); });
+    const wrong = form.elements[problem.textContent.split(":")[0]];
+    if (wrong) wrong.focus();
+    if (wrong) wrong.after(problem);
+    else form.lastChild.before(problem);
+  };
+  const form = element("form", {submit}, content, problem,
+    element("div", {class: "row"}, button("Cancel", () => box.close()), submitter));
+  const box = dialog(title, form);
+}
+
+function showSecret(made) {
+  const secret = element("code", {}, made.token);
+  const usage = element("code", {}, `curl -H "Authorization: Bearer ${made.token}" ${ADDRESS}${BASE}/tags`);
+  const box = dialog(`The secret of ${nameOf(made)}`,
+    element("p", {}, "It is shown only now. Keep it like a password."), element("pre", {id: "secret"}, secret),
+    element("p", {}, "To use it:"), element("pre", {}, usage),
+    element("p", {}, element("a", {href: "docs", target: "_blank"}, "How each client takes it")),
+    element("div", {class: "row"}, copyButton(secret, {autofocus: ""}), button("I have kept it", () => box.close())));
+  box.addEventListener("cancel", event => event.preventDefault());
+}
+
+function editToken(title, names, known, text, save) {
+  const fields = names.map(name => element("label", {class: "half"},
+    FIELDS[name][0] + " ", element("small", {}, FIELDS[name][1]),
+    element("input", {name, value: asText(known[name]), autocomplete: "off", spellcheck: "false"})));
+  const box = element("input", {type: "checkbox", name: "admin"});
+  box.checked = known.admin;
+  formDialog(title, [fields, element("label", {}, box, "Admin ", element("small", {}, "may change models and tokens")),
+    element("p", {class: "dim"}, "A field that is empty sets no limit.")], doing(text),
+    async form => {
+      const changes = {};
+      for (const name of names) {
+        const typed = form.elements[name].value.trim();
+        if (typed !== asText(known[name])) changes[name] = typed || null;
+      }
+      if (box.checked !== known.admin) changes.admin = box.checked;
+      await save(changes);
+      await loadTokens();
+    });
+}
+
+function createToken() {
+  editToken("New token", Object.keys(FIELDS), {admin: false}, "Create",
+    async changes => showSecret(await askJSON("POST", "/admin/tokens", {body: {user: "", name: "", ...changes}})));
+}
+
+function changeToken(known) {
+  editToken(`Limits of ${nameOf(known)}`, Object.keys(FIELDS).slice(2), known, "Save",
+    changes => ask("PATCH", `/admin/tokens/${known.id}`, {body: changes}));
+}
+
+function rotateToken(known) {
+  const text = `The secret of ${nameOf(known)} stops working at its next request.`;
+  formDialog("Give it a new secret?", element("p", {}, text), doing("New secret"), async () => {
+    const made = await askJSON("POST", `/admin/tokens/${known.id}/rotate`);
+    if (token().startsWith(known.hint)) keep(made.token);    // it was the one in use
+    showSecret(made);
+    await loadTokens();
+  });
+}
+
+function deleteToken(known) {
+  const text = `${nameOf(known)} stops working at its next request, and does not come back.`;
+  formDialog("Delete this token?", element("p", {}, text), doing("Delete", "danger"), async () => {
+    await ask("DELETE", `/admin/tokens/${known.id}`);
+    await loadTokens();
+  });
+}
+
+function limitsOf(row) {
+  return [row.rpm && `${number(row.rpm)} a minute`, row.max_parallel && `${number(row.max_parallel)} at once`,
+    row.tokens_per_day && `${number(row.tokens_per_day)} tokens a day`, row.models && `models ${row.models.join(", ")}`]
+    .filter(Boolean).join("; ");
+}
+
+function tokenRow(row) {
+  const actions = Object.entries({Edit: changeToken, "New secret": rotateToken, Delete: deleteToken}).map(
+    ([text, act]) => button(text, () => act(row), {"aria-label": `${text}: ${nameOf(row)}`}));
+  return [[nameOf(row), row.admin ? [" ", element("span", {class: "tag"}, "admin")] : ""],
+    element("code", {}, `${row.hint}…`),
+    row.expired ? element("span", {class: "bad"}, "expired") : row.expires_at ? minute(row.expires_at) : "never",
+    row.last_used_at ? minute(row.last_used_at) : "never", limitsOf(row),
+    element("div", {class: "row"}, actions)];
+}
+
+function showTokens() {
+  const words = byId("filter").value.toLowerCase().split(/\s+/);
+  const shown = tokens.filter(row => {
+    const text = `${nameOf(row)} ${row.hint} ${row.admin ? "admin" : ""} ${limitsOf(row)}`.toLowerCase();
+    return words.every(word => text.includes(word));
+  });
+  byId("token-count").textContent = `${shown.length} of ${tokens.length}`;
+  byId("tokens").replaceChildren(
+    table("Tokens", ["Token", "Secret", "Expires", "Last used", "Limits", "Actions"], shown.map(tokenRow)));
+}
+
+async function loadTokens() {
+  tokens = await askJSON("GET", "/admin/tokens");
+  showTokens();
+}
+
+function showStatus({upstream, requests, ...gauges}) {
+  const up = upstream.status === "up";
+  byId("in-flight").textContent = number(gauges.in_flight_requests);
+  byId("queued").textContent = number(gauges.queued_requests);
+  byId("connections").textContent = number(gauges.connections);
+  byId("ollama").textContent = up ? `up, ${upstream.version}` : "down";
+  byId("ollama").className = up ? "good" : "bad";
+  byId("loaded").textContent = upstream.loaded.map(({name}) => name).join(", ") || "none";
+  byId("requests").replaceChildren(requests.length ? table("Requests in flight and queued",
+    ["Token", "Model", "Path", "State", "Seconds"], requests.map(row => [nameOf(row), row.model || "",
+      element("code", {}, row.path), row.waiting ? "waiting" : "running", row.seconds.toFixed(1)]), [4])
+    : element("p", {class: "dim"}, "Nothing runs or waits now."));
+}
+
+async function watch() {
+  const problem = byId("status-problem");
+  await askJSON("GET", "/admin/status").then(status => {
+    if (!byId("desk").hidden) showStatus(status);
+    problem.textContent = "";
+  }, error => {
+    if (error.status === 401 || error.status === 403) forget(error.message);
+    problem.textContent = error.message;
+  });
+  clearTimeout(watching);
+  if (!document.hidden && !byId("desk").hidden) watching = setTimeout(watch, 2000);
+}
+
+function usageTable(caption, heading, rows) {
+  const most = Math.max(1, ...rows.map(spent));
+  return table(caption, [heading, "Share", "Tokens", "Requests"], rows.map(row => [row[heading.toLowerCase()] || "-",
+    bar(spent(row) / most), number(spent(row)), number(row.requests)]), [2, 3]);
+}
+
+async function loadUsage() {
+  const days = byId("period").value, since = dayAgo(days - 1);
+  const [byDay, byUser, byModel] = await Promise.all(
+    ["day", "user", "model"].map(by => askJSON("GET", `/admin/usage?by=${by}&since=${since}`)));
+  if (days !== byId("period").value || byId("desk").hidden) return;    // nobody waits for this any more
+  byId("by-day").replaceChildren(dayChart(byDay, Number(days)));
+  byId("by-user").replaceChildren(usageTable("Use by user", "User", byUser));
+  byId("by-model").replaceChildren(usageTable("Use by model", "Model", byModel));
+}
+const showUsage = () => attempt(byId("refresh"), byId("usage-problem"), loadUsage);
+
+async function enter(secret) {
+  tokens = await askJSON("GET", "/admin/tokens", {secret});
+  keep(secret);
+  byId("desk").hidden = false;
+  showTokens();
+  showUsage();
+  watch();
+}
+
+function leave() {
+  clearTimeout(watching);
+  tokens = [];
+  byId("desk").hidden = true;
+  for (const id of ["loaded", "requests", "tokens", "by-day", "by-user", "by-model"]) byId(id).replaceChildren();
+}
+
+byId("create").addEventListener("click", createToken);
+byId("filter").addEventListener("input", showTokens);
+byId("period").addEventListener("change", showUsage);
+byId("refresh").addEventListener("click", showUsage);
+document.addEventListener("visibilitychange", () => { if (!document.hidden && !byId("desk").hidden) watch(); });
+const forget = signIn(enter, leave);
+"""
+
+SIGN_IN = """
+<form id="sign-in">
+<div class="row">
+<label>{label}<input id="token" type="password" autocomplete="off" spellcheck="false" required></label>
+<button type="submit">Use this token</button>
+</div>
+<p class="dim">It stays in this tab, and is forgotten with it.</p>
+<p id="sign-in-problem" class="problem" role="alert"></p>
+</form>
+<div id="signed-in" class="head" hidden><span id="who">{signed_in}</span>
+<button id="forget" type="button">Forget the token</button></div>
+"""
+DOCS = """
+<header>
+<p class="brand">ollama_gateway {version}</p>
+<h1>An Ollama to share</h1>
+<p>Every Ollama, OpenAI and Anthropic client works here, streaming. It takes a token: ask whoever runs this gateway.</p>
+<nav><a href="#yours">Your token</a><a href="#examples">Examples</a><a href="#routes">Routes</a>
+<a href="#errors">Errors</a><a href="#settings">Settings</a>{links}</nav>
+</header>
+<main>
+<section id="yours" aria-labelledby="yours-title">
+<h2 id="yours-title">Your token</h2>
+<noscript><p>Trying a token here takes JavaScript; all else on this page does without.</p></noscript>
+{sign_in}
+<div id="me" hidden></div>
+</section>
+<section id="console" aria-labelledby="console-title" hidden>
+<h2 id="console-title">Console</h2>
+<form id="console-form"><fieldset id="talk" disabled>
+<div class="row"><label>Model<select id="model"></select></label></div>
+<label>Prompt <small>Ctrl+Enter sends it</small><textarea id="prompt" required>Why is the sky blue?</textarea></label>
+<div class="row"><button id="send" type="submit">Send</button>
+<button id="stop" type="button" disabled>Stop</button></div>
+</fieldset></form>
+<p id="problem" class="problem" role="alert"></p>
+<pre id="answer" class="answer" aria-label="Answer" aria-live="polite"><span id="thought" class="thought"></span
+><span id="said" class="said"></span></pre>
+<p id="figures" class="note" role="status"></p>
+</section>
+<section id="examples" aria-labelledby="examples-title">
+<h2 id="examples-title">Examples</h2>
+<p>The token is in the variable <code>TOKEN</code>: <code>export TOKEN=ogw_…</code></p>
+{examples}
+</section>
+<section id="routes" aria-labelledby="routes-title">
+<h2 id="routes-title">Routes</h2>
+<p>The token goes into <code>Authorization: Bearer …</code> or <code>x-api-key: …</code>. There are no others:</p>
+{routes}
+</section>
+<section id="errors" aria-labelledby="errors-title">
+<h2 id="errors-title">Errors</h2>
+<p>They come in the dialect of the route. Ollama's own errors pass through as they are. Every answer has an
+<code>X-Request-Id</code> to ask after it by.</p>
+{errors}
+</section>
+<section id="settings" aria-labelledby="settings-title">
+<h2 id="settings-title">Settings</h2>
+<details><summary>For whoever runs the gateway: flags of <code>serve</code>, and variables</summary>
+{options}</details>
+</section>
+</main>
+<footer>Nothing on this page comes from elsewhere, and what you send goes to this gateway alone.</footer>
+"""
+ADMIN = """
+<header>
+<p class="brand">ollama_gateway {version}</p>
+<h1>Administration</h1>
+<p>Tokens, what runs now, and who used how much.</p>
+<nav><a href="docs">Documentation</a></nav>
+</header>
+<main>
+<section aria-labelledby="yours-title">
+<h2 id="yours-title">Your token</h2>
+<noscript><p>This page takes JavaScript; <code>ollama_gateway.py token</code> on the box does without.</p></noscript>
+{sign_in}
+</section>
+<div id="desk" hidden>
+<section aria-labelledby="now-title">
+<h2 id="now-title">Now</h2>
+<dl class="tiles">
+<div><dt>In flight</dt><dd id="in-flight"></dd></div>
+<div><dt>Queued</dt><dd id="queued"></dd></div>
+<div><dt>Connections</dt><dd id="connections"></dd></div>
+<div><dt>Ollama</dt><dd id="ollama"></dd></div>
+<div><dt>Loaded models</dt><dd id="loaded"></dd></div>
+</dl>
+<p id="status-problem" class="problem" role="alert"></p>
+<div id="requests"></div>
+</section>
+<section aria-labelledby="tokens-title">
+<div class="head"><h2 id="tokens-title">Tokens <small id="token-count" role="status"></small></h2>
+<div class="row"><input id="filter" type="search" placeholder="Filter" aria-label="Filter the tokens">
+<button id="create" type="button">New token</button></div></div>
+<div id="tokens"></div>
+</section>
+<section aria-labelledby="usage-title">
+<div class="head"><h2 id="usage-title">Usage</h2>
+<div class="row"><select id="period" aria-label="Period"><option value="7">7 days</option>
+<option value="30">30 days</option><option value="90">90 days</option></select>
+<button id="refresh" type="button">Refresh</button></div></div>
+<p id="usage-problem" class="problem" role="alert"></p>
+<div id="by-day"></div>
+<h3>By user</h3><div id="by-user"></div>
+<h3>By model</h3><div id="by-model"></div>
+</section>
+</div>
+</main>
+<footer>The token travels in a header, never in a cookie: no other site's page can act with it.</footer>
+"""
+EXAMPLES = r"""
+== curl
+curl -N {address}{base}/chat \
+  -H "Authorization: Bearer $TOKEN" \
+  -d '{"model": "{model}", "messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
+== ollama
+# It takes a gateway that was started with --path-tokens.
+OLLAMA_HOST={address}/t/$TOKEN ollama run {model}
+== Python
+import os
+from ollama import Client
+
+client = Client(host="{host}", headers={"Authorization": f"Bearer {os.environ['TOKEN']}"})
+question = {"role": "user", "content": "Why is the sky blue?"}
+for part in client.chat(model="{model}", messages=[question], stream=True):
+    print(part.message.content, end="", flush=True)
+== JavaScript
+import { Ollama } from "ollama"
+
+const headers = { Authorization: `Bearer ${process.env.TOKEN}` }
+const ollama = new Ollama({ host: "{host}", headers })
+const question = { role: "user", content: "Why is the sky blue?" }
+const parts = await ollama.chat({ model: "{model}", messages: [question], stream: true })
+for await (const part of parts) process.stdout.write(part.message.content)
+== OpenAI
+import os
+from openai import OpenAI
+
+client = OpenAI(base_url="{address}/v1", api_key=os.environ["TOKEN"])
+question = {"role": "user", "content": "Why is the sky blue?"}
+answer = client.chat.completions.create(model="{model}", messages=[question])
+print(answer.choices[0].message.content)
+== Anthropic
+import os
+from anthropic import Anthropic
+
+client = Anthropic(base_url="{address}", api_key=os.environ["TOKEN"])
+question = {"role": "user", "content": "Why is the sky blue?"}
+answer = client.messages.create(model="{model}", max_tokens=500, messages=[question])
+print(answer.content[0].text)
+"""
+ACCESS = {"token": "With any token", "admin": "With an admin token", "public": "Without a token"}
+
+
+def source_hash(text):
+    """Return what a Content-Security-Policy calls an inline style or script by."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def html_page(title, body, script, base):
+    """Return a page that is nothing but itself: no source beside its own style and script, no target but its origin."""
+    policy = (f"default-src 'none'; style-src {source_hash(STYLE)}; script-src {source_hash(script)}; "
+              "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    page = (f'<!doctype html>\n<html lang="en" data-base="{base}">\n<head>\n<meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" '
+            f'content="light dark">\n<title>{title}</title>\n<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n'
+            f"</head>\n<body>{body}<script>{script}</script>\n</body>\n</html>\n")
+    return 200, "text/html; charset=utf-8", page.encode(), [
+        ("Content-Security-Policy", policy), ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-cache")]
+
+
+def html_rows(headings, rows, group=""):
+    """Return a table's rows, below the name of their group; a row's first cell is code."""
+    told = [f'<tr><th scope="rowgroup" colspan="{len(headings)}">{group}</th></tr>\n'] if group else []
+    labels = [f' data-label="{heading}"' if at else "" for at, heading in enumerate(headings[1:])]
+    for first, *others in rows:
+        cells = "".join(f"<td{label}>{html.escape(cell or '')}</td>" for label, cell in zip(labels, others))
+        told.append(f'<tr><th scope="row"><code>{html.escape(first)}</code></th>{cells}</tr>\n')
+    return "<tbody>\n" + "".join(told) + "</tbody>\n"
+
+
+def html_table(headings, bodies):
+    head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
+    return f'<table class="stack">\n<thead><tr>{head}</tr></thead>\n{bodies}</table>'
+
+
+def example_sections(base):
+    """Return the examples, with what the script replaces marked; Ollama's libraries put /api behind their host."""
+    places = {"{address}": '<span class="address">http://127.0.0.1:8000</span>', "{base}": base,
+              "{model}": '<span class="model">llama3.2</span>'}
+    places["{host}"] = places["{address}"] + base[:-len("/api")]
+    found = []
+    for name, text in re.findall(r"(?ms)^== (\w+)\n(.*?)\n(?===|\Z)", EXAMPLES):
+        if "{host}" not in text or base.endswith("/api"):
+            text = re.sub(r"\{\w+\}", lambda place: places.get(place[0], place[0]), html.escape(text, quote=False))
+            found.append(
+                f'<div class="example" id="example-{name}"><h3>{name}</h3><pre><code>{text}</code></pre></div>')
+    return "\n".join(found)
+
+
+def docs_page(routes, base):
+    """Return the documentation of a gateway with these routes, with /api at the base."""
+    ways, when, flags = ("Route", "What it does"), ("Status", "When"), ("Flag", "What it is", "Variable", "Default")
+    told = {access: [] for access in ACCESS}
+    for route in routes:
+        told[route.access].append((f"{route.method} {at_base(route.path, base)}", about(route).text))
+    errors = {}
+    for status, meaning in sorted(REFUSALS.values()):
+        errors[str(status)] = f"{errors[str(status)]}; or {meaning}" if str(status) in errors else meaning
+    links = '<a href="openapi.json">OpenAPI</a>'
+    if any(route.page == "admin" for route in routes):
+        links += '<a href="admin">Administration</a>'
+    body = DOCS.format(
+        version=VERSION, links=links, sign_in=SIGN_IN.format(label="Token", signed_in=""),
+        examples=example_sections(base),
+        routes=html_table(ways, "".join(html_rows(ways, told[access], group) for access, group in ACCESS.items())),
+        errors=html_table(when, html_rows(when, errors.items())),
+        options=html_table(flags, html_rows(flags, [
+            (option.flag, option.help, option.variable, option.default) for option in OPTIONS])))
+    return html_page("An Ollama to share", body, SCRIPT + DOCS_SCRIPT, base)
+
+
+def admin_page(base):
+    """Return the shell of the page for whoever runs the gateway: it knows nothing until it is given an admin token."""
+    body = ADMIN.format(version=VERSION, sign_in=SIGN_IN.format(label="Admin token", signed_in="Signed in."))
+    return html_page("Administration", body, SCRIPT + ADMIN_SCRIPT, base)
+
+
 # == Pages ====================================================================
 
 
@@ -4206,14 +5016,22 @@ class Pages:
     def _document(self):
         return json_page(openapi_document(self._routes, self._base))
 
+    @functools.cached_property
+    def _docs(self):
+        return docs_page(self._routes, self._base)
+
+    @functools.cached_property
+    def _admin(self):
+        return admin_page(self._base)
+
     def openapi(self, _):
         return self._document
 
     def docs(self, _):
-        return 200, "text/html; charset=utf-8", b""
+        return self._docs
 
     def admin(self, _):
-        return 200, "text/html; charset=utf-8", b""
+        return self._admin
 
     def list_tokens(self, visit):
         return json_page([as_json(token) for token in self._store.list(asked_in_query(visit, "user").get("user"))])

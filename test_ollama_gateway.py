@@ -16,6 +16,7 @@ and the cases that the tests are made of. Then the tests by capability, from the
 """
 
 import ast
+import base64
 import collections
 import contextlib
 import csv
@@ -23,6 +24,7 @@ import errno
 import functools
 import gc
 import hashlib
+import html
 import http.client
 import http.server
 import importlib.util
@@ -585,6 +587,155 @@ class Client:
 
 
 LEAVING = (("closes", Client.close), ("resets", Client.reset), ("closes its half", Client.half_close))
+
+
+# == A browser ================================================================
+
+
+def chromium_binary():
+    """Where Chromium is to be found, None if nowhere: the variable CHROMIUM beats the usual names."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Chromium:
+    """A headless Chromium that is spoken to over a pipe, as --remote-debugging-pipe has it: JSON between NULs."""
+
+    FLAGS = ("--headless", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions", "--no-proxy-server")
+
+    def __init__(self, binary):
+        self._folder = tempfile.TemporaryDirectory()
+        # It reads from 3 and writes to 4, where only a shell can put them without a fork of ours.
+        self._process = subprocess.Popen(["sh", "-c", 'exec "$0" "$@" 3<&0 4>&1 0</dev/null 1>/dev/null', binary, *self.FLAGS,
+                                          f"--user-data-dir={self._folder.name}"], start_new_session=True, bufsize=0,
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self._heard, self._ids = b"", itertools.count(1)
+        self.events = []    # (session, method, params)
+
+    def call(self, method, session=None, **params):
+        """Have something done and return what came of it, noting the events that come meanwhile."""
+        number = next(self._ids)
+        asked = {"id": number, "method": method, "params": params, **({"sessionId": session} if session else {})}
+        self._process.stdin.write(json.dumps(asked).encode() + b"\0")
+        while True:
+            told = self._message()
+            if told.get("id") == number:
+                if "error" in told:
+                    raise AssertionError(f"{method} {params}: {told['error']}")
+                return told["result"]
+            self.events.append((told.get("sessionId"), told.get("method"), told.get("params")))
+
+    def _message(self):
+        while b"\0" not in self._heard:
+            if not select.select([self._process.stdout], [], [], 3 * GUARD)[0]:
+                raise AssertionError("Chromium says nothing")
+            piece = self._process.stdout.read(65536)
+            if not piece:
+                raise AssertionError(f"Chromium ended with {self._process.wait(GUARD)}")
+            self._heard += piece
+        message, _, self._heard = self._heard.partition(b"\0")
+        return json.loads(message)
+
+    def close(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(GUARD)
+        self._process.stdin.close()
+        self._process.stdout.close()
+        eventually(self._cleaned, "Chromium's letting go of its folder")
+
+    def _cleaned(self):
+        try:    # what it left behind is written to until the last of its processes is gone
+            self._folder.cleanup()
+        except OSError:
+            return False
+        return True
+
+
+class Tab:
+    """A page in a browser, with storage of its own, and what an onlooker sees and does there."""
+
+    def __init__(self, browser, width=1280, height=900, dark=False):
+        self._browser = browser
+        self._context = browser.call("Target.createBrowserContext")["browserContextId"]
+        target = browser.call("Target.createTarget", url="about:blank", browserContextId=self._context)["targetId"]
+        self._session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Runtime", "Log", "Network", "Page"):
+            self.call(f"{domain}.enable")
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+
+    def call(self, method, **params):
+        return self._browser.call(method, self._session, **params)
+
+    def close(self):
+        self._browser.call("Target.disposeBrowserContext", browserContextId=self._context)
+
+    def evaluate(self, expression):
+        """What an expression, or the promise that it is, comes to."""
+        told = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True, userGesture=True)
+        if "exceptionDetails" in told:
+            raise AssertionError(f"{expression}: {told['exceptionDetails']}")
+        return told["result"].get("value")
+
+    def visit(self, url):
+        self.call("Page.navigate", url=url)
+        eventually(lambda: self.evaluate("location.href") == url and self.evaluate("document.readyState") == "complete", f"the page of {url}")
+
+    def text(self, selector="body"):
+        """What can be read in an element, "" if there is none or it is not to be seen."""
+        return self.evaluate(f"(found => found && found.checkVisibility() ? found.innerText : '')(document.querySelector({json.dumps(selector)}))")
+
+    def shows(self, text, selector="body"):
+        """Wait until a text can be read."""
+        try:
+            eventually(lambda: text in self.text(selector), "it")
+        except AssertionError:
+            raise AssertionError(f"{text!r} never stood in {selector}: {self.text(selector)!r}") from None
+
+    def holds(self, text):
+        """Whether a text is anywhere in the page, to be seen or not."""
+        return self.evaluate(f"document.documentElement.outerHTML.includes({json.dumps(text)})")
+
+    def press(self, name):
+        """Press the button of this name: in the dialog, if there is one."""
+        eventually(lambda: self.evaluate("""(name => {
+            const scope = [...document.querySelectorAll("dialog[open]")].pop() || document;
+            const found = [...scope.querySelectorAll("button")].find(button => button.checkVisibility() && !button.matches(':disabled')
+                && (button.getAttribute("aria-label") || button.textContent).trim() === name);
+            if (found) found.click();
+            return Boolean(found);
+        })(%s)""" % json.dumps(name)), f"a button {name!r}")
+
+    def type(self, label, text):
+        """Replace what stands in the field of this label, as if pasted."""
+        eventually(lambda: self.evaluate("""(name => {
+            const scope = [...document.querySelectorAll("dialog[open]")].pop() || document;
+            const field = [...scope.querySelectorAll("input, textarea")].find(field => field.checkVisibility() && !field.matches(":disabled")
+                && (field.ariaLabel || field.labels[0].textContent).startsWith(name));
+            if (field) field.focus();
+            if (field) field.select();
+            return Boolean(field) && document.activeElement === field;
+        })(%s)""" % json.dumps(label)), f"a field {label!r}")
+        self.call("Input.insertText", text=text) if text else self.evaluate("document.execCommand('delete')")
+
+    def complaints(self):
+        """What the page's console has of errors, exceptions and violated policies; answers that are errors are none."""
+        self.evaluate("0")  # by now all that came before is heard
+        return [params for session, method, params in self._browser.events if session == self._session and (
+            method == "Runtime.exceptionThrown" or method == "Runtime.consoleAPICalled" and params["type"] in ("error", "assert")
+            or method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning") and params["entry"]["source"] != "network")]
+
+    def asked(self):
+        """The URLs that the page asked for."""
+        return [params["request"]["url"] for session, method, params in self._browser.events
+                if session == self._session and method == "Network.requestWillBeSent"]
+
+    def screenshot(self, path):
+        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
+        shot = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip={**size, "scale": 1})
+        with open(path, "wb") as file:
+            file.write(base64.b64decode(shot["data"]))
 
 
 # == Cases ====================================================================
@@ -5807,6 +5958,443 @@ class ServeCommand(Case):
 
 def popen_with(prefix, popen, argv, **kwargs):
     return popen([*prefix, *argv], **kwargs)
+
+
+# == The pages ================================================================
+
+HOSTILE = ("<img src=x onerror='window.hit=1'>", '"><script>window.hit=1</script>')
+KEY = "ollama_gateway.token"
+
+
+def chat_line(text, **more):
+    return compact({"message": {"role": "assistant", "content": text, **more}, "done": False}) + b"\n"
+
+
+LAST_CHAT_LINE = compact({"message": {"role": "assistant", "content": ""}, "done": True, **COUNTS, "eval_duration": 10 ** 9}) + b"\n"
+
+
+class Prefixed(http.server.BaseHTTPRequestHandler):
+    """A proxy before a gateway, which is seen below /box."""
+
+    def do_GET(self):   # noqa: N802, http.server's name
+        credentials = [(name, value) for name, value in self.headers.items() if name == "Authorization"]
+        with Client(self.server.gateway) as client:
+            answer = client.ask("GET", self.path[len("/box"):] if self.path.startswith("/box/") else "/nonsense", None, credentials)
+        self.send_response_only(answer.status)
+        for name in set(answer.headers) & {"content-type", "content-security-policy"}:
+            self.send_header(name, answer.headers[name])
+        self.end_headers()
+        self.wfile.write(answer.body)
+
+    def log_message(self, *args):
+        """Say nothing."""
+
+
+@unittest.skipUnless(chromium_binary(), "needs Chromium")
+class Browser(GatewayCase):
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.browser = Chromium(chromium_binary())
+        cls.addClassCleanup(cls.browser.close)
+
+    def open(self, path, server=None, **how):
+        return self.enter(self.visiting("http://{}:{}".format(*(server or self.server).server_address[:2]), path, **how))
+
+    @contextlib.contextmanager
+    def visiting(self, origin, path, **how):
+        """A tab in which nothing may go wrong unseen, and from which nothing may go elsewhere."""
+        tab = Tab(self.browser, **how)
+        try:
+            tab.visit(origin + path)
+            yield tab
+            self.assertEqual(tab.complaints(), [])
+            self.assertEqual([url for url in tab.asked() if not url.startswith((origin + "/", "data:"))], [])
+            self.assertIsNone(tab.evaluate("window.hit"))
+        finally:
+            tab.close()
+
+    def docs(self, token=None, path="/docs", server=None, **how):
+        """The documentation, with ada's token in use."""
+        tab = self.open(path, server, **how)
+        tab.type("Token", token or self.token)
+        tab.press("Use this token")
+        tab.shows("Forget the token", "#signed-in")
+        return tab
+
+    def desk(self, server=None, **how):
+        """The page for admins, with an admin's token in use."""
+        tab = self.open("/admin", server, **how)
+        tab.type("Admin token", self.admin)
+        tab.press("Use this token")
+        tab.shows("ada/laptop", "#tokens")
+        return tab
+
+    def chat(self, *pieces):
+        self.fake.replies["/api/chat"] = Reply.stream(*pieces)
+
+    def names(self):
+        return [f"{token.user}/{token.name}" for token in self.store.list()]
+
+    # -- the documentation
+
+    def test_a_token_is_kept_in_the_tab_alone(self):
+        tab = self.docs()
+        tab.shows("ada/laptop", "#who")
+        kept = "JSON.stringify([Object.entries(sessionStorage), localStorage.length, document.cookie])"
+        self.assertEqual(json.loads(tab.evaluate(kept)), [[[KEY, self.token]], 0, ""])
+        tab.visit(tab.evaluate("location.href"))
+        tab.shows("ada/laptop", "#who")
+        tab.press("Forget the token")
+        self.assertEqual(json.loads(tab.evaluate(kept)), [[], 0, ""])
+        self.assertEqual(tab.text("#me") + tab.text("#who"), "")
+
+    def test_a_prompt_is_answered_token_by_token(self):
+        rest = self.hold()
+        self.chat(chat_line("", thinking="Blue?"), chat_line("The sky"), rest,
+                  chat_line(" is blue"), LAST_CHAT_LINE)
+        tab = self.docs()
+        tab.type("Prompt", "Why?")
+        tab.press("Send")
+        tab.shows("The sky", "#said")
+        tab.shows("first token after", "#figures")
+        self.assertEqual((tab.text("#thought"), tab.text("#said")), ("Blue?", "The sky"))
+        rest.set()
+        tab.shows("5 tokens, 5.0 a second", "#figures")
+        self.assertEqual(tab.text("#said").strip(), "The sky is blue")
+        asked = json.loads(next(seen.body for seen in self.fake.received if seen.path == "/api/chat"))
+        self.assertEqual(asked, {"model": "tiny:latest", "messages": [{"role": "user", "content": "Why?"}]})
+
+    def test_lines_and_letters_survive_being_split(self):
+        whole = chat_line("blü") + chat_line("te") + LAST_CHAT_LINE
+        cuts = (0, whole.index(b"\xbc"), whole.index(b"\n") + 1, whole.index(b'"te"') + 2, len(whole) - 1, len(whole))
+        holds = [self.hold() for _ in cuts]
+        self.chat(*itertools.chain.from_iterable((whole[begin:end], hold) for begin, end, hold in zip(cuts, cuts[1:], holds)))
+        tab = self.docs()
+        tab.evaluate("""window.decoded = 0;
+            const decode = TextDecoder.prototype.decode;
+            TextDecoder.prototype.decode = function(data, ...how) {
+                window.decoded += data ? data.length : 0;
+                return decode.call(this, data, ...how);
+            }""")
+        tab.press("Send")
+        for end, hold in zip(cuts[1:], holds):
+            eventually(lambda end=end: tab.evaluate("window.decoded") == end, f"the first {end} bytes' arrival")
+            hold.set()
+        tab.shows("5 tokens", "#figures")
+        self.assertEqual(tab.text("#said"), "blüte")
+
+    def test_an_answer_can_be_stopped(self):
+        self.chat(chat_line("The"), until_hangup)
+        tab = self.docs()
+        tab.press("Send")
+        tab.shows("The", "#said")
+        tab.press("Stop")
+        self.assertEqual(self.fake.hangups.get(timeout=GUARD), "/api/chat")
+        tab.shows("(stopped)", "#figures")
+        self.chat(chat_line("Again"), LAST_CHAT_LINE)
+        tab.press("Send")
+        tab.shows("Again", "#said")
+
+    def test_what_went_wrong_is_told(self):
+        tab = self.docs()
+        for label, reply, told in (("Ollama's error", Reply.json(404, {"error": "model 'tiny' not found"}), "model 'tiny' not found"),
+                                   ("an error line", Reply.stream(chat_line("The"), b'{"error": "out of <b>memory</b>"}\n'), "out of <b>memory</b>"),
+                                   ("a broken stream", Reply.stream(chat_line("The"), cut), "broke off")):
+            with self.subTest(label):
+                self.fake.replies["/api/chat"] = reply
+                tab.press("Send")
+                tab.shows(told, "#problem")
+        del self.fake.replies["/api/chat"]
+        self.store.update("ada", "laptop", rpm=1)
+        tab.press("Send")
+        tab.shows("The sky is blue.", "#said")
+        tab.press("Send")
+        tab.shows("try again in", "#problem")
+        self.store.delete("ada", "laptop")
+        tab.press("Send")
+        tab.shows("This token is not valid", "#problem")
+
+    def test_a_token_that_is_not_valid_is_told_and_not_kept(self):
+        for path, label in (("/docs", "Token"), ("/admin", "Admin token")):
+            tab = self.open(path)
+            for secret, told in (("ogw_nonsense", "not valid"), ("ö no", "one word")):
+                with self.subTest(path, secret=secret):
+                    tab.type(label, secret)
+                    tab.press("Use this token")
+                    tab.shows(told, "#sign-in-problem")
+                    self.assertEqual(tab.evaluate("sessionStorage.length"), 0)
+
+    def test_limits_and_use_are_shown(self):
+        self.ask("POST", "/api/chat", CHAT)
+        self.store.update("ada", "laptop", rpm=30, tokens_per_day=1000, models="tiny")
+        eventually(lambda: self.store.usage("day", 0), "the account")
+        tab = self.docs()
+        for text in ("tiny", "30\nleft of 30", "987\nleft of 1,000", "until deleted"):
+            tab.shows(text, "#me")
+        tab.evaluate("document.querySelector('#me details').open = true")
+        tab.shows("13", "#me table")
+        self.assertEqual(len(tab.evaluate("[...document.querySelectorAll('#me svg.days g')].map(String)")), 7)
+
+    def test_examples_name_the_address_and_the_model_but_not_the_secret(self):
+        self.fake.replies["/api/tags"] = Reply.json(200, {"models": [dict(MODEL, name="own:1b"), dict(MODEL, name='x"$(rm)')]})
+        tab = self.docs()
+        address = "http://{}:{}".format(*self.server.server_address[:2])
+        eventually(lambda: tab.evaluate("byId('model').value") == "own:1b", "the model's choice")
+        for name in ("curl", "ollama", "Python", "JavaScript", "OpenAI", "Anthropic"):
+            with self.subTest(name):
+                tab.press(name)
+                tab.shows(address, f"#example-{name} code")
+                tab.shows("own:1b", f"#example-{name} code")
+        tab.press("Copy")
+        tab.shows("Copied", "#example-Anthropic")
+        tab.evaluate("byId('model').selectedIndex = 1; byId('model').dispatchEvent(new Event('change'))")
+        self.assertNotIn("rm", tab.text("#examples"))
+        self.assertFalse(tab.holds(self.token))
+
+    def test_it_works_wherever_it_is_seen(self):
+        for base, path in (("/team/x", "/docs"), ("", "/docs"), ("/x", "/t/nonsense/docs")):
+            with self.subTest(base, path=path):
+                server = self.serve(base_path=base or "/", path_tokens="1")
+                tab = self.docs(path=path, server=server)
+                tab.press("Send")
+                tab.shows("The sky is blue.", "#said")
+                self.assertIn("http://{}:{}{}/chat".format(*server.server_address[:2], base), tab.asked())
+
+    def test_behind_a_path_token_that_one_is_used(self):
+        tab = self.open(f"/t/{self.token}/docs", self.serve(path_tokens="1"))
+        tab.shows("ada/laptop", "#who")
+        tab.press("Send")
+        tab.shows("The sky is blue.", "#said")
+        self.assertEqual(tab.evaluate("sessionStorage.length"), 0)
+        self.assertFalse(tab.holds(self.token))
+
+    def test_it_works_below_a_proxys_prefix(self):
+        proxy = self.enter(running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Prefixed)))
+        proxy.gateway = self.server.server_address
+        tab = self.docs(path="/box/docs", server=proxy)
+        eventually(lambda: tab.evaluate("byId('model').value") == "tiny:latest", "the list of models")
+        tab.shows("/box/api/chat", "#example-curl")
+
+    # -- administration
+
+    def test_only_an_admin_token_opens_the_desk(self):
+        tab = self.open("/admin")
+        tab.type("Admin token", self.token)
+        tab.press("Use this token")
+        tab.shows("it takes an admin token", "#sign-in-problem")
+        self.assertFalse(tab.text("#desk"))
+
+    def test_a_token_is_made_changed_renewed_and_deleted(self):
+        tab = self.desk()
+        tab.press("New token")
+        tab.type("User", "kim")
+        tab.type("Name", "school")
+        tab.type("Requests in a minute", "7")
+        tab.press("Create")
+        tab.shows("shown only now", "dialog")
+        secret = tab.text("#secret").strip()
+        self.assertStatus(self.ask("GET", "/api/tags", token=secret), 200)
+        tab.press("I have kept it")
+        eventually(lambda: not tab.holds(secret), "the secret's going")
+        tab.shows("7 a minute", "#tokens")
+        tab.press("Edit: kim/school")
+        tab.type("Requests in a minute", "")
+        tab.type("Models", "tiny*,own")
+        tab.press("Save")
+        tab.shows("models tiny*, own", "#tokens")
+        kim = self.store.list("kim")[0]
+        self.assertEqual((kim.rpm, kim.models, kim.admin), (None, "tiny*,own", False))
+        self.assertEqual(tab.evaluate("sessionStorage.getItem(KEY)"), self.admin)
+        tab.press("New secret: kim/school")
+        tab.press("New secret")
+        tab.shows("shown only now", "dialog")
+        self.assertStatus(self.ask("GET", "/api/tags", token=secret), 401)
+        self.assertStatus(self.ask("GET", "/api/tags", token=tab.text("#secret").strip()), 200)
+        tab.press("I have kept it")
+        tab.press("Delete: kim/school")
+        tab.press("Delete")
+        eventually(lambda: "kim" not in tab.text("#tokens"), "the row's going")
+        self.assertEqual(self.names(), ["ada/laptop", "root/box"])
+
+    def test_a_new_secret_of_the_token_in_use_is_used(self):
+        tab = self.desk()
+        tab.press("New secret: root/box")
+        tab.press("New secret")
+        tab.shows("shown only now", "dialog")
+        self.assertEqual(tab.evaluate("sessionStorage.getItem(KEY)"), tab.text("#secret").strip())
+        tab.press("I have kept it")
+        tab.press("Edit: ada/laptop")
+        tab.type("Tokens a day", "5")
+        tab.press("Save")
+        tab.shows("5 tokens a day", "#tokens")
+
+    def test_whoever_loses_the_right_to_be_here_is_told(self):
+        tab = self.desk()
+        self.store.update("root", "box", admin=False)
+        tab.evaluate("watch()")
+        tab.shows("it takes an admin token", "#sign-in-problem")
+        self.assertFalse(tab.text("#desk"))
+
+    def test_whoever_cancels_changes_nothing(self):
+        tab = self.desk()
+        before = self.store.list()
+        for action in ("New token", "Edit: ada/laptop", "New secret: ada/laptop", "Delete: ada/laptop"):
+            with self.subTest(action):
+                tab.press(action)
+                tab.shows("Cancel", "dialog")
+                tab.press("Cancel")
+                eventually(lambda: tab.evaluate("!document.querySelector('dialog')"), "the dialog's end")
+        self.assertEqual([token._replace(last_used_at=None) for token in self.store.list()], [token._replace(last_used_at=None) for token in before])
+
+    def test_what_cannot_be_done_is_told_beside_its_cause(self):
+        tab = self.desk()
+        tab.press("New token")
+        tab.type("User", "ada")
+        tab.type("Name", "laptop")
+        tab.type("Requests in a minute", "many")
+        tab.press("Create")
+        tab.shows('"many" is no whole number', "[name=rpm] + .problem")
+        self.assertEqual(tab.evaluate("document.activeElement.name"), "rpm")
+        tab.type("Requests in a minute", "3")
+        tab.press("Create")
+        tab.shows("already", "dialog .problem")
+        self.assertEqual(self.names(), ["ada/laptop", "root/box"])
+
+    def test_what_runs_and_how_ollama_is_are_shown_as_they_change(self):
+        rest = self.hold()
+        self.chat(chat_line("The"), rest, LAST_CHAT_LINE)
+        tab = self.desk()
+        tab.shows("Nothing runs", "#requests")
+        tab.shows("up, 0.9.3", "#ollama")
+        tab.shows("tiny:latest", "#loaded")
+        self.begin("POST", "/api/chat", CHAT)
+        tab.shows("running", "#requests")
+        tab.shows("ada/laptop", "#requests")
+        rest.set()
+        self.logged(lambda fields: fields["path"] == "/api/chat")
+        tab.evaluate("watch()")
+        tab.shows("Nothing runs", "#requests")
+        tab.press("Forget the token")
+        self.assertEqual(tab.evaluate("byId('desk').querySelectorAll('tr').length"), 0)
+
+    def test_a_page_that_is_not_seen_asks_for_nothing(self):
+        tab = self.desk()
+        tab.shows("up", "#ollama")
+        tab.evaluate("Object.defineProperty(document, 'hidden', {value: true, configurable: true}); watch()")
+        tab.evaluate("""window.timers = 0;
+            const set = setTimeout;
+            window.setTimeout = (...how) => { window.timers += 1; return set(...how); };
+            watch()""")
+        self.assertEqual(tab.evaluate("timers"), 0)
+        tab.evaluate("delete document.hidden; document.dispatchEvent(new Event('visibilitychange'))")
+        eventually(lambda: tab.evaluate("timers") == 1, "the next look")
+
+    def test_tokens_are_found_by_any_text(self):
+        tab = self.desk()
+        tab.type("Filter", "ROOT adm")
+        eventually(lambda: "ada" not in tab.text("#tokens"), "the others' going")
+        tab.shows("1 of 2", "#token-count")
+
+    def test_hostile_names_are_text(self):
+        user, name = HOSTILE
+        secret = self.store.create(user, name)[1]
+        self.fake.replies["/api/ps"] = Reply.json(200, {"models": [dict(MODEL, name=user)]})
+        self.ask("POST", "/api/chat", CHAT, token=secret)
+        eventually(lambda: self.store.usage("user", 0), "the account")
+        rest = self.hold()
+        self.chat(chat_line(user), rest, LAST_CHAT_LINE)
+        docs = self.docs(secret)
+        docs.shows(f"{user}/{name}", "#who")
+        docs.press("Send")
+        docs.shows(user, "#said")
+        tab = self.desk()
+        for place in ("#tokens", "#requests"):
+            tab.shows(f"{user}/{name}", place)
+        tab.shows(user, "#by-user")
+        tab.shows(user, "#loaded")
+        for action in ("Edit", "New secret", "Delete"):
+            tab.press(f"{action}: {user}/{name}")
+            tab.shows(f"{user}/{name}", "dialog")
+            tab.press("Cancel")
+        self.assertEqual([tab.evaluate("document.querySelectorAll('img').length"), docs.evaluate("document.querySelectorAll('img').length")], [0, 0])
+        self.assertEqual(tab.evaluate("document.querySelectorAll('script').length"), 1)
+
+    def test_at_the_width_of_a_phone_no_page_scrolls_sideways(self):
+        self.store.create("x" * 64, "y" * 64, models="z" * 200)
+        self.ask("POST", "/api/chat", CHAT)
+        eventually(lambda: self.store.usage("user", 0), "the account")
+        for tab in (self.docs(width=400), self.desk(width=400)):
+            tab.evaluate("for (const details of document.querySelectorAll('details')) details.open = true")
+            self.assertLessEqual(tab.evaluate("document.scrollingElement.scrollWidth"), 400)
+
+
+class PagesAsServed(GatewayCase):
+
+    def page(self, path, **flags):
+        answer = self.ask("GET", path, token="", server=self.serve(**flags) if flags else None)
+        self.assertStatus(answer, 200)
+        self.assertEqual(answer.headers["content-type"], "text/html; charset=utf-8")
+        return answer, answer.body.decode()
+
+    def test_the_policy_names_exactly_what_is_inline(self):
+        for path in ("/docs", "/admin"):
+            with self.subTest(path):
+                answer, text = self.page(path)
+                policy = dict(part.strip().split(" ", 1) for part in answer.headers["content-security-policy"].split(";"))
+                for tag in ("style", "script"):
+                    source, = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+                    digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+                    self.assertEqual(policy.pop(f"{tag}-src"), f"'sha256-{digest}'")
+                self.assertEqual(policy, {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:", "base-uri": "'none'",
+                                          "form-action": "'none'", "frame-ancestors": "'none'"})
+                self.assertEqual((answer.headers["referrer-policy"], answer.headers["cache-control"]), ("no-referrer", "no-cache"))
+
+    def test_nothing_comes_from_elsewhere(self):
+        for path in ("/docs", "/admin"):
+            text = self.page(path)[1]
+            for target in re.findall(r"\b(?:src|href|action)=[\"']?([^\"' >]*)", text):
+                with self.subTest(path, target=target):
+                    self.assertRegex(target, r"\A(#[\w-]+|data:,|docs|admin|openapi\.json)\Z")
+            self.assertNotRegex(text, r"@import|url\(")
+
+    def test_no_page_makes_html_of_values(self):
+        self.assertNotRegex(gateway.SCRIPT + gateway.DOCS_SCRIPT + gateway.ADMIN_SCRIPT,
+                            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|\bFunction\(|srcdoc|createContextualFragment|\.style\b")
+        self.assertNotRegex(gateway.DOCS + gateway.ADMIN + gateway.SIGN_IN, r"\s(style|on\w+)=")
+
+    def test_the_documentation_has_every_route_refusal_and_option(self):
+        for base in ("/api", "/team/x", "/"):
+            text = html.unescape(re.sub("<[^>]*>", " ", self.page("/docs", base_path=base)[1]))
+            for route in gateway.ROUTES:
+                with self.subTest(f"{base}: {route.method} {route.path}"):
+                    self.assertIn(f"{route.method} {gateway.at_base(route.path, base.rstrip('/'))}", text)
+                    self.assertIn(gateway.about(route).text, text)
+        for told in [reason.meaning for reason in gateway.REFUSALS.values()] + [
+                word for option in gateway.OPTIONS for word in (option.flag, option.variable, option.default, option.help) if word]:
+            with self.subTest(told):
+                self.assertIn(told, text)
+
+    def test_without_the_admin_api_there_is_no_trace_of_it(self):
+        server = self.serve(no_admin_api="1")
+        for path in ("/admin", "/admin/tokens", "/admin/tokens/1", "/admin/status", "/admin/usage"):
+            with self.subTest(path):
+                self.assertRefused(self.ask("GET", path, token=self.admin, server=server), 404, path)
+        text = self.ask("GET", "/docs", token="", server=server).body.decode()
+        self.assertNotRegex(text, r'[A-Z] /admin|href="admin')
+
+    def test_examples_that_need_api_behind_their_host_are_left_out_without_it(self):
+        for base, shown in (("/api", True), ("/team/api", True), ("/team/x", False), ("/", False)):
+            with self.subTest(base):
+                self.assertEqual('id="example-Python"' in self.page("/docs", base_path=base)[1], shown)
+
+    def test_head_is_answered_without_a_body(self):
+        for path in ("/docs", "/admin"):
+            with self.subTest(path), Client(self.server.server_address) as client:
+                client.send(request("HEAD", path), request("GET", path))
+                head, get = client.answer("HEAD"), client.answer()
+                self.assertEqual((head.status, head.headers["content-length"]), (200, get.headers["content-length"]))
 
 
 # == Promises =================================================================
