@@ -30,6 +30,7 @@ The sections, in order (`grep -n '^# =='` lists them):
     Assembly      the one place that puts the stages together
     Commands      what a command line can do
     Menu          the same, to choose from
+    Doctor        whether all is well, and what to do
     Main          the command line's grammar; errors become exit statuses
 
 A request travels down the file: GatewayServer accepts it, ClientStream parses it, Gateway.serve conducts it through
@@ -441,15 +442,17 @@ def read_env_file(path):
 def load_settings(flags, environ, env_file=None, options=OPTIONS):
     """Settle options: a flag beats the environment, that the .env file, that the default; an empty value is none.
 
-    Returns one attribute for each option, by its name, converted. flags: what was typed, by option name. Raises
-    UsageError naming the flag or variable, the value and the file.
+    Returns one attribute for each option, by its name, converted, and `given`: {name: (source, text)} of those that are
+    not by default. flags: what was typed, by option name. Raises UsageError naming the flag or variable, the value and
+    the file.
     """
-    file, settings, given = read_env_file(env_file), types.SimpleNamespace(), set()
+    file, given = read_env_file(env_file), {}
+    settings = types.SimpleNamespace(given=given)
     for option in options:
         for source, raw in ((option.flag, flags.get(option.name)), (option.variable, environ.get(option.variable)),
                             (f'{option.variable} in {env_file or ".env"}', file.get(option.variable))):
             if raw:
-                given.add(option.name)
+                given[option.name] = source, raw
                 break
         else:
             source, raw = "default", option.default
@@ -1272,6 +1275,7 @@ def is_listed(model, globs):
 
 # == Store ====================================================================
 
+SQLITE_VERSION = sqlite3.sqlite_version
 OWN_TABLES = {"tokens", "state"}    # of every version
 REPLACED_COLUMNS = {"id", "user_id", "user", "api_name", "token", "created_at", "expires_at"}
 
@@ -1414,12 +1418,12 @@ def _use_wal(db):
             time.sleep(0.01)
 
 
-def _connect(path, writable):
+def _connect(path, writable, modes=("mode=ro", "immutable=1")):
     """Open the file; where nothing can be written beside it, as it is, or, if SQLite needs more, as if frozen."""
     how = dict(timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     if writable:
         return sqlite3.connect(path, **how)
-    for mode in "mode=ro", "immutable=1":
+    for mode in modes:
         db = sqlite3.connect(f"file:{urllib.parse.quote(path)}?{mode}", uri=True, **how)
         try:
             db.execute("SELECT 1 FROM sqlite_master").fetchone()
@@ -1675,6 +1679,30 @@ def open_store(path, create=False):
             stack.pop_all()
             return TokenStore(path, db, writable)
     except (sqlite3.Error, OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise Failure(f"cannot use the database {path!a}: {error}") from None
+
+
+class Finding(NamedTuple):
+    """What a database is, as `inspect` finds it."""
+
+    version: int
+    tokens: int
+    writable: bool      # for this user
+    mode: int           # its file's permissions
+
+
+def inspect(path):
+    """Return the Finding of a database without a change to anything; raise Failure for one that cannot be used."""
+    path = os.path.abspath(path)
+    try:
+        _find_file(path, create=False)
+        modes = ("mode=ro", "immutable=1") if os.path.exists(path + "-wal") else ("immutable=1",)
+        with contextlib.closing(_connect(path, False, modes)) as db:
+            version = _check_version(db, path)
+            tokens = db.execute("SELECT count(*) FROM tokens").fetchone()[0]
+        writable = os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK)
+        return Finding(version, tokens, writable, os.stat(path).st_mode & 0o777)
+    except (sqlite3.Error, OSError, ValueError) as error:
         raise Failure(f"cannot use the database {path!a}: {error}") from None
 
 
@@ -2024,6 +2052,16 @@ class GatewayServer(http.server.ThreadingHTTPServer):
         while self._turned_away:
             self._turned_away.popleft()[0].close()
         self.gateway.close()
+
+
+def try_to_listen(host, port):
+    """Raise OSError where a GatewayServer could not listen now."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    with socket.socket(family, kind) as probe:
+        if GatewayServer.allow_reuse_address:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address)
+        probe.listen()
 
 
 # == Parse ====================================================================
@@ -3219,12 +3257,16 @@ def passes_on(name):
         and not name.startswith("access-control-")
 
 
+def port_of(url):
+    return url.port or (443 if url.scheme == "https" else 80)
+
+
 class Pool:
     """Connections to the upstream, kept alive, the last used first."""
 
-    def __init__(self, url, connect_timeout):
-        self._host, self._port = url.hostname, url.port or (443 if url.scheme == "https" else 80)
-        self._tls = ssl.create_default_context() if url.scheme == "https" else None
+    def __init__(self, url, connect_timeout, tls=None):
+        self._host, self._port = url.hostname, port_of(url)
+        self._tls = (tls or ssl.create_default_context()) if url.scheme == "https" else None
         self._connect_timeout = connect_timeout
         self._idle = deque()
 
@@ -3412,11 +3454,11 @@ class PooledHandler(urllib.request.BaseHandler):
 
 
 class Upstream:
-    """Ollama, as the gateway sees it."""
+    """Ollama, as the gateway sees it; `tls` is an SSLContext that trusts others than the system does."""
 
-    def __init__(self, url, connect_timeout, first_byte_timeout, stall_timeout):
+    def __init__(self, url, connect_timeout, first_byte_timeout, stall_timeout, tls=None):
         self._url, self._first_byte_timeout = url, first_byte_timeout
-        self._pool = Pool(url, connect_timeout)
+        self._pool = Pool(url, connect_timeout, tls)
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(PooledHandler(self._pool, stall_timeout))
         self._asked, self._asking = {}, threading.Lock()    # path: (when, answer); one asks, the others wait for it
@@ -3425,8 +3467,11 @@ class Upstream:
         """Pass a request on and return the Reply; raise Refusal if none comes. Leaving, the watched client ends it."""
         fields = f"X-Request-Id: {request_id}\r\n{request.upward}"
         exchange = Exchange(self._url, method, path + request.query, fields, body, watched)
+        return self._send(exchange, self._first_byte_timeout)
+
+    def _send(self, exchange, seconds):
         try:
-            return self._opener.open(exchange, timeout=self._first_byte_timeout)
+            return self._opener.open(exchange, timeout=seconds)
         except Malformed as error:
             raise Refusal("upstream_failed", f"Ollama does not talk HTTP: {error}") from None
         except TimeoutError as error:
@@ -3444,18 +3489,57 @@ class Upstream:
             return answer
 
     def _fetch(self, path):
-        deadline, data = Deadline(PROBE_SECONDS), bytearray()
         try:
-            with self._opener.open(Exchange(self._url, "GET", path, "", NO_BODY), timeout=PROBE_SECONDS) as reply:
-                while not reply.complete and len(data) < PROBE_BYTES:
-                    data += reply.read(deadline)
-            answer = json.loads(bytes(data))
-            return answer if reply.status == 200 and isinstance(answer, dict) else None
-        except (OSError, Malformed, Refusal, ValueError, RecursionError):
+            status, answer = self.probe(path)
+            return answer if status == 200 else None
+        except Refusal:
             return None
+
+    def probe(self, path, fields=""):
+        """Return the status and the JSON object, None for none, of the answer to GET path; raise Refusal.
+
+        fields: of the request's head, as text.
+        """
+        deadline, data = Deadline(PROBE_SECONDS), bytearray()
+        with self._send(Exchange(self._url, "GET", path, fields, NO_BODY), PROBE_SECONDS) as reply:
+            while not reply.complete and len(data) < PROBE_BYTES:
+                data += reply.read(deadline)
+        try:
+            answer = json.loads(bytes(data))
+        except (ValueError, RecursionError):
+            answer = None
+        return reply.status, answer if isinstance(answer, dict) else None
+
+    def post(self, path, fields, data):
+        """Return the Reply to bytes; raise Refusal."""
+        return self._send(Exchange(self._url, "POST", path, fields, HeldBody(data)), self._first_byte_timeout)
 
     def close(self):
         self._pool.clear()
+
+
+def own_addresses():
+    """Return this machine's addresses by which others may reach it, sorted: no loopback, nothing link-local."""
+    found = set()
+    with contextlib.suppress(OSError), open("/proc/net/fib_trie", encoding="ascii") as file:
+        found.update(re.findall(r"\|-- (\S+)\n\s+/32 host LOCAL", file.read()))
+    with contextlib.suppress(OSError), open("/proc/net/if_inet6", encoding="ascii") as file:
+        found.update(str(ipaddress.IPv6Address(int(line.split()[0], 16))) for line in file)
+    with contextlib.suppress(OSError):
+        found.update(entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None))
+    for family, elsewhere in (socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"):  # RFC 5737, RFC 3849
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((elsewhere, 9))   # which sends nothing, and tells which address would
+            found.add(probe.getsockname()[0])
+    addresses = map(address_of, found)
+    return sorted(str(address) for address in addresses
+                  if not (address.is_loopback or address.is_link_local or address.is_unspecified))
+
+
+def is_here(host):
+    """Tell whether a host's name is this machine's; raise OSError for one that has no address."""
+    found = {address_of(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+    return any(address.is_loopback or str(address) in own_addresses() for address in found)
 
 
 # == Relay ====================================================================
@@ -3954,7 +4038,7 @@ AnthropicRequest: model!, messages!: Object[], max_tokens!: integer, *further
 further: system: any, tools: Object[], thinking: Object, temperature: number, stream: boolean
 AnthropicAnswer: id, type, role, model, content: Object[], stop_reason?, usage: Object
 Transcription: model!, file!, language, prompt, response_format
-"""     # a member is a text unless it says otherwise; "!": has to be there; "?": may be null; "*": another line's members
+"""     # members are texts unless they say otherwise; "!": has to be there; "?": may be null; "*": another line's
 MEMBER = re.compile(r"(\w+)(!?)(\??)(?:: ([\w\[\]]+))?")
 
 
@@ -5252,12 +5336,17 @@ def open_command_store(args, create=False):
     return open_store(command_settings(args, "--db").db, create)
 
 
-def local_url(args):
-    """Return where `serve` with the same settings is to be found from this machine."""
-    settings = command_settings(args, "--host", "--port", "--tls-cert", "--base-path")
+def url_of(settings):
+    """Return where `serve` with these settings is to be found from this machine."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     host = f"[{host}]" if ":" in host else host
-    return f"{'https' if settings.tls_cert else 'http'}://{host}:{settings.port}{settings.base_path}"
+    return f"{'https' if settings.tls_cert else 'http'}://{host}:{settings.port}"
+
+
+def local_url(args):
+    """Return where clients on this machine find /api."""
+    settings = command_settings(args, "--host", "--port", "--tls-cert", "--base-path")
+    return url_of(settings) + settings.base_path
 
 
 def framed(text, width):
@@ -6243,6 +6332,295 @@ def cmd_token_menu(args):
 MENU = ("menu", cmd_token_menu, "manage the tokens from a menu, with arrow keys", ("token menu",), ())
 
 
+# == Doctor ===================================================================
+
+FLOORS = (("Python", "%d.%d.%d" % sys.version_info[:3], (3, 8)), ("SQLite", SQLITE_VERSION, (3, 26)))
+STREAM_TOKENS = 48      # that a model is asked for, to see whether they arrive one by one
+TELLING_SECONDS = 0.05  # an answer that took less cannot tell
+TOKEN_VARIABLE = "GATEWAY_TOKEN"
+
+
+class Verdict(NamedTuple):
+    """What a check found: fine (True), not fine (False) or not to be told (None), and what to do."""
+
+    fine: Optional[bool]
+    text: str
+    advice: str = ""
+
+
+def shown(refusal):
+    """Return what kept an answer away, of whomever it was asked."""
+    return re.sub(r"^Ollama (did not answer: |cannot be reached: )?", "", str(refusal))
+
+
+def check_settings(settings):
+    """Tell which settings are not by default, and where they come from."""
+    told = [f"{source} {raw}" if source.startswith("--") else f"{source}: {raw}"
+            for source, raw in settings.given.values()]
+    yield Verdict(True, f"settings: {'; '.join(told) or 'all by default'}")
+
+
+def check_versions():
+    """Tell the versions of what the gateway stands on."""
+    for name, found, least in FLOORS:
+        wanted = ".".join(map(str, least))
+        fine = tuple(map(int, found.split(".")[:2])) >= least
+        yield Verdict(fine, f"{name} {found}", "" if fine else f"install {name} {wanted} or newer")
+
+
+def check_database(settings):
+    """Tell whether the database can be used, by its owner alone."""
+    path = os.path.abspath(settings.db)
+    try:
+        found = inspect(path)
+    except Failure as error:
+        return (yield Verdict(False, str(error)))
+    newest = len(MIGRATIONS)
+    upgrade = "" if found.version == newest else f", upgraded to {newest} at the next start"
+    yield Verdict(True, f"the database {path} has {count(found.tokens, 'token')} (version {found.version}{upgrade})",
+                  "" if found.tokens else f"nobody gets in: {PROGRAM} token create USER NAME")
+    if os.name == "posix" and found.mode & 0o077:
+        yield Verdict(False, f"others on this machine may read the database ({found.mode:o})", f"chmod 600 {path}")
+    if not found.writable:
+        yield Verdict(False, "the database is read-only for this user", f"make {path} and its folder writable")
+
+
+def names_in(listed):
+    """Return the names in Ollama's list of models."""
+    return [str(model.get("name")) for model in (listed or {}).get("models") or () if isinstance(model, dict)]
+
+
+def upstream_at(url, settings, tls=None):
+    return Upstream(url, settings.connect_timeout, settings.first_byte_timeout, settings.stall_timeout, tls)
+
+
+def check_ollama(settings):
+    """Tell whether Ollama answers, who it is, and what it has."""
+    url, ollama = settings.ollama_url.geturl(), upstream_at(settings.ollama_url, settings)
+    with contextlib.closing(ollama):
+        try:
+            status, told = ollama.probe("/api/version")
+            _, listed = ollama.probe("/api/tags")
+            refused, _ = ollama.probe("/api/version", "Origin: https://chat.example\r\n")
+        except Refusal as refusal:
+            return (yield Verdict(False, f"Ollama at {url}: {shown(refusal)}", "start it, or see --ollama-url"))
+    if status == 403:
+        return (yield Verdict(False, f"Ollama at {url} refuses to be asked by that name",
+                              "name it localhost, or by its IP address, in --ollama-url"))
+    if status != 200 or "version" not in (told or ()):
+        return (yield Verdict(False, f"what answers at {url} is no Ollama (status {status})",
+                              "name Ollama's address: --ollama-url URL"))
+    models = names_in(listed)
+    yield Verdict(True, f"Ollama {told['version']} answers at {url}, with {count(len(models), 'model')}"
+                  + (f": {', '.join(models[:5])}{', …' if len(models) > 5 else ''}" if models else ""),
+                  "" if models else "get one: ollama pull llama3.2")
+    yield Verdict(True, "Ollama takes our Host" + ("; other sites' Origin it refuses, but the gateway passes none on"
+                                                   if refused == 403 else " and any Origin"))
+
+
+def is_open(address, port):
+    """Tell whether an Ollama answers at an address to whoever asks."""
+    url = urllib.parse.urlsplit(f"http://{f'[{address}]' if ':' in address else address}:{port}")
+    with contextlib.closing(Upstream(url, 1, 1, 1)) as ollama:
+        try:
+            status, told = ollama.probe("/api/version")
+            return status == 200 and "version" in (told or ())
+        except Refusal:
+            return False
+
+
+def check_ways_around(settings, addresses):
+    """Tell whether Ollama itself can be reached by others, who then need no token."""
+    url, port = settings.ollama_url, port_of(settings.ollama_url)
+    try:
+        here = is_here(url.hostname)
+    except OSError as error:
+        return (yield Verdict(False, f"the name {url.hostname} has no address: {error.strerror}", "see --ollama-url"))
+    if not here:
+        return (yield Verdict(None, f"who else reaches Ollama on {url.hostname} cannot be seen from here",
+                              "see to it there that this machine alone does"))
+    found = [address for address in addresses if is_open(address, port)]
+    if found:
+        yield Verdict(False, f"Ollama answers at {', '.join(found)} port {port}: the gateway guards nothing",
+                      "let it listen on loopback only: OLLAMA_HOST=127.0.0.1 (systemctl edit ollama.service; in Docker "
+                      f"publish 127.0.0.1:{port}:{port}), or close the port to others")
+    else:
+        yield Verdict(True, f"Ollama's port {port} is closed at this machine's other addresses"
+                      + (f": {', '.join(addresses)}" if addresses else ": it has none"))
+
+
+def check_tls(settings):
+    """Tell whether certificate and key can be used."""
+    if settings.tls_cert:
+        try:
+            server_tls(settings)
+            yield Verdict(True, f"the certificate {settings.tls_cert} and its key can be read, and match")
+        except Failure as error:
+            yield Verdict(False, str(error), "see --tls-cert and --tls-key")
+    elif is_loopback(settings.host):
+        yield Verdict(None, f"no TLS: {settings.host} can be reached from this machine only")
+    else:
+        yield Verdict(None, f"no TLS: at {settings.host} tokens travel in clear",
+                      "use --tls-cert, or a proxy that speaks HTTPS, and --host 127.0.0.1")
+
+
+def open_gateway(url, settings, verified):
+    """Return a gateway at a URL as one asks it."""
+    tls = ssl.create_default_context() if url.scheme == "https" else None
+    if tls and not verified:    # it is this machine's own, asked by another name than its certificate's
+        tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
+    return upstream_at(url, settings, tls)
+
+
+def is_gateway(status, told):
+    """Tell whether an answer to /health is a gateway's."""
+    return status == 200 and {"status", "upstream", "version"} <= set(told or ())
+
+
+def runs(gateway):
+    try:
+        return is_gateway(*gateway.probe("/health"))
+    except Refusal:
+        return False
+
+
+def check_health(where, gateway):
+    """Tell whether a gateway answers, and whether it reaches Ollama."""
+    try:
+        status, told = gateway.probe("/health")
+    except Refusal as refusal:
+        return (yield Verdict(False, f"the gateway at {where}: {shown(refusal)}", "does it run, and there?"))
+    if not is_gateway(status, told):
+        yield Verdict(False, f"what answers at {where} is no gateway like this (status {status} to /health)",
+                      "see which server has that address, and what it passes on")
+    elif told["upstream"] != "up":
+        yield Verdict(False, f"the gateway {told['version']} at {where} does not reach Ollama", "see above, or its log")
+    else:
+        yield Verdict(True, f"the gateway {told['version']} answers at {where}, and reaches Ollama")
+
+
+def check_address(settings, gateway):
+    """Tell whether the gateway can listen where it is to, or does already."""
+    where = f"{settings.host} port {settings.port}"
+    try:
+        try_to_listen(settings.host, settings.port)
+        yield Verdict(True, f"{where} is free: no gateway runs there")
+    except (OSError, UnicodeError) as error:
+        if runs(gateway):
+            yield from check_health(where, gateway)
+        else:
+            yield Verdict(False, f"cannot listen on {where}: {getattr(error, 'strerror', None) or error}",
+                          "choose another with --host and --port")
+
+
+def time_stream(where, gateway, base, fields, model):
+    """Return the verdict on how a model's answer arrived; None for a model that makes no text.
+
+    Ollama tells how long it made it: pieces that come all at once were held back.
+    """
+    asked = {"model": model, "prompt": "Count from one to fifty.", "options": {"num_predict": STREAM_TOKENS}}
+    arrivals, data = [], b""
+    with gateway.post(f"{base}/generate", fields, json.dumps(asked).encode()) as reply:
+        while not reply.complete:
+            data += reply.read()
+            arrivals.append(time.monotonic())
+        if reply.status != 200:
+            return None
+    try:
+        made = json.loads(data.splitlines()[-1])["eval_duration"] / 1e9
+    except (ValueError, LookupError, TypeError):
+        return Verdict(False, f"a streamed answer of {where} has no proper end", "see the gateway's log")
+    took = arrivals[-1] - arrivals[0]
+    told = f"{model} took {made:.2f} s, and its answer arrived within {took:.2f} s"
+    if made < TELLING_SECONDS:
+        return Verdict(None, f"whether {where} holds streams back cannot be told: {told}")
+    if took < made / 2:
+        return Verdict(False, f"{where} holds streams back: {told}", "let the proxy pass them on: nginx "
+                       "proxy_buffering off; Caddy flush_interval -1; and no compression of application/x-ndjson")
+    return Verdict(True, f"{where} passes streams on as they come: {told}")
+
+
+def check_stream(where, gateway, base, secret):
+    """Tell whether a streamed answer comes through as it is made, or held back by what stands before the gateway."""
+    if not secret:
+        return (yield Verdict(None, f"whether {where} holds streams back was not tried",
+                              f"give a token in the variable {TOKEN_VARIABLE}"))
+    fields = f"Authorization: Bearer {secret}\r\nContent-Type: application/json\r\n"
+    try:
+        status, listed = gateway.probe(f"{base}/tags", fields)
+        if status != 200:
+            return (yield Verdict(False, f"{where} answers {status} to the token: {(listed or {}).get('error', '')}",
+                                  f"give a valid one in {TOKEN_VARIABLE}, and the gateway's --base-path"))
+        for model in names_in(listed):
+            verdict = time_stream(where, gateway, base, fields, model)
+            if verdict:
+                return (yield verdict)
+        yield Verdict(None, f"whether {where} holds streams back was not tried: no model there makes text")
+    except Refusal as refusal:
+        yield Verdict(False, f"a streamed answer of {where}: {shown(refusal)}")
+
+
+def secret_to_try(url):
+    """Return the token to try: the environment's or, for a URL, one that is typed unseen; never an argument."""
+    secret = os.environ.get(TOKEN_VARIABLE, "")
+    if not secret and url and sys.stdin.isatty():
+        import getpass
+        secret = getpass.getpass("A token, to try a streamed answer with (Enter: none): ")
+    return secret if re.fullmatch(r"[\x21-\x7e]+", secret) else ""
+
+
+def check_all(settings, url, secret, addresses):
+    """Yield the verdicts of all checks; url: where the public finds the gateway, or None."""
+    yield from check_settings(settings)
+    yield from check_versions()
+    yield from check_database(settings)
+    yield from check_ollama(settings)
+    yield from check_ways_around(settings, addresses)
+    yield from check_tls(settings)
+    local = urllib.parse.urlsplit(url_of(settings))
+    with contextlib.closing(open_gateway(local, settings, verified=False)) as gateway:
+        yield from check_address(settings, gateway)
+        if runs(gateway):
+            yield from check_stream(local.geturl(), gateway, settings.base_path, secret)
+    if url:
+        with contextlib.closing(open_gateway(url, settings, verified=True)) as gateway:
+            yield from check_health(url.geturl(), gateway)
+            if runs(gateway):
+                yield from check_stream(url.geturl(), gateway, settings.base_path, secret)
+
+
+def cmd_doctor(args):
+    """Check what the gateway stands on, itself, and the way to it; return 1 if anything is not fine."""
+    try:
+        url = upstream_url(args.url) if hasattr(args, "url") else None
+    except ValueError:
+        raise UsageError(f'--url: "{args.url}" is no address like https://public.example/') from None
+    try:
+        settings = load_settings(vars(args), os.environ, args.env_file)
+        verdicts = check_all(settings, url, secret_to_try(url), own_addresses())
+    except UsageError as error:
+        verdicts = [Verdict(False, f"settings: {error}", "the other checks wait for that"), *check_versions()]
+    marks = dict(zip((True, False, None), ("✓", "✗", "-") if can_show("✓✗") else ("ok  ", "FAIL", "--  ")))
+    found = []
+    for verdict in verdicts:
+        found.append(verdict.fine)
+        say(f"{marks[verdict.fine]} {verdict.text}")
+        if verdict.advice:
+            say(f"{' ' * len(marks[True])} {verdict.advice}")
+    failed = found.count(False)
+    say(f"{failed} of {count(len(found), 'check')} failed" if failed else f"{count(len(found), 'check')}, none failed")
+    return 1 if failed else 0
+
+
+def add_url(parser):
+    parser.add_argument("--url", metavar="URL", help="where the public finds the gateway, behind whatever proxy; "
+                        f"streams are tried with the token in {TOKEN_VARIABLE}, or one that is asked for")
+
+
+DOCTOR = ("doctor", cmd_doctor, "check what serve, with the same flags, stands on, and tell what to do",
+          ("doctor", "doctor --port 8000 --url https://ollama.example/"), (add_serve, add_url))
+
+
 # == Main =====================================================================
 
 
@@ -6255,7 +6633,7 @@ def build_parser():
     parser = Parser(prog="ollama_gateway.py", parents=[common],
                     **told(PURPOSE, ("token create ada laptop", "serve --port 8000")))
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in COMMANDS:
+    for command in (*COMMANDS, DOCTOR):
         add_command(commands, common, *command)
     text = "make and manage tokens"
     token = commands.add_parser("token", parents=[common], help=text,
