@@ -6336,7 +6336,7 @@ MENU = ("menu", cmd_token_menu, "manage the tokens from a menu, with arrow keys"
 
 FLOORS = (("Python", "%d.%d.%d" % sys.version_info[:3], (3, 8)), ("SQLite", SQLITE_VERSION, (3, 26)))
 STREAM_TOKENS = 48      # that a model is asked for, to see whether they arrive one by one
-TELLING_SECONDS = 0.05  # an answer that took less cannot tell
+TELLING_SECONDS = 0.02  # an answer that took less cannot tell
 TOKEN_VARIABLE = "GATEWAY_TOKEN"
 
 

@@ -1091,7 +1091,7 @@ def variable_of(name):
 # == Store and commands =======================================================
 
 SECRET = re.compile(r"ogw_[A-Za-z0-9_-]{43}")
-COMMANDS = ((), ("serve",), ("usage",), ("token",),
+COMMANDS = ((), ("serve",), ("usage",), ("doctor",), ("token",),
             *(("token", word) for word in ("create", "list", "update", "rotate", "delete", "export", "import", "menu")))
 KEYS = {"id", "user", "name", "hint", "created_at", "expires_at", "last_used_at", "expired", "admin", "models", "rpm", "max_parallel",
         "tokens_per_day"}
@@ -6396,6 +6396,211 @@ class PagesAsServed(GatewayCase):
                 client.send(request("HEAD", path), request("GET", path))
                 head, get = client.answer("HEAD"), client.answer()
                 self.assertEqual((head.status, head.headers["content-length"]), (200, get.headers["content-length"]))
+
+
+# == The doctor ===============================================================
+
+
+class BufferingProxy(http.server.BaseHTTPRequestHandler):
+    """What holds a whole answer back before it passes it on."""
+
+    def do_GET(self):   # noqa: N802, http.server's name
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        asked = urllib.request.Request(self.server.behind + self.path, body or None, dict(self.headers), method=self.command)
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked, timeout=GUARD) as reply:
+            whole = reply.read()
+            self.send_response(reply.status)
+            self.send_header("Content-Length", str(len(whole)))
+            self.end_headers()
+            self.wfile.write(whole)
+
+    do_POST = do_GET    # noqa: N815
+
+    def log_message(self, *args):
+        """Say nothing."""
+
+
+class Doctor(GatewayCase, CommandCase):
+
+    def examine(self, *flags, addresses=(), token=""):
+        """Run it before the stand-in, and return its exit status and its lines."""
+        port = str(self.server.server_address[1])
+        with unittest.mock.patch("ollama_gateway.own_addresses", lambda: list(addresses)), \
+                unittest.mock.patch("ollama_gateway.can_show", lambda text: True), \
+                unittest.mock.patch.dict(os.environ, {"GATEWAY_TOKEN": token}):
+            status, out, err = self.run_command("doctor", "--ollama-url", self.fake.url, "--port", port, *flags)
+        self.assertEqual(err, "")
+        for secret in {token, self.token, self.admin} - {""}:
+            self.assertNotIn(secret, out)
+        return status, out.splitlines()
+
+    def told(self, word, *flags, mark="✓", **how):
+        """Run it, and return the line with a word and what it advises; check its mark and the exit status."""
+        status, lines = self.examine(*flags, **how)
+        self.assertEqual(status, int(any(line.startswith("✗") for line in lines)), lines)
+        at, = [at for at, line in enumerate(lines) if word in line and line[:1] in "✓✗-"]
+        self.assertTrue(lines[at].startswith(mark + " "), lines)
+        return lines[at], lines[at + 1].strip() if lines[at + 1].startswith("  ") else ""
+
+    def talk(self, seconds, pause):
+        """Have the stand-in stream an answer at its pace, and tell how long that was."""
+        last = b'{"done":true,"eval_duration":%d}\n' % (seconds * 1e9)
+        self.fake.replies["/api/generate"] = Reply.stream(*[b'{"response":"x","done":false}\n'] * 4, last, pause=pause)
+
+    def behind_proxy(self):
+        proxy = self.enter(running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), BufferingProxy)))
+        proxy.behind = "http://127.0.0.1:%d" % self.server.server_address[1]
+        return "http://127.0.0.1:%d/" % proxy.server_address[1]
+
+    def test_all_is_well(self):
+        status, lines = self.examine()
+        self.assertEqual((status, [line for line in lines if line.startswith("✗")]), (0, []))
+        self.assertRegex(lines[-1], r"\A\d+ checks, none failed\Z")
+
+    def test_settings_are_told_with_their_sources(self):
+        env = self.write("x.env", f"BASE_PATH=/team\nTOKEN_DB_PATH={self.db}\n")
+        with unittest.mock.patch.dict(os.environ, GATEWAY_MAX_QUEUE="7"):
+            line, _ = self.told("settings:", "--env-file", env)
+        for source in (f"--ollama-url {self.fake.url}", f"BASE_PATH in {env}: /team", "GATEWAY_MAX_QUEUE: 7"):
+            self.assertIn(source, line)
+
+    def test_a_wrong_setting_is_told_and_the_other_checks_wait(self):
+        status, lines = self.examine("--max-queue", "none")
+        self.assertEqual((status, lines[0][:14], lines[-1]), (1, "✗ settings: --", "1 of 3 checks failed"))
+
+    def test_old_versions_are_told(self):
+        floors = (("Python", "3.7.1", (3, 8)), ("SQLite", "3.25.3", (3, 26)))
+        with unittest.mock.patch("ollama_gateway.FLOORS", floors):
+            self.assertIn("3.8", self.told("Python", mark="✗")[1])
+            self.assertIn("3.26", self.told("SQLite", mark="✗")[1])
+
+    def test_a_database_that_is_not_there_or_no_database_is_told_and_nothing_made(self):
+        self.assertIn("token create", self.told("no database", "--db", self.path("none.db"), mark="✗")[0])
+        self.write("text.db", "hello, this is no database" * 100)
+        self.told("cannot use the database", "--db", self.path("text.db"), mark="✗")
+        self.assertEqual(self.read("text.db"), b"hello, this is no database" * 100)
+        self.assertFalse(os.path.exists(self.path("none.db")))
+
+    @unittest.skipIf(os.name == "nt", "Windows has no such permissions")
+    def test_a_database_that_others_may_read_is_told_and_left(self):
+        os.chmod(self.db, 0o644)
+        self.assertIn("chmod 600", self.told("others on this machine", mark="✗")[1])
+        self.assertEqual(stat.S_IMODE(os.stat(self.db).st_mode), 0o644)
+
+    def test_an_old_database_is_told_and_not_upgraded(self):
+        old = self.path("old.db")
+        with contextlib.closing(sqlite3.connect(old)) as db:
+            db.execute(OLD_SCHEMA)
+            db.commit()
+        os.chmod(old, 0o600)
+        before = self.read("old.db")
+        self.assertIn("upgraded to", self.told("the database", "--db", old)[0])
+        self.assertEqual(self.read("old.db"), before)
+        self.assertEqual([name for name in os.listdir(self.folder) if name.startswith("old.db")], ["old.db"])
+
+    def test_ollama_is_told_with_its_version_and_models(self):
+        line, _ = self.told("Ollama 0.9.3")
+        self.assertIn("1 model: tiny:latest", line)
+        self.fake.replies["/api/tags"] = Reply.json(200, {"models": None})
+        self.assertIn("ollama pull", self.told("Ollama 0.9.3")[1])
+
+    def test_an_ollama_that_does_not_answer_is_told(self):
+        for label, reply, words in (("another server", Reply.json(200, {"hello": 1}), "is no Ollama"),
+                                    ("an error", Reply.json(500, {}), "is no Ollama"),
+                                    ("our Host", Reply.body(403, b""), "refuses to be asked by that name"),
+                                    ("nonsense", Reply.raw(b"SSH-2.0\r\n\r\n"), "does not talk HTTP")):
+            with self.subTest(label):
+                self.fake.replies["/api/version"] = reply
+                self.assertTrue(self.told(words, mark="✗")[1])
+        self.fake.server_close()
+        self.assertIn("--ollama-url", self.told("Ollama at", mark="✗")[1])
+
+    def test_a_refused_origin_is_no_fault(self):
+        def reply(exchange):
+            (Reply.body(403, b"") if exchange.headers.get("Origin") else Reply.json(200, {"version": "0.9.3"}))(exchange)
+        self.fake.replies["/api/version"] = reply
+        self.assertIn("passes none on", self.told("Origin")[0])
+
+    def test_an_ollama_that_others_reach_is_told(self):
+        with running(FakeOllama(self.fake.server_address[1], "127.0.0.2")) as other:
+            line, advice = self.told("guards nothing", addresses=("127.0.0.2", "127.0.0.3"), mark="✗")
+            self.assertIn("OLLAMA_HOST", advice)
+            self.assertNotIn("127.0.0.3", line)
+            other.replies["/api/version"] = Reply.json(401, {"error": "no valid token"})    # a gateway's
+            self.told("is closed", addresses=("127.0.0.2",))
+        self.assertIn("127.0.0.3", self.told("is closed", addresses=("127.0.0.3",))[0])
+
+    def test_an_ollama_elsewhere_cannot_be_judged(self):
+        with unittest.mock.patch("ollama_gateway.is_here", lambda host: False):
+            self.assertIn("this machine alone", self.told("cannot be seen from here", mark="-")[1])
+
+    def test_addresses_of_this_machine_are_no_loopback(self):
+        for address in gateway.own_addresses():
+            self.assertFalse(address.startswith(("127.", "::1", "fe80", "169.254", "0.0.0.0")), address)
+        self.assertTrue(gateway.is_here("localhost"))
+        self.assertFalse(gateway.is_here("192.0.2.77"))
+
+    @unittest.skipUnless(shutil.which("openssl"), "needs the openssl command to make a certificate")
+    def test_a_certificate_is_tried_with_its_key(self):
+        os.mkdir(self.path("other"))
+        cert, key = certificate(self.folder, "localhost")
+        _, other = certificate(self.path("other"), "localhost")
+        self.told("can be read, and match", "--tls-cert", cert, "--tls-key", key)
+        self.told("cannot use the certificate", "--tls-cert", cert, "--tls-key", other, mark="✗")
+        self.told("cannot use the certificate", "--tls-cert", self.path("none.pem"), mark="✗")
+
+    def test_tokens_in_clear_are_told(self):
+        self.assertIn("this machine only", self.told("no TLS", mark="-")[0])
+        self.assertIn("--tls-cert", self.told("no TLS", "--host", "0.0.0.0", mark="-")[1])
+
+    def test_the_address_is_free_or_the_gateways_or_anothers(self):
+        self.assertIn("reaches Ollama", self.told("the gateway 1.0.0")[0])
+        self.told("is free", "--port", "0")
+        self.assertIn("--port", self.told("cannot listen", "--port", str(self.fake.server_address[1]), mark="✗")[1])
+
+    def test_a_gateway_that_lost_ollama_is_told(self):
+        self.fake.server_close()
+        self.told("does not reach Ollama", mark="✗")
+
+    def test_a_stream_is_tried_with_the_token_of_the_environment(self):
+        self.assertIn("GATEWAY_TOKEN", self.told("was not tried", mark="-")[1])
+        self.talk(0.08, 0.02)
+        self.told("passes streams on", token=self.token)
+        self.talk(0.001, 0)
+        self.told("cannot be told", token=self.token, mark="-")
+        self.assertIn("GATEWAY_TOKEN", self.told("answers 401", token="ogw_wrong", mark="✗")[1])
+
+    def test_a_proxy_that_holds_streams_back_is_told(self):
+        self.talk(0.4, 0.1)
+        line, advice = self.told("holds streams back", "--url", self.behind_proxy(), token=self.token, mark="✗")
+        self.assertIn("proxy_buffering off", advice)
+        self.assertIn("tiny:latest took 0.40 s", line)
+
+    def test_a_model_that_makes_no_text_is_passed_over(self):
+        self.fake.replies["/api/generate"] = Reply.json(400, {"error": "does not support generate"})
+        self.told("no model there makes text", token=self.token, mark="-")
+
+    def test_a_stream_that_breaks_off_is_told(self):
+        self.fake.replies["/api/generate"] = Reply.stream(b'{"done":false}\n', cut)
+        self.told("a streamed answer of", token=self.token, mark="✗")
+
+    def test_a_public_address_that_is_wrong_is_told(self):
+        for url, words in ((self.fake.url, "is no gateway like this"), ("http://127.0.0.1:1/", "refused"),
+                           ("https://127.0.0.1:%d/" % self.server.server_address[1], "https://")):
+            with self.subTest(url):
+                self.told(words, "--url", url, mark="✗")
+        self.assertIn("--url", self.fails("doctor", "--url", "ftp://x", status=2))
+
+    def test_a_typed_token_is_asked_for_unseen(self):
+        with unittest.mock.patch("getpass.getpass", lambda prompt: self.token), unittest.mock.patch("sys.stdin.isatty", lambda: True, create=True):
+            self.assertEqual(gateway.secret_to_try(None), "")
+            self.assertEqual(gateway.secret_to_try("http://x"), self.token)
+
+    def test_marks_are_plain_where_the_encoding_is(self):
+        done = run_alone("doctor", "--ollama-url", "http://127.0.0.1:1", "--db", self.db, "--port", "0",
+                         env={**os.environ, "PYTHONIOENCODING": "ascii"})
+        self.assertEqual((done.returncode, done.stderr), (1, b""))
+        self.assertEqual({line[:5].strip() for line in done.stdout.decode("ascii").splitlines()[:-1]} - {""}, {"ok", "FAIL", "--"})
 
 
 # == Promises =================================================================
