@@ -4803,7 +4803,8 @@ DOCS = """
 </section>
 <section id="routes" aria-labelledby="routes-title">
 <h2 id="routes-title">Routes</h2>
-<p>The token goes into <code>Authorization: Bearer …</code> or <code>x-api-key: …</code>. There are no others:</p>
+<p>The token goes into <code>Authorization: Bearer …</code> or <code>x-api-key: …</code>.
+Whatever is not in this table is refused.</p>
 {routes}
 </section>
 <section id="errors" aria-labelledby="errors-title">

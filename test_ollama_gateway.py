@@ -427,7 +427,7 @@ def messages_talk(model, streaming, pause):
     """Answer like /v1/messages, as Ollama's source has it: anthropic/anthropic.go."""
     whole = {"id": "msg_1", "type": "message", "role": "assistant", "model": model, "content": [], "usage": {"input_tokens": 8, "output_tokens": 5}}
     if not streaming:
-        return Reply.json(200, whole, kind="application/json")
+        return Reply.json(200, {**whole, "content": [{"type": "text", "text": "".join(WORDS)}]}, kind="application/json")
     events = [{"type": "message_start", "message": {**whole, "usage": {"input_tokens": 7, "output_tokens": 0}}}]
     events += [{"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}} for word in WORDS]
     events += [{"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": whole["usage"]}, {"type": "message_stop"}]
