@@ -4614,7 +4614,7 @@ function editToken(title, names, known, text, save) {
     element("input", {name, value: asText(known[name]), autocomplete: "off", spellcheck: "false"})));
   const box = element("input", {type: "checkbox", name: "admin"});
   box.checked = known.admin;
-  formDialog(title, [fields, element("label", {}, box, "Admin ", element("small", {}, "may change models and tokens")),
+  formDialog(title, [fields, element("label", {}, box, "Admin ", element("small", {}, "may manage models and tokens")),
     element("p", {class: "dim"}, "A field that is empty sets no limit.")], doing(text),
     async form => {
       const changes = {};
@@ -6155,7 +6155,7 @@ def in_turn(*questions):
     return answers
 
 
-RIGHTS = {"expires_at": "Expires (30d, 2027-01-31, none)", "admin": "Admin (may change models, too)",
+RIGHTS = {"expires_at": "Expires (30d, 2027-01-31, none)", "admin": "Admin (may manage models and tokens)",
           "models": "Models (as llama3*,qwen2.5:7b)", "rpm": "Requests a minute", "max_parallel": "Requests at once",
           "tokens_per_day": "Tokens a day"}
 NO_YES = ("No", "Yes")
