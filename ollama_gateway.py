@@ -254,29 +254,30 @@ def model_globs(text):
     return ",".join(globs)
 
 
-def expiry(text):
-    """Read "30d", a date or a time as Unix seconds to come."""
-    now = int(time.time())
+def moment(text, direction):
+    """Read a date, a time, or a duration from now, forward (1) or back (-1), as Unix seconds."""
     try:
-        lasts = re.fullmatch(r"[0-9.]+[a-z]", text)
-        moment = possible_instant(now + int(duration(text))) if lasts else instant(text)
+        if re.fullmatch(r"[0-9.]+[a-z]", text):
+            return possible_instant(max(int(time.time()) + direction * int(duration(text)), 0))
+        return instant(text)
     except ValueError as error:
         raise ValueError(f"{error}, nor a duration like 30d") from None
-    if moment <= now:
+
+
+def expiry(text):
+    """Read "30d", a date or a time as Unix seconds to come."""
+    seconds = moment(text, 1)
+    if seconds <= int(time.time()):
         raise ValueError("is in the past")
-    return moment
+    return seconds
 
 
 def beginning(text):
     """Read "7d", a date or a time as the Unix seconds of an hour that is past."""
-    now = int(time.time())
-    try:
-        moment = now - int(duration(text)) if re.fullmatch(r"[0-9.]+[a-z]", text) else instant(text)
-    except ValueError as error:
-        raise ValueError(f"{error}, nor a duration like 7d") from None
-    if moment > now:
+    seconds = moment(text, -1)
+    if seconds > int(time.time()):
         raise ValueError("is in the future")
-    return max(moment, 0) // HOUR * HOUR
+    return seconds // HOUR * HOUR
 
 
 GRANTS = {"expires_at": expiry, "models": model_globs, "rpm": positive, "max_parallel": positive,
@@ -1428,9 +1429,11 @@ def _connect(path, writable, modes=("mode=ro", "immutable=1")):
         try:
             db.execute("SELECT 1 FROM sqlite_master").fetchone()
             return db
-        except sqlite3.OperationalError as error:
+        except sqlite3.Error as error:
             db.close()
             trouble = error
+            if not isinstance(error, sqlite3.OperationalError):
+                break   # it is no database, however it is opened
     raise trouble
 
 
