@@ -256,9 +256,9 @@ def model_globs(text):
 
 def moment(text, direction):
     """Read a date, a time, or a duration from now, forward (1) or back (-1), as Unix seconds."""
+    if re.fullmatch(r"[0-9.]+[a-z]", text):
+        return possible_instant(max(int(time.time()) + direction * int(duration(text)), 0))
     try:
-        if re.fullmatch(r"[0-9.]+[a-z]", text):
-            return possible_instant(max(int(time.time()) + direction * int(duration(text)), 0))
         return instant(text)
     except ValueError as error:
         raise ValueError(f"{error}, nor a duration like 30d") from None
@@ -5008,10 +5008,12 @@ def asked_in_query(visit, *known):
 def asked_in_body(visit, known):
     """Return the members of a body's JSON object; raise UsageError for one that is none, or has others than known."""
     try:
-        pairs = json.loads(visit.body, object_pairs_hook=lambda pairs: pairs)
-        members = dict(pairs)
-    except (ValueError, TypeError, RecursionError):
-        raise UsageError("the body is no JSON object") from None
+        pairs = json.loads(visit.body, object_pairs_hook=tuple)
+    except (ValueError, RecursionError):
+        pairs = None
+    if not isinstance(pairs, tuple):
+        raise UsageError("the body is no JSON object")
+    members = dict(pairs)
     if len(members) < len(pairs) or not set(members) <= set(known):
         wrong = min(set(members) - set(known), default="a key twice")
         raise UsageError(f'the body has "{wrong[:40]}": its keys may be {", ".join(known)}, each once')
@@ -6391,7 +6393,8 @@ def check_database(settings):
 
 def names_in(listed):
     """Return the names in Ollama's list of models."""
-    return [str(model.get("name")) for model in (listed or {}).get("models") or () if isinstance(model, dict)]
+    models = (listed or {}).get("models")
+    return [str(model.get("name")) for model in models if isinstance(model, dict)] if isinstance(models, list) else []
 
 
 def upstream_at(url, settings, tls=None):
@@ -6608,7 +6611,7 @@ def cmd_doctor(args):
     found = []
     for verdict in verdicts:
         found.append(verdict.fine)
-        say(f"{marks[verdict.fine]} {verdict.text}")
+        say(f"{marks[verdict.fine]} {_printable(verdict.text)}")    # part of it may come from elsewhere
         if verdict.advice:
             say(f"{' ' * len(marks[True])} {verdict.advice}")
     failed = found.count(False)

@@ -4936,7 +4936,8 @@ class AdminApi(GatewayCase):
         ):
             with self.subTest(body):
                 self.assertIn(words, self.refused("POST", "/tokens", {"user": "eve", "name": "phone", **body}))
-        for label, body in (("nothing", b""), ("a list", b"[]"), ("no JSON", b"{"), ("a text", b'"x"'), ("pairs in a list", b'[["user","x"]]'),
+        for label, body in (("nothing", b""), ("a list", b"[]"), ("no JSON", b"{"), ("a text", b'"x"'),
+                            ("pairs in a list", b'[["user","eve"],["name","phone"]]'),
                             ("a key twice", b'{"user":"eve","name":"phone","user":"bob"}'), ("no UTF-8", b'{"user":"\xff"}'),
                             ("very deep", b'{"user":' + b"[" * 8000), ("no name", b'{"user":"eve"}'),
                             ("half a character", b'{"user":"eve","name":"\\ud800"}')):
@@ -6514,6 +6515,12 @@ class Doctor(GatewayCase, CommandCase):
                 self.assertTrue(self.told(words, mark="✗")[1])
         self.fake.server_close()
         self.assertIn("--ollama-url", self.told("Ollama at", mark="✗")[1])
+
+    def test_an_odd_list_of_models_is_survived_and_shown_harmlessly(self):
+        for models, shown in (("x", "0 models"), (5, "0 models"), ([1, None, {"name": "a\x1b[31mb"}], "1 model: a?[31mb"), ({"a": 1}, "0 models")):
+            with self.subTest(models):
+                self.fake.replies["/api/tags"] = Reply.json(200, {"models": models})
+                self.assertIn(shown, self.told("Ollama 0.9.3")[0])
 
     def test_a_refused_origin_is_no_fault(self):
         def reply(exchange):
