@@ -4134,7 +4134,8 @@ def operation(route):
     dialect = dialect_of(route.path)
     tag = "Admin" if route.path.startswith("/admin") else "Gateway" if route.kind == "page" else dialect.capitalize()
     streamed = takes[:1].isupper() and any(member == "stream" for member, *_ in members_of(takes))
-    line_type = STREAM_TYPES[route.path.startswith("/v1/")] if streamed else ""
+    ndjson, events = STREAM_TYPES
+    line_type = (events if route.path.startswith("/v1/") else ndjson) if streamed else ""
     found = {"operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"), "tags": [tag],
              "summary": text, "parameters": parameters(route), "responses": {
                  "201" if route.page == "create_token" else "200": {"description": "done", **content(gives, line_type)},
@@ -5516,7 +5517,7 @@ def imported_limit(column, value):
     try:
         return None if value in (None, "") else GRANTS[column](str(value))
     except ValueError as error:
-        raise ValueError(f'{column.replace("_", "-")}: "{value}" {error}') from None
+        raise ValueError(f'{column}: "{value}" {error}') from None
 
 
 def imported_row(row, number):
@@ -5731,7 +5732,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             yield from action.option_strings
             if isinstance(action.choices, dict):
-                for command in action.choices.values():
+                for command in action.choices.values():     # --by's choices are a dict, too, but of no parsers
                     yield from getattr(command, "_flags", tuple)()
 
     def error(self, message):
@@ -5829,7 +5830,7 @@ TOKEN_COMMANDS = (
 )
 
 
-def told(text, examples):
+def help_texts(text, examples):
     """Return how a command's help begins and ends."""
     return dict(description=f"{text[0].upper()}{text[1:]}.",
                 epilog="examples:\n" + "\n".join(f"  {PROGRAM} {example}" for example in examples))
@@ -5837,7 +5838,7 @@ def told(text, examples):
 
 def add_command(commands, common, name, run, text, examples, takes):
     """Add a command to the parser of a group."""
-    parser = commands.add_parser(name, parents=[common], help=text, **told(text, examples))
+    parser = commands.add_parser(name, parents=[common], help=text, **help_texts(text, examples))
     parser.set_defaults(run=run)
     for add in takes:
         add(parser)
@@ -6293,10 +6294,14 @@ class Menu:
             value = self._ask_right(column, present[column])
             with self._going_on():
                 if value is not None:
-                    self._do(cmd_token_update, user=token.user, name=token.name, **{column: value})
+                    typed = {column: bool(value) if column == "admin" else value}
+                    self._do(cmd_token_update, user=token.user, name=token.name, **typed)
 
     def _ask_file(self):
-        file = self._asker.ask("File (.csv or .json)", "tokens.csv", lambda file: export_format(file, None))
+        def check(file):
+            if not file.lower().endswith((".csv", ".json")):
+                raise ValueError("ends neither in .csv nor in .json")
+        file = self._asker.ask("File (.csv or .json)", "tokens.csv", check)
         return file and os.path.expanduser(file)
 
     def _ask_to_replace(self, file):
@@ -6354,7 +6359,7 @@ class Verdict(NamedTuple):
     advice: str = ""
 
 
-def shown(refusal):
+def reason_of(refusal):
     """Return what kept an answer away, of whomever it was asked."""
     return re.sub(r"^Ollama (did not answer: |cannot be reached: )?", "", str(refusal))
 
@@ -6410,7 +6415,7 @@ def check_ollama(settings):
             _, listed = ollama.probe("/api/tags")
             refused, _ = ollama.probe("/api/version", "Origin: https://chat.example\r\n")
         except Refusal as refusal:
-            return (yield Verdict(False, f"Ollama at {url}: {shown(refusal)}", "start it, or see --ollama-url"))
+            return (yield Verdict(False, f"Ollama at {url}: {reason_of(refusal)}", "start it, or see --ollama-url"))
     if status == 403:
         return (yield Verdict(False, f"Ollama at {url} refuses to be asked by that name",
                               "name it localhost, or by its IP address, in --ollama-url"))
@@ -6425,10 +6430,20 @@ def check_ollama(settings):
                                                    if refused == 403 else " and any Origin"))
 
 
-def is_open(address, port):
-    """Tell whether an Ollama answers at an address to whoever asks."""
-    url = urllib.parse.urlsplit(f"http://{f'[{address}]' if ':' in address else address}:{port}")
-    with contextlib.closing(Upstream(url, 1, 1, 1)) as ollama:
+def unverified(url):
+    """Return a TLS context for this machine's own servers, which are asked by other names than their certificates'."""
+    if url.scheme != "https":
+        return None
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def is_open(host, url):
+    """Tell whether an Ollama answers at a host to whoever asks, as it does at the URL."""
+    shown = f"[{host}]" if ":" in host else host
+    there = urllib.parse.urlsplit(f"{url.scheme}://{shown}:{port_of(url)}{url.path}")
+    with contextlib.closing(Upstream(there, 1, 1, 1, unverified(url))) as ollama:
         try:
             status, told = ollama.probe("/api/version")
             return status == 200 and "version" in (told or ())
@@ -6446,11 +6461,13 @@ def check_ways_around(settings, addresses):
     if not here:
         return (yield Verdict(None, f"who else reaches Ollama on {url.hostname} cannot be seen from here",
                               "see to it there that this machine alone does"))
-    found = [address for address in addresses if is_open(address, port)]
+    found = [address for address in addresses if is_open(address, url)]
     if found:
         yield Verdict(False, f"Ollama answers at {', '.join(found)} port {port}: the gateway guards nothing",
                       "let it listen on loopback only: OLLAMA_HOST=127.0.0.1 (systemctl edit ollama.service; in Docker "
                       f"publish 127.0.0.1:{port}:{port}), or close the port to others")
+    elif not is_open(url.hostname, url):
+        yield Verdict(None, "whether others reach Ollama itself cannot be told while it does not answer")
     else:
         yield Verdict(True, f"Ollama's port {port} is closed at this machine's other addresses"
                       + (f": {', '.join(addresses)}" if addresses else ": it has none"))
@@ -6471,14 +6488,6 @@ def check_tls(settings):
                       "use --tls-cert, or a proxy that speaks HTTPS, and --host 127.0.0.1")
 
 
-def open_gateway(url, settings, verified):
-    """Return a gateway at a URL as one asks it."""
-    tls = ssl.create_default_context() if url.scheme == "https" else None
-    if tls and not verified:    # it is this machine's own, asked by another name than its certificate's
-        tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
-    return upstream_at(url, settings, tls)
-
-
 def is_gateway(status, told):
     """Tell whether an answer to /health is a gateway's."""
     return status == 200 and {"status", "upstream", "version"} <= set(told or ())
@@ -6496,7 +6505,7 @@ def check_health(where, gateway):
     try:
         status, told = gateway.probe("/health")
     except Refusal as refusal:
-        return (yield Verdict(False, f"the gateway at {where}: {shown(refusal)}", "does it run, and there?"))
+        return (yield Verdict(False, f"the gateway at {where}: {reason_of(refusal)}", "does it run, and there?"))
     if not is_gateway(status, told):
         yield Verdict(False, f"what answers at {where} is no gateway like this (status {status} to /health)",
                       "see which server has that address, and what it passes on")
@@ -6531,8 +6540,10 @@ def time_stream(where, gateway, base, fields, model):
         while not reply.complete:
             data += reply.read()
             arrivals.append(time.monotonic())
-        if reply.status != 200:
+        if reply.status == 400:
             return None
+        if reply.status != 200:
+            return Verdict(None, f"whether {where} holds streams back was not tried: it answers {reply.status}")
     try:
         made = json.loads(data.splitlines()[-1])["eval_duration"] / 1e9
     except (ValueError, LookupError, TypeError):
@@ -6556,15 +6567,16 @@ def check_stream(where, gateway, base, secret):
     try:
         status, listed = gateway.probe(f"{base}/tags", fields)
         if status != 200:
+            mistaken = status in (401, 404)
             return (yield Verdict(False, f"{where} answers {status} to the token: {(listed or {}).get('error', '')}",
-                                  f"give a valid one in {TOKEN_VARIABLE}, and the gateway's --base-path"))
+                                  f"give a valid one in {TOKEN_VARIABLE}, and the gateway's --base-path" * mistaken))
         for model in names_in(listed):
             verdict = time_stream(where, gateway, base, fields, model)
             if verdict:
                 return (yield verdict)
         yield Verdict(None, f"whether {where} holds streams back was not tried: no model there makes text")
     except Refusal as refusal:
-        yield Verdict(False, f"a streamed answer of {where}: {shown(refusal)}")
+        yield Verdict(False, f"a streamed answer of {where}: {reason_of(refusal)}")
 
 
 def secret_to_try(url):
@@ -6573,7 +6585,10 @@ def secret_to_try(url):
     if not secret and url and sys.stdin.isatty():
         import getpass
         secret = getpass.getpass("A token, to try a streamed answer with (Enter: none): ")
-    return secret if re.fullmatch(r"[\x21-\x7e]+", secret) else ""
+    secret = secret.strip()
+    if secret and not re.fullmatch(r"[\x21-\x7e]+", secret):
+        raise UsageError(f"{TOKEN_VARIABLE}: that is no token: see that it was copied whole")
+    return secret
 
 
 def check_all(settings, url, secret, addresses):
@@ -6585,14 +6600,16 @@ def check_all(settings, url, secret, addresses):
     yield from check_ways_around(settings, addresses)
     yield from check_tls(settings)
     local = urllib.parse.urlsplit(url_of(settings))
-    with contextlib.closing(open_gateway(local, settings, verified=False)) as gateway:
-        yield from check_address(settings, gateway)
-        if runs(gateway):
+    with contextlib.closing(upstream_at(local, settings, unverified(local))) as gateway:
+        verdict, = check_address(settings, gateway)
+        yield verdict
+        if verdict.fine and runs(gateway):
             yield from check_stream(local.geturl(), gateway, settings.base_path, secret)
     if url:
-        with contextlib.closing(open_gateway(url, settings, verified=True)) as gateway:
-            yield from check_health(url.geturl(), gateway)
-            if runs(gateway):
+        with contextlib.closing(upstream_at(url, settings)) as gateway:
+            verdict, = check_health(url.geturl(), gateway)
+            yield verdict
+            if verdict.fine:
                 yield from check_stream(url.geturl(), gateway, settings.base_path, secret)
 
 
@@ -6602,9 +6619,10 @@ def cmd_doctor(args):
         url = upstream_url(args.url) if hasattr(args, "url") else None
     except ValueError:
         raise UsageError(f'--url: "{args.url}" is no address like https://public.example/') from None
+    secret = secret_to_try(url)
     try:
         settings = load_settings(vars(args), os.environ, args.env_file)
-        verdicts = check_all(settings, url, secret_to_try(url), own_addresses())
+        verdicts = check_all(settings, url, secret, own_addresses())
     except UsageError as error:
         verdicts = [Verdict(False, f"settings: {error}", "the other checks wait for that"), *check_versions()]
     marks = dict(zip((True, False, None), ("✓", "✗", "-") if can_show("✓✗") else ("ok  ", "FAIL", "--  ")))
@@ -6638,13 +6656,13 @@ def build_parser():
     common.add_argument("--env-file", metavar="FILE", help="settings in place of .env")
     common.add_argument("--version", action="version", version=f"ollama_gateway {VERSION}", help="show it and exit")
     parser = Parser(prog="ollama_gateway.py", parents=[common],
-                    **told(PURPOSE, ("token create ada laptop", "serve --port 8000")))
+                    **help_texts(PURPOSE, ("token create ada laptop", "serve --port 8000")))
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in (*COMMANDS, DOCTOR):
         add_command(commands, common, *command)
     text = "make and manage tokens"
     token = commands.add_parser("token", parents=[common], help=text,
-                                **told(text, ("token create ada laptop --expires 90d", "token list")))
+                                **help_texts(text, ("token create ada laptop --expires 90d", "token list")))
     tokens = token.add_subparsers(metavar="ACTION", required=True)
     for command in (*TOKEN_COMMANDS, MENU):
         add_command(tokens, common, *command)

@@ -6587,6 +6587,24 @@ class Doctor(GatewayCase, CommandCase):
         self.fake.replies["/api/generate"] = Reply.json(400, {"error": "does not support generate"})
         self.told("no model there makes text", token=self.token, mark="-")
 
+    def test_a_stream_that_a_limit_refuses_was_not_tried(self):
+        self.store.update("ada", "laptop", rpm=1)
+        self.talk(0.08, 0.02)
+        self.told("passes streams on", token=self.token)
+        self.assertIn("429", self.told("was not tried", token=self.token, mark="-")[0])
+
+    def test_without_ollama_a_token_is_not_blamed_and_no_port_called_closed(self):
+        self.fake.server_close()
+        status, lines = self.examine(token=self.token)
+        self.assertEqual((status, lines[-1][:4]), (1, "2 of"), lines)
+        self.told("whether others reach Ollama itself", mark="-")
+
+    def test_a_token_that_was_not_copied_whole_is_told(self):
+        with unittest.mock.patch.dict(os.environ, {"GATEWAY_TOKEN": " ogw_x \n"}):
+            self.assertEqual(gateway.secret_to_try(None), "ogw_x")
+        with unittest.mock.patch.dict(os.environ, {"GATEWAY_TOKEN": "ogw_x ogw_y"}):
+            self.assertIn("GATEWAY_TOKEN", self.fails("doctor", status=2))
+
     def test_a_stream_that_breaks_off_is_told(self):
         self.fake.replies["/api/generate"] = Reply.stream(b'{"done":false}\n', cut)
         self.told("a streamed answer of", token=self.token, mark="✗")
