@@ -4571,7 +4571,7 @@ ADMIN_SCRIPT = r"""
 const FIELDS = {user: ["User", "a person"], name: ["Name", "a device, a program"],
   expires_at: ["Expires", "30d, 2027-01-31"], models: ["Models", "llama3*,qwen2.5:7b"],
   rpm: ["Requests in a minute", ""], max_parallel: ["Requests at once", ""], tokens_per_day: ["Tokens a day", ""]};
-let tokens = [], watching = 0;
+let tokens = [], watching = 0, renewing = false;
 
 const nameOf = row => `${row.user}/${row.name}`;
 const asText = value => value === null || value === undefined ? "" : [].concat(value).join(",");
@@ -4645,8 +4645,11 @@ function changeToken(known) {
 function rotateToken(known) {
   const text = `The secret of ${nameOf(known)} stops working at its next request.`;
   formDialog("Give it a new secret?", element("p", {}, text), doing("New secret"), async () => {
-    const made = await askJSON("POST", `/admin/tokens/${known.id}/rotate`);
-    if (token().startsWith(known.hint)) keep(made.token);    // it was the one in use
+    renewing = token().startsWith(known.hint);      // it is the one in use: the old one is refused from here on
+    const made = await askJSON("POST", `/admin/tokens/${known.id}/rotate`).then(answer => {
+      if (renewing) keep(answer.token);
+      return answer;
+    }).finally(() => { renewing = false; });
     showSecret(made);
     await loadTokens();
   });
@@ -4707,11 +4710,12 @@ function showStatus({upstream, requests, ...gauges}) {
 }
 
 async function watch() {
-  const problem = byId("status-problem");
-  await askJSON("GET", "/admin/status").then(status => {
+  const problem = byId("status-problem"), secret = token();
+  await askJSON("GET", "/admin/status", {secret}).then(status => {
     if (!byId("desk").hidden) showStatus(status);
     problem.textContent = "";
   }, error => {
+    if (renewing || secret !== token()) return;     // that one is in use no more
     if (error.status === 401 || error.status === 403) forget(error.message);
     problem.textContent = error.message;
   });

@@ -6232,6 +6232,39 @@ class Browser(GatewayCase):
         tab.press("Save")
         tab.shows("5 tokens a day", "#tokens")
 
+    def renew_while_looking(self, *order):
+        """Give the token in use a new secret while a look at the state is under way with the old one; let both go in this order."""
+        tab = self.desk()
+        tab.evaluate("""(() => {
+            const ask = window.fetch, go = {};
+            window.looks = 0;
+            window.release = name => go[name] ? (go[name](), true) : false;
+            window.fetch = (url, how) => {
+                const name = url.split("/").pop(), released = new Promise(released => { go[name] = released; });
+                if (name === "rotate") return ask(url, how).then(reply => released.then(() => reply));
+                return name === "status" && ++looks === 1 ? released.then(() => ask(url, how)) : ask(url, how);
+            };
+        })()""")
+        eventually(lambda: tab.evaluate("looks === 1"), "a look at the state")
+        old = self.store.list("root")[0].hint
+        tab.press("New secret: root/box")
+        tab.press("New secret")
+        eventually(lambda: self.store.list("root")[0].hint != old, "the rotation")
+        for name in order:
+            eventually(lambda name=name: tab.evaluate(f"release('{name}')"), name)
+            if name == "status":
+                eventually(lambda: tab.evaluate("looks > 1"), "the next look at the state")
+        tab.shows("shown only now", "dialog")
+        self.assertEqual(tab.evaluate("sessionStorage.getItem(KEY)"), tab.text("#secret").strip())
+        tab.press("I have kept it")
+        tab.shows("ada/laptop", "#tokens")
+
+    def test_the_old_secrets_refusal_before_the_new_one_is_known_takes_nobody_off_the_desk(self):
+        self.renew_while_looking("status", "rotate")
+
+    def test_the_old_secrets_refusal_when_the_new_one_is_known_takes_nobody_off_the_desk(self):
+        self.renew_while_looking("rotate", "status")
+
     def test_whoever_loses_the_right_to_be_here_is_told(self):
         tab = self.desk()
         self.store.update("root", "box", admin=False)
