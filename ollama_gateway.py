@@ -4082,11 +4082,11 @@ def object_schema(name):
 
 
 def shape_schema(value):
-    """Return the JSON schema of what looks like this value: an object with these keys, a text."""
+    """Return the JSON schema of what looks like this value: an object with these keys, a text or null."""
     if isinstance(value, dict):
         return {"type": "object", "required": list(value),
                 "properties": {key: shape_schema(member) for key, member in value.items()}}
-    return {"type": "string"} if value else {}
+    return {"type": ["string", "null"]}
 
 
 IN_PATH = {"id": {"type": "integer", "minimum": 1}, "model": {"type": "string"},
