@@ -3568,15 +3568,19 @@ TOKEN_COUNTS = (("prompt_eval_count", "eval_count"), ("prompt_tokens", "completi
                 ("input_tokens", "output_tokens"))  # as Ollama, OpenAI and Anthropic call them
 
 
+def whole_tokens(told):
+    """Return a number of tokens that can be, for one that was told."""
+    return min(max(told, 0), MOST_TOKENS) if isinstance(told, int) else 0
+
+
 def told_tokens(pairs):
     """Return the tokens that an answer's object tells of, in any dialect; what it leaves out is 0."""
     told = dict(pairs)
     usage = told.get("usage")
     told = dict(usage) if isinstance(usage, tuple) else told
-    for names in TOKEN_COUNTS:
-        numbers = [told.get(name) for name in names]
-        if numbers != [None, None]:
-            return tuple(min(max(number, 0), MOST_TOKENS) if isinstance(number, int) else 0 for number in numbers)
+    for prompt, completion in TOKEN_COUNTS:
+        if prompt in told or completion in told:
+            return whole_tokens(told.get(prompt)), whole_tokens(told.get(completion))
     return 0, 0
 
 
@@ -3584,6 +3588,8 @@ class ObjectTap(Tap):
     """Reads the tokens in an answer that is one JSON object, of any size."""
 
     tokens = (0, 0)
+    NUMBERS = (b'"total_duration":', b'"usage":')   # what an answer ends in, from this key on, in nearly every dialect
+    NUMBERS_BYTES = 512
 
     def __init__(self):
         self._outline = None
@@ -3591,7 +3597,7 @@ class ObjectTap(Tap):
     def pass_on(self, piece, last):
         try:
             if self._outline is None and last:
-                self.tokens = told_tokens(read_object(piece)[0])
+                self.tokens = told_tokens(self._last_members(piece) or read_object(piece)[0])
                 return piece
             self._outline = self._outline or Outline()
             self._outline.feed(piece)
@@ -3600,6 +3606,21 @@ class ObjectTap(Tap):
         except Unreadable:
             self.tokens = (None, None)
         return piece
+
+    def _last_members(self, answer):
+        """Return the pairs of the numbers that an answer's object ends in, None if it does not; raise Unreadable.
+
+        They are a fifth of a small answer, and a fiftieth of an embedding. No text has such a key, for its quotes are
+        escaped, and in an object within one there is more to follow.
+        """
+        for key in self.NUMBERS:
+            at = answer.rfind(key, -self.NUMBERS_BYTES)
+            if at >= 0:
+                ending = b"{" + answer[at:]
+                pairs, size = read_object(ending)
+                if not ending[size:].strip():
+                    return pairs
+        return None
 
 
 class StreamTap(Tap):

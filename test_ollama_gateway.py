@@ -2898,6 +2898,12 @@ class Leaving(GatewayCase):
             with self.subTest(phase, client=how):
                 self.leave(way, body, reply, read)
 
+    def test_it_is_dropped_where_there_is_no_poll(self):
+        with unittest.mock.patch.object(gateway, "new_poll", gateway.Poll):    # as on Windows
+            for (phase, body, reply, read), (how, way) in itertools.product(PHASES, LEAVING):
+                with self.subTest(phase, client=how):
+                    self.leave(way, body, reply, read)
+
     def test_a_client_that_sent_ahead_is_missed_too(self):
         for (phase, body, reply, read), ahead in itertools.product(PHASES, (b"{}", b"x" * 100_000)):
             with self.subTest(phase, ahead=len(ahead)):
@@ -4364,6 +4370,26 @@ class Tapping(unittest.TestCase):
                 for at in range(len(body)):
                     tap.pass_on(body[at:at + 1], at == len(body) - 1)
                 self.assertEqual(tap.tokens, cost)
+
+    def test_recorded_answers_at_once(self):
+        for path, kind, body, ours, cost in RECORDED:
+            with self.subTest(path, ours=ours):
+                tap = self.tap(path, kind, ours)
+                tap.pass_on(body, True)
+                self.assertEqual(tap.tokens, cost)
+
+    def test_an_answers_end_is_taken_for_its_numbers_only_if_they_are_its_own(self):
+        call = b'{"message":{"tool_calls":[{"function":{"arguments":{"usage":{"prompt_tokens":99},"total_duration":1,"eval_count":77}}}]},'
+        counts = b'"prompt_eval_count":3,"eval_count":4'
+        for answer, cost in ((b'{%b,"message":%b"x":1}}' % (counts, call), (3, 4)), (call + b'"total_duration":1,%b } \r\n' % counts, (3, 4)),
+                             (b'{%b,"response":"\\"usage\\":{\\"prompt_tokens\\":99}"}' % counts, (3, 4)), (call + b'"usage":{"total_duration":', (None, None)),
+                             (b'{"usage":{"prompt_tokens":8},"output":[{"total_duration":5}]}', (8, 0)), (b'{"total_duration":7}', (0, 0)),
+                             (b'{"usage":{"input_tokens":8,"output_tokens":6,"details":{"usage":{"input_tokens":9}}}}', (8, 6))):
+            for pieces in (answer,), (answer[:20], answer[20:]):
+                tap = self.tap("/api/chat", JSON, False)
+                for piece in pieces:
+                    tap.pass_on(piece, piece is pieces[-1])
+                self.assertEqual(tap.tokens, cost, pieces)
 
     def test_a_tools_arguments_are_no_usage(self):
         tap = self.tap("/api/chat", NDJSON, False)
