@@ -2885,7 +2885,7 @@ class Account:
         self._pending = {}      # what is yet to be stored
         self._uses = {}
         self._spent = {}        # {(user, name): (day, tokens, when that was read)}
-        self._day = 0
+        self._hour = 0
         self._complained = False
 
     def begin(self, record):
@@ -2903,24 +2903,21 @@ class Account:
 
     def _count(self, record, errors=0, cancelled=0):
         """Add what a request has used since it was last counted."""
-        token, day = record.token, self._today()
-        prompt, completion = record.tokens
-        row = 1, errors, cancelled, prompt, completion, time.monotonic() - record.admitted if record.admitted else 0.0
-        if record.counted:
-            row, record.counted = [n if o is None or n is None else n - o for n, o in zip(row, record.counted)], row
-        else:
-            record.counted = row
-        hour = max(int(self._clock()) // HOUR * HOUR, day * DAY)
-        self._add({(hour, token.user, token.name, record.known_model, record.route): row})
+        token, hour = record.token, self._this_hour()
+        seconds = time.monotonic() - record.admitted if record.admitted else 0.0
+        row, before = (1, errors, cancelled, *record.tokens, seconds), record.counted
+        record.counted = row
+        if before:
+            row = [n if o is None or n is None else n - o for n, o in zip(row, before)]
+        self._add((hour, token.user, token.name, record.known_model, record.route), row)
         spent = self._spent.get((token.user, token.name))
-        if spent and spent[0] == day:
-            self._spent[token.user, token.name] = (day, spent[1] + (row[3] or 0) + (row[4] or 0), spent[2])
+        if spent and spent[0] == hour // DAY:
+            self._spent[token.user, token.name] = (spent[0], spent[1] + (row[3] or 0) + (row[4] or 0), spent[2])
 
-    def _add(self, rows):
-        for key, row in rows.items():
-            old = self._pending.get(key)
-            self._pending[key] = row if old is None else [o if n is None else n if o is None else o + n
-                                                          for o, n in zip(old, row)]
+    def _add(self, key, row):
+        old = self._pending.get(key)
+        self._pending[key] = row if old is None else [o if n is None else n if o is None else o + n
+                                                      for o, n in zip(old, row)]
 
     def running(self):
         """Return the records of the requests that run or wait, the oldest first."""
@@ -2932,10 +2929,14 @@ class Account:
         with self._lock:
             self._uses.update(dict.fromkeys(token_ids, int(self._clock())))
 
+    def _this_hour(self):
+        """Return when the hour of UTC began, which never goes backwards."""
+        self._hour = max(self._hour, int(self._clock()) // HOUR * HOUR)
+        return self._hour
+
     def _today(self):
-        """Return the day of UTC since 1970, which never goes backwards."""
-        self._day = max(self._day, int(self._clock()) // DAY)
-        return self._day
+        """Return the day of UTC since 1970."""
+        return self._this_hour() // DAY
 
     def day_left(self):
         """Return how many seconds are left of the day of UTC."""
@@ -2986,7 +2987,8 @@ class Account:
                 self._complained = False
             except Failure as error:
                 with self._lock:
-                    self._add(rows)
+                    for key, row in rows.items():
+                        self._add(key, row)
                     self._uses = {**uses, **self._uses}
                 if not self._complained:
                     LOG.warning("the account and tokens' last uses are not stored for now: %s", error)
@@ -3131,7 +3133,8 @@ class Limiter:
             standing = self._standings.get(token.id)
             if standing is None:
                 standing = self._standings[token.id] = Standing()
-            self._refuse_beyond(self._rates(token, standing) + budget)
+            if is_limited(token):
+                self._refuse_beyond(self._rates(token, standing) + budget)
             record.place = self._turns.line_up(token.user)
             standing.running += 1
             if token.rpm:
