@@ -675,16 +675,25 @@ BARE_LF = re.compile(rb"(?<!\r)\n")
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError)
 
 
-def poll(wants, seconds):
-    """Wait until a descriptor of {descriptor: events} is ready or the seconds are over; return what is, likewise."""
-    if hasattr(select, "poll"):
-        poller = select.poll()
-        for descriptor, events in wants.items():
-            poller.register(descriptor, events)
-        return dict(poller.poll(min(int(seconds * 1000) + 1, POLL_LIMIT)))
-    ready = select.select([fd for fd, events in wants.items() if events & READABLE],  # Windows
-                          [fd for fd, events in wants.items() if events & WRITABLE], [], seconds)
-    return {**dict.fromkeys(ready[0], READABLE), **dict.fromkeys(ready[1], WRITABLE)}
+class Poll:
+    """select.poll() as far as it is used here, for Windows, which has none."""
+
+    def __init__(self):
+        self._events = {}
+
+    def register(self, descriptor, events):
+        self._events[descriptor] = events
+
+    def poll(self, milliseconds):
+        """Return the descriptors that are ready, in the order of their registration, each with its events."""
+        readable, writable, _ = select.select([fd for fd, events in self._events.items() if events & READABLE],
+                                              [fd for fd, events in self._events.items() if events & WRITABLE], [],
+                                              milliseconds / 1000)
+        return [(fd, READABLE * (fd in readable) | WRITABLE * (fd in writable)) for fd in self._events
+                if fd in readable or fd in writable]
+
+
+new_poll = getattr(select, "poll", Poll)
 
 
 def wait_for(descriptor, events, deadline, watched=None):
@@ -693,14 +702,14 @@ def wait_for(descriptor, events, deadline, watched=None):
     Raises TimeoutError, and whatever `watched.on_readable()` raises.
     """
     while True:
-        wants = {descriptor: events}
+        poll = new_poll()
         if watched is not None:
-            wants[watched.descriptor] = watched.watched_events()
-        ready = poll(wants, deadline.left())
-        if watched is not None and watched.descriptor in ready:
+            poll.register(watched.descriptor, watched.watched_events())
+        poll.register(descriptor, events)
+        for ready, found in poll.poll(min(int(deadline.left() * 1000) + 1, POLL_LIMIT)):    # as they were registered
+            if ready == descriptor:
+                return found
             watched.on_readable()
-        if descriptor in ready:
-            return ready[descriptor]
 
 
 class Bell:
@@ -788,21 +797,21 @@ class Wire:
         self.wait(WRITABLE, deadline, watched)
 
     def read_head(self, deadline, watched=None):
-        """Read a message's head; return its first line and its block of field lines, both as bytes.
+        """Read a message's head and return its lines as bytes, without the empty one.
 
         Raises Malformed for one that is too large, has a bare LF, or ends early (RFC 9112 2.2).
         """
         searched = 0
         while True:
             end = self.buffer.find(b"\r\n\r\n", searched)
-            line = self.buffer.find(b"\r\n", 0, LINE_BYTES + 2)
-            if line < 0 and len(self.buffer) > LINE_BYTES:
+            size = end if end >= 0 else len(self.buffer)
+            if size > LINE_BYTES and self.buffer.find(b"\r\n", 0, LINE_BYTES + 2) < 0:
                 raise Malformed(f"the first line is longer than {LINE_BYTES} bytes", "line_too_long")
-            if end > HEAD_BYTES or end < 0 and len(self.buffer) > HEAD_BYTES:
+            if size > HEAD_BYTES:
                 raise Malformed(f"the headers are larger than {HEAD_BYTES} bytes", "head_too_large")
             if end >= 0:
                 head, self.buffer = self.buffer[:end + 2], self.buffer[end + 4:]
-                return head[:line], head[line + 2:]
+                return head
             if BARE_LF.search(self.buffer, searched):
                 raise Malformed("a line does not end in CR LF")
             searched = max(len(self.buffer) - 3, 0)
@@ -2083,8 +2092,9 @@ def upward_lines(fields, dropped):
                    if (name in FORWARDED or name.startswith(FORWARDED_PREFIXES)) and name not in dropped)
 
 
-def parse_request(line, block):
+def parse_request(head):
     """Read a request's head strictly (RFC 9112 2 to 3); raise Malformed."""
+    line, _, block = head.partition(b"\r\n")
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise Malformed("the request line is not METHOD SP PATH SP HTTP/1.1")
@@ -2265,9 +2275,9 @@ class ClientStream:
     def read_request(self):
         """Read and parse the request's head; raise Refusal."""
         with ClientErrors("the headers took longer than {:g} s", self.limits.header_timeout):
-            line, block = self.wire.read_head(Deadline(self.limits.header_timeout))
-            parse = parse_known_request if len(line) + len(block) <= KNOWN_HEAD_BYTES else parse_request
-            self.request = request = parse(line, block)
+            head = self.wire.read_head(Deadline(self.limits.header_timeout))
+            parse = parse_known_request if len(head) <= KNOWN_HEAD_BYTES else parse_request
+            self.request = request = parse(head)
             self._note(request)
             self.body = request_body_framing(request)
         self._keep = not request.closes
@@ -3338,8 +3348,9 @@ class ReplyHead(NamedTuple):
     keeps: bool             # the connection may go on after the answer
 
 
-def parse_reply_head(line, block):
+def parse_reply_head(head):
     """Read an answer's head strictly; raise Malformed."""
+    line, _, block = head.partition(b"\r\n")
     match = STATUS_LINE.fullmatch(line)
     if not match or match[2] == b"101":
         raise Malformed("its answer has no status line")
@@ -3364,9 +3375,9 @@ parse_known_reply_head = functools.lru_cache(KNOWN_HEADS)(parse_reply_head)
 class Reply:
     """The upstream's answer: its head at once, its body piece by piece; leaving its with block frees the connection."""
 
-    def __init__(self, line, block, exchange, wire, pool, stall_timeout):
-        parse = parse_known_reply_head if len(block) <= KNOWN_HEAD_BYTES else parse_reply_head
-        self.head = head = parse(line, block)
+    def __init__(self, head, exchange, wire, pool, stall_timeout):
+        parse = parse_known_reply_head if len(head) <= KNOWN_HEAD_BYTES else parse_reply_head
+        self.head = head = parse(head)
         self.status, self.length, self.reusable = head.status, head.length, head.keeps
         if exchange.method == "HEAD" or head.status in (204, 304):  # RFC 9112 6.3
             self._body = LengthBody(0)
@@ -3434,9 +3445,9 @@ class PooledHandler(urllib.request.BaseHandler):
             whole = self._send(wire, exchange)
             deadline = Deadline(exchange.timeout, "--first-byte-timeout")
             while True:
-                line, block = wire.read_head(deadline, exchange.watched)
+                head = wire.read_head(deadline, exchange.watched)
                 wire.reused = False  # it has proved to be alive: what fails from here on is not tried again
-                reply = Reply(line, block, exchange, wire, self._pool, self._stall_timeout)
+                reply = Reply(head, exchange, wire, self._pool, self._stall_timeout)
                 if reply.status >= 200:
                     reply.reusable = reply.reusable and whole
                     return reply
