@@ -1268,6 +1268,7 @@ def canonical(model):
     return (spellings(model) or ("",))[0]
 
 
+@functools.lru_cache(KNOWN_NAMES)
 def is_on_account(model):
     """Tell whether a model's name makes Ollama run it on its owner's ollama.com account."""
     return ON_ACCOUNT.search(model.strip().lower()) is not None
@@ -1829,14 +1830,15 @@ class Connections:
         self.most, self._open = most, set()
         self._idle = OrderedDict()      # those that wait for a request, the longest first
         self._stopping = False
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
 
     def __len__(self):
         return len(self._open)
 
     def admit(self, wire):
         """Take a connection in, in the place of the longest idle one if there is no other; False if there is none."""
-        with self._changed:
+        with self._lock:
             if len(self._open) >= self.most and not self._evict():
                 return False
             self._open.add(wire)
@@ -1844,7 +1846,7 @@ class Connections:
 
     def evict(self):
         """End the longest idle connection; return whether there was one."""
-        with self._changed:
+        with self._lock:
             return self._evict()
 
     def _evict(self):
@@ -1857,25 +1859,25 @@ class Connections:
 
     def rest(self, wire):
         """Take note that a connection waits for its next request; return whether it may."""
-        with self._changed:
+        with self._lock:
             if not self._stopping:
                 self._idle[wire] = True
             return not self._stopping
 
     def resume(self, wire):
         """Take note that a request is coming; return False if the connection was ended in the meantime."""
-        with self._changed:
+        with self._lock:
             return self._idle.pop(wire, False)
 
     def leave(self, wire):
-        with self._changed:
+        with self._lock:
             self._idle.pop(wire, None)
             self._open.discard(wire)
             self._changed.notify_all()
 
     def drain(self, seconds):
         """Let running requests finish for so long, then have them cut so that it shows."""
-        with self._changed:
+        with self._lock:
             self._stopping = True
             for wire in self._open:
                 wire.last_request = True
@@ -2744,6 +2746,13 @@ class Router:
 BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)  # RFC 6750 2.1; RFC 9110 11.1: the scheme's case is free
 
 
+@functools.lru_cache(KNOWN_HEADS)
+def bearer_of(authorization):
+    """Return the secret that an Authorization field shows, "" for none."""
+    bearer = BEARER.fullmatch(authorization)
+    return bearer[1] if bearer else ""
+
+
 def secret_of(request):
     """Return the secret that a request shows, "" for none; raise Refusal for more than one."""
     authorization, secret = request.fields.get("authorization"), request.fields.get("x-api-key")
@@ -2754,12 +2763,11 @@ def secret_of(request):
             raise Refusal("malformed", "there is a token in the path and another credential beside it")
         return request.path_secret
     if authorization is not None:
-        bearer = BEARER.fullmatch(authorization)
-        shown = bearer[1] if bearer else ""
-        if secret not in (None, shown):
+        if secret not in (None, bearer_of(authorization)):
             raise Refusal("malformed", "Authorization and x-api-key differ")
-        secret = shown
-    return (secret or "").encode("latin-1").decode("utf-8", "surrogateescape")
+        secret = bearer_of(authorization)
+    secret = secret or ""
+    return secret if secret.isascii() else secret.encode("latin-1").decode("utf-8", "surrogateescape")
 
 
 def address_of(text):
