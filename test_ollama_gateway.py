@@ -3028,6 +3028,11 @@ class Outage(GatewayCase):
         self.enter(running(FakeOllama(port)))
         self.assertStatus(self.ask("GET", "/api/tags"), 200)
 
+    def test_a_name_that_no_host_can_have_is_a_bad_gateway(self):
+        for name in "a..b", "x" * 64 + ".example":
+            with self.subTest(name):
+                self.assertRefused(self.ask("GET", "/api/tags", server=self.serve(ollama_url=f"http://{name}:1")), 502)
+
     @unittest.skipUnless(sys.platform == "linux", "needs Linux's full backlog to swallow connections")
     def test_an_upstream_that_takes_no_connection_is_given_up(self):
         deaf = self.enter(socket.create_server(("127.0.0.1", 0), backlog=0))
