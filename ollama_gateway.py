@@ -630,15 +630,18 @@ class Record:
     """What will be known of a request when it has ended."""
 
     __slots__ = ("id", "peer", "token", "method", "path", "route", "model", "known_model", "status", "sent", "tap",
-                 "counted", "place", "began", "queued", "admitted", "answered", "ended", "outcome", "code", "why")
+                 "counted", "place", "began", "queued", "admitted", "answered", "released", "failure", "ended", "outcome",
+                 "code", "why")
 
     def __init__(self, peer, now):
         self.peer, self.began, self.sent, self.queued, self.place = peer, now, 0, 0.0, None
         self.id = self.token = self.method = self.path = self.model = self.status = self.tap = None
         self.route = self.known_model = ""  # the path in the table; the model's full name, once Ollama has owned to it
-        self.admitted = self.answered = self.ended = None   # when it went upstream, its answer began, all was over
-        self.outcome = self.code = self.why = None          # "broken" or "left", if it did not end well; the refusal's
-        self.counted = None                                 # what of it the account has already
+        self.admitted = self.released = None    # when it went upstream, and when it came back
+        self.failure = None                     # the class of the exception that brought it back
+        self.answered = self.ended = None       # when its answer began, and when all was over
+        self.outcome = self.code = self.why = None      # "broken" or "left", if it did not end well; the refusal's
+        self.counted = None                     # what of it the account has already
 
     @property
     def tokens(self):
@@ -1137,7 +1140,7 @@ def read_object(data, most_steps=sys.maxsize):
         raise Unreadable("it is no JSON object") from None
     if not isinstance(pairs, tuple):
         raise Unreadable("it is no JSON object")
-    return pairs, len(text[:end].encode())
+    return pairs, end if text.isascii() else len(text[:end].encode())
 
 
 class Asked(NamedTuple):
@@ -1170,6 +1173,16 @@ def check_utf8(data):
         raise Unreadable("it is no UTF-8") from None
 
 
+def only_text(members, key):
+    """Return the text that is a key's one value, "" if it has none or another value; raise Unreadable."""
+    values = members.get(key, ("",))
+    if len(values) > 1:
+        raise Unreadable(f'it has two keys "{key}"')
+    if values[0] is LONG:
+        raise Unreadable(f'its "{key}" is too long')
+    return values[0] if isinstance(values[0], str) else ""
+
+
 def asked_in_json(data, wants_usage=False):
     """Read what a JSON body asks for: of its top-level keys "model", or else "name"; raise Unreadable.
 
@@ -1177,19 +1190,13 @@ def asked_in_json(data, wants_usage=False):
     """
     check_utf8(data)
     pairs, size = read_object(data, SCAN_STEPS)
-    members, names = fold(pairs), []
-    for key in "model", "name":
-        values = members.get(key, [""])
-        if len(values) > 1:
-            raise Unreadable(f'it has two keys "{key}"')
-        if values[0] is LONG:
-            raise Unreadable(f'its "{key}" is too long')
-        names.append(values[0] if isinstance(values[0], str) else "")
+    members = fold(pairs)
+    model, name = only_text(members, "model"), only_text(members, "name")
     if not wants_usage or True not in members.get("stream", ()) or asks_for_usage(members):
-        return Asked(names[0] or names[1])
+        return Asked(model or name)
     if len(data) - size > READ_BYTES:
         raise Unreadable("much follows it")
-    return Asked(names[0] or names[1], size - 1)
+    return Asked(model or name, size - 1)
 
 
 FORM = re.compile(r'multipart/form-data(?: *; *charset=[\w-]+)? *; *boundary=(?:"([^"\\]{1,70})"|([^\s";]{1,70}))'
@@ -1222,7 +1229,7 @@ def form_parts(content_type, data):
         yield (start + 2, head_end), (head_end + 4, end - 2)
 
 
-def asked_in_form(content_type, data):
+def asked_in_form(data, content_type):
     """Read the model that a form's field "model" names; raise Unreadable for a form that is not as clients write it."""
     models = []
     for head, content in form_parts(content_type, data):
@@ -2184,12 +2191,14 @@ class HeldBody:
             self._file.seek(0)
             yield from iter(lambda: self._file.read(READ_BYTES), b"")
 
-    def view(self):
-        """Return the bytes, to be searched within a with block; of a file only those in sight take memory."""
+    def look(self, find, *how):
+        """Return what `find(bytes, *how)` finds in the bytes; of a file only those in sight take memory."""
         if self._file is None:
-            return contextlib.nullcontext(self._data)
+            return find(self._data, *how)
         with disk_errors():
-            return mmap.mmap(self._file.fileno(), self.size, access=mmap.ACCESS_READ)
+            view = mmap.mmap(self._file.fileno(), self.size, access=mmap.ACCESS_READ)
+        with view:
+            return find(view, *how)
 
     def insert(self, at, extra):
         """Put bytes in between; what follows them must fit memory."""
@@ -2644,12 +2653,11 @@ def asked_of(route, path, request, body):
         return Asked(urllib.parse.unquote(path.rpartition("/")[2]))
     if not route.names or not body.size:
         return Asked()
-    with body.view() as data:
-        if route.names == "json":
-            return asked_in_json(data, route.path in TELLS_USAGE_IF_ASKED)
-        if request.query:  # where net/http looks first for a form's fields
-            raise Unreadable("there is a query beside the form")
-        return asked_in_form(request.fields.get("content-type", ""), data)
+    if route.names == "json":
+        return body.look(asked_in_json, route.path in TELLS_USAGE_IF_ASKED)
+    if request.query:  # where net/http looks first for a form's fields
+        raise Unreadable("there is a query beside the form")
+    return body.look(asked_in_form, request.fields.get("content-type", ""))
 
 
 class Router:
@@ -2897,14 +2905,15 @@ class Standing:
 class Account:
     """Who used what: gathered in memory, stored by the journal within a second, and asked by the limiter for budgets.
 
-    Of a request that runs, the account has what went by so far: a killed gateway loses the last second alone.
+    Of a request that runs, the account has what went by so far: a killed gateway loses the last second alone. One that
+    has ended is counted when the journal comes to it, with others at once: that takes a third of the time.
     """
 
     def __init__(self, store, tokens, clock=time.time):
         self._store, self._tokens, self._clock = store, tokens, clock
         store.wait_at_most(STORE_SECONDS)   # while the database is locked, log lines are still to be written
         self._lock = threading.Lock()
-        self._running = set()
+        self._running = set()   # and those that have ended, until the journal has come to them
         self._storing = threading.Lock()
         self._pending = {}      # what is yet to be stored
         self._uses = {}
@@ -2917,18 +2926,25 @@ class Account:
         with self._lock:
             self._running.add(record)
 
-    def end(self, record, failure=None):
-        """Count a request to its end, which the failure, an exception's class, may have brought about."""
-        cancelled = failure is not None and issubclass(failure, ClientLeft)
-        errors = not cancelled and (failure is not None or record.status >= 400)
+    def count(self, record):
+        """Count what a request has used so far."""
         with self._lock:
-            self._running.discard(record)
-            self._count(record, int(errors), int(cancelled))
+            self._count(record)
+
+    def end(self, records):
+        """Count requests to their end, those of them that began."""
+        with self._lock:
+            for record in records:
+                if record in self._running:
+                    self._running.remove(record)
+                    cancelled = record.failure is not None and issubclass(record.failure, ClientLeft)
+                    errors = not cancelled and (record.failure is not None or record.status >= 400)
+                    self._count(record, int(errors), int(cancelled))
 
     def _count(self, record, errors=0, cancelled=0):
         """Add what a request has used since it was last counted."""
         token, hour = record.token, self._this_hour()
-        seconds = time.monotonic() - record.admitted if record.admitted else 0.0
+        seconds = (record.released or time.monotonic()) - record.admitted if record.admitted else 0.0
         row, before = (1, errors, cancelled, *record.tokens, seconds), record.counted
         record.counted = row
         if before:
@@ -2946,7 +2962,8 @@ class Account:
     def running(self):
         """Return the records of the requests that run or wait, the oldest first."""
         with self._lock:
-            return sorted(self._running, key=lambda record: record.began)
+            running = [record for record in self._running if record.released is None]
+        return sorted(running, key=lambda record: record.began)
 
     def used(self, token_ids):
         """Note that tokens are in use."""
@@ -3133,7 +3150,8 @@ class Admission:
     def __exit__(self, kind, *_):
         if self._open:
             self._open = False
-            self._limiter.leave(self._token, self._record, kind)
+            self._record.failure = kind
+            self._limiter.leave(self._token, self._record)
 
 
 PASSING_BY = contextlib.nullcontext(lambda: None)
@@ -3172,9 +3190,11 @@ class Limiter:
             self._refuse_beyond(self._budget(token))
         record.admitted = time.monotonic()
 
-    def leave(self, token, record, failure=None):
-        """Let a request go, and count what it used."""
-        self._account.end(record, failure)
+    def leave(self, token, record):
+        """Let a request go; what it used of a budget is missing there from now on."""
+        record.released = time.monotonic()
+        if token.tokens_per_day:
+            self._account.count(record)
         self._turns.leave(record.place)
         with self._lock:
             standing = self._standings[token.id]
@@ -3956,16 +3976,13 @@ class Journal:
         self._account.store()
 
     def _write_records(self):
-        lines, token_ids = [], set()
-        while self._records:
-            record = self._records.popleft()
-            lines.append(log_line(record))
+        records = [self._records.popleft() for _ in range(len(self._records))]
+        for record in records:
             self._meters.observe(record)
-            if record.token:
-                token_ids.add(record.token.id)
-        if lines:
-            self._account.used(token_ids)
-            self._log("\n".join(lines))  # at once: a call of logging's for each would be a tenth of a small answer
+        self._account.end(records)
+        self._account.used({record.token.id for record in records if record.token})
+        if records:
+            self._log("\n".join(map(log_line, records)))   # at once: logging takes longer for a line than we do
 
     def close(self):
         """Write what there is and stop."""

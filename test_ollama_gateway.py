@@ -3909,8 +3909,7 @@ class FreeAccount:
     def begin(self, record):
         """Count nothing."""
 
-    def end(self, record, failure):
-        """Count nothing."""
+    count = begin
 
 
 class LimitsByTheClock(unittest.TestCase):
@@ -4387,7 +4386,8 @@ class Tapping(unittest.TestCase):
         call = b'{"message":{"tool_calls":[{"function":{"arguments":{"usage":{"prompt_tokens":99},"total_duration":1,"eval_count":77}}}]},'
         counts = b'"prompt_eval_count":3,"eval_count":4'
         for answer, cost in ((b'{%b,"message":%b"x":1}}' % (counts, call), (3, 4)), (call + b'"total_duration":1,%b } \r\n' % counts, (3, 4)),
-                             (b'{%b,"response":"\\"usage\\":{\\"prompt_tokens\\":99}"}' % counts, (3, 4)), (call + b'"usage":{"total_duration":', (None, None)),
+                             (b'{%b,"response":"\\"usage\\":{\\"prompt_tokens\\":99}"}' % counts, (3, 4)),
+                             (call + b'"usage":{"total_duration":', (None, None)),
                              (b'{"usage":{"prompt_tokens":8},"output":[{"total_duration":5}]}', (8, 0)), (b'{"total_duration":7}', (0, 0)),
                              (b'{"usage":{"input_tokens":8,"output_tokens":6,"details":{"usage":{"input_tokens":9}}}}', (8, 6))):
             for pieces in (answer,), (answer[:20], answer[20:]):
@@ -4644,7 +4644,8 @@ class AccountByTheClock(Case):
         record.token, record.route, record.known_model, record.status = self.token, "/api/chat", "tiny:latest", 200
         record.tap = unittest.mock.Mock(tokens=(0, completion))
         (account or self.account).begin(record)
-        (account or self.account).end(record)
+        record.released = record.began
+        (account or self.account).end([record])
 
     def test_a_day_ends_at_midnight_utc_and_never_comes_back(self):
         self.use(4)
