@@ -2248,24 +2248,13 @@ class LiveBody:
             yield chunk(piece, self._client.body.complete) if self._chunked else piece
 
 
-class ClientErrors:
-    """Turns what goes wrong in reading from a client, in a with block, into its refusal, or the news that it left."""
-
-    def __init__(self, late, seconds):
-        self._late, self._seconds = late, seconds
-
-    def __enter__(self):
-        """There is nothing to do."""
-
-    def __exit__(self, kind, error, _):
-        if kind is None:
-            return
-        if issubclass(kind, Malformed):
-            raise Refusal(error.code, str(error)) from None
-        if issubclass(kind, TimeoutError):
-            raise Refusal("too_slow", self._late.format(self._seconds)) from None
-        if issubclass(kind, OSError):
-            raise ClientLeft(str(error)) from None
+def client_failure(error, late, seconds):
+    """Return what becomes of an error in reading from a client: its refusal, or the news that it left."""
+    if isinstance(error, Malformed):
+        return Refusal(error.code, str(error))
+    if isinstance(error, TimeoutError):
+        return Refusal("too_slow", late.format(seconds))
+    return ClientLeft(str(error))
 
 
 class ClientStream:
@@ -2291,12 +2280,14 @@ class ClientStream:
 
     def read_request(self):
         """Read and parse the request's head; raise Refusal."""
-        with ClientErrors("the headers took longer than {:g} s", self.limits.header_timeout):
+        try:
             head = self.wire.read_head(Deadline(self.limits.header_timeout))
             parse = parse_known_request if len(head) <= KNOWN_HEAD_BYTES else parse_request
             self.request = request = parse(head)
             self._note(request)
             self.body = request_body_framing(request)
+        except (Malformed, OSError) as error:
+            raise client_failure(error, "the headers took longer than {:g} s", self.limits.header_timeout) from None
         self._keep = not request.closes
         if "expect" in request.fields and request.version == "1.1":
             if request.fields["expect"].lower() != "100-continue":
@@ -2315,8 +2306,10 @@ class ClientStream:
         if self._expects and not self.body.complete and not self.wire.buffer:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._expects = False
-        with ClientErrors("nothing of the body came for {:g} s", BODY_SECONDS):
+        try:
             return self.wire.read_piece(self.body, Deadline(BODY_SECONDS), watched)
+        except (Malformed, OSError) as error:
+            raise client_failure(error, "nothing of the body came for {:g} s", BODY_SECONDS) from None
 
     def take_body(self, live):
         """Return the request's body, for a with block: to be passed on as it comes, or, read whole, as often as needed.
@@ -3281,13 +3274,6 @@ class UpstreamWire(Wire):
         self.wait(WRITABLE | READABLE, deadline, watched)
         self.on_readable()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *_):
-        if kind:
-            self.close()
-
 
 class Exchange(urllib.request.Request):
     """A request as it goes up. Its URL is known in parts, so what Request would parse from it is told instead."""
@@ -3339,8 +3325,12 @@ class Pool:
         trouble = OSError("its name has no address")
         for family, kind, protocol, _, address in look_up(self._host, self._port):
             try:
-                with UpstreamWire(socket.socket(family, kind, protocol)) as wire:
-                    return self._establish(wire, address, deadline, watched)
+                with contextlib.ExitStack() as stack:
+                    wire = UpstreamWire(socket.socket(family, kind, protocol))
+                    stack.callback(wire.close)
+                    self._establish(wire, address, deadline, watched)
+                    stack.pop_all()
+                    return wire
             except OSError as error:
                 trouble = error
         raise ConnectionError(trouble.strerror or str(trouble))
@@ -3355,7 +3345,6 @@ class Pool:
                 raise OSError(error, os.strerror(error)) from None
         if self._tls:
             wire.secure(self._tls, deadline, watched, server_hostname=self._host)
-        return wire
 
     def release(self, wire):
         if len(self._idle) < POOL_SIZE:
@@ -3475,7 +3464,7 @@ class PooledHandler(urllib.request.BaseHandler):
         return self._exchange(self._pool.lease(exchange.watched, fresh=True), exchange)
 
     def _exchange(self, wire, exchange):
-        with wire:
+        try:
             whole = self._send(wire, exchange)
             deadline = Deadline(exchange.timeout, "--first-byte-timeout")
             while True:
@@ -3487,6 +3476,9 @@ class PooledHandler(urllib.request.BaseHandler):
                     return reply
                 if not whole:
                     raise Malformed("it interrupted the request with an interim answer")
+        except BaseException:
+            wire.close()
+            raise
 
     def _send(self, wire, exchange):
         """Send head and body; return whether all of it went: an upstream may answer, and stop reading, before."""
@@ -3633,27 +3625,41 @@ def told_tokens(pairs):
 
 
 class ObjectTap(Tap):
-    """Reads the tokens in an answer that is one JSON object, of any size."""
+    """Reads the tokens in an answer that is one JSON object, of any size; in a small one not until somebody asks."""
 
-    tokens = (0, 0)
     NUMBERS = (b'"total_duration":', b'"usage":')   # what an answer ends in, from this key on, in nearly every dialect
     NUMBERS_BYTES = 512
 
     def __init__(self):
-        self._outline = None
+        self._told, self._small, self._outline = (0, 0), b"", None
+
+    @property
+    def tokens(self):
+        if self._small:
+            self._told, self._small = self._read(self._small), b""
+        return self._told
 
     def pass_on(self, piece, last):
+        if last and self._outline is None:
+            if len(piece) <= VALUE_BYTES:
+                self._small = piece     # the journal will ask, behind the request's back
+            else:
+                self._told = self._read(piece)
+            return piece
         try:
-            if self._outline is None and last:
-                self.tokens = told_tokens(self._last_members(piece) or read_object(piece)[0])
-                return piece
             self._outline = self._outline or Outline()
             self._outline.feed(piece)
             if last:
-                self.tokens = told_tokens(self._outline.pairs())
+                self._told = told_tokens(self._outline.pairs())
         except Unreadable:
-            self.tokens = (None, None)
+            self._told = (None, None)
         return piece
+
+    def _read(self, answer):
+        try:
+            return told_tokens(self._last_members(answer) or read_object(answer)[0])
+        except Unreadable:
+            return None, None
 
     def _last_members(self, answer):
         """Return the pairs of the numbers that an answer's object ends in, None if it does not; raise Unreadable.
