@@ -117,7 +117,7 @@ LIST_BYTES = 16 * MIB       # of a list of models that is cut down to those of a
 LINE_LIMIT = 8 * MIB        # of a stream's line; Ollama's own client reads no longer ones
 MOST_TOKENS = 10 ** 9       # that one request can have cost
 PROBE_SECONDS = 2           # how long the upstream may take to say its version
-JOURNAL_SECONDS = 0.05      # how long finished requests gather before they are written
+JOURNAL_SECONDS = 0.01      # how long finished requests gather before they are written; all others wait meanwhile
 FINE_TICK = 0.1             # how old a file's time must be, in seconds, to tell its change from a later one,
 COARSE_TICK = 3             # and how old where the file system knows whole seconds only: FAT counts in twos
 STORE_SECONDS = 0.5         # how long the account and tokens' last uses gather before they are stored
@@ -909,16 +909,13 @@ class LengthBody:
     """Decodes a body whose length was told; of length 0, also one that there is not."""
 
     def __init__(self, length):
-        self.left = length
-
-    @property
-    def complete(self):
-        return not self.left
+        self.left, self.complete = length, not length
 
     def decode(self, data):
         """Split data into the body's next piece and what is not of it."""
         piece = data[:self.left]
         self.left -= len(piece)
+        self.complete = not self.left
         return piece, data[len(piece):]
 
     def end(self):
@@ -930,13 +927,13 @@ class CloseDelimitedBody(LengthBody):
     """Decodes a body that lasts until its connection ends (RFC 9112 6.3, the last rule)."""
 
     def __init__(self):
-        self.left = 1
+        self.complete = False
 
     def decode(self, data):
         return data, b""
 
     def end(self):
-        self.left = 0
+        self.complete = True
 
 
 class ChunkedBody:
@@ -1304,6 +1301,7 @@ OWN_TABLES = {"tokens", "state"}    # of every version
 REPLACED_COLUMNS = {"id", "user_id", "user", "api_name", "token", "created_at", "expires_at"}
 
 
+@functools.lru_cache(KNOWN_HEADS)
 def digest_of(secret):
     """Return the SHA-256 of a secret in hex; 256 random bits need no slow hash."""
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
@@ -3264,6 +3262,17 @@ class UpstreamWire(Wire):
 
     reused = False
 
+    def __init__(self, sock):
+        super().__init__(sock)
+        self._poll = new_poll()
+        self._poll.register(self.descriptor, READABLE)
+
+    def is_at_rest(self):
+        """Tell whether nothing came since the last answer: no end, and no bytes, which would be of nobody's answer."""
+        if self._poll.poll(0) or isinstance(self.sock, ssl.SSLSocket):  # poll costs a third of a read in vain
+            return self.alive() and not self.buffer
+        return True
+
     def on_readable(self):
         """Raise EarlyResponse; a word of TLS's own, a session ticket say, is none."""
         if not self.alive() or self.buffer:
@@ -3314,7 +3323,7 @@ class Pool:
         while self._idle and not fresh:
             with contextlib.suppress(IndexError):
                 wire = self._idle.pop()
-                if wire.alive() and not wire.buffer:
+                if wire.is_at_rest():
                     wire.reused = True
                     return wire
                 wire.close()
