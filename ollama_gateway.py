@@ -591,6 +591,7 @@ class Request(NamedTuple):
     fields: dict
     repeated: frozenset                 # names of fields that came more than once
     closes: bool                        # the client wants no other request on the connection
+    bearer: Optional[str]               # the secret that its Authorization shows, None without that field
     shown_path: str                     # without secrets
     upward: str                         # those of its fields that go upstream, as lines of a head
     path_secret: Optional[str] = None   # what stood behind /t/, once it is taken out of the path
@@ -630,8 +631,8 @@ class Record:
     """What will be known of a request when it has ended."""
 
     __slots__ = ("id", "peer", "token", "method", "path", "route", "model", "known_model", "status", "sent", "tap",
-                 "counted", "place", "began", "queued", "admitted", "answered", "released", "failure", "ended", "outcome",
-                 "code", "why")
+                 "counted", "place", "began", "queued", "admitted", "released", "failure", "answered", "ended",
+                 "outcome", "code", "why")
 
     def __init__(self, peer, now):
         self.peer, self.began, self.sent, self.queued, self.place = peer, now, 0, 0.0, None
@@ -1301,7 +1302,6 @@ OWN_TABLES = {"tokens", "state"}    # of every version
 REPLACED_COLUMNS = {"id", "user_id", "user", "api_name", "token", "created_at", "expires_at"}
 
 
-@functools.lru_cache(KNOWN_HEADS)
 def digest_of(secret):
     """Return the SHA-256 of a secret in hex; 256 random bits need no slow hash."""
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
@@ -2096,6 +2096,7 @@ HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")  # RFC 9110 7.2, RFC 398
 ABSOLUTE = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 SECRET_IN_PATH = re.compile(rf"(?<=/t/)[^/]+|{SECRET_PREFIX}[\w-]+", re.IGNORECASE)
 PATH_TOKEN = re.compile("/t/([^/]+)(/.*)")
+BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)  # RFC 6750 2.1; RFC 9110 11.1: the scheme's case is free
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
 
 
@@ -2103,6 +2104,12 @@ def upward_lines(fields, dropped):
     """Return, as a head's lines, the fields that go upstream: no credential, no cookie, nothing hop-by-hop."""
     return "".join(f"{name}: {value}\r\n" for name, value in fields.items()
                    if (name in FORWARDED or name.startswith(FORWARDED_PREFIXES)) and name not in dropped)
+
+
+def bearer_of(fields):
+    """Return the secret that an Authorization shows, "" if it shows none, None without that field."""
+    bearer = BEARER.fullmatch(fields.get("authorization", ""))
+    return bearer[1] if bearer else "" if "authorization" in fields else None
 
 
 def parse_request(head):
@@ -2128,8 +2135,8 @@ def parse_request(head):
     path, mark, query = target.partition("?")
     named = list_members(fields.get("connection", ""))
     return Request(method, path, mark + query, version, fields, frozenset(repeated),
-                   closes=version == "1.0" or "close" in named, shown_path=SECRET_IN_PATH.sub("*", path),
-                   upward=upward_lines(fields, named))
+                   closes=version == "1.0" or "close" in named, bearer=bearer_of(fields),
+                   shown_path=SECRET_IN_PATH.sub("*", path), upward=upward_lines(fields, named))
 
 
 # Clients ask with the same head again and again: not parsing it is a tenth of what a small answer costs.
@@ -2748,30 +2755,18 @@ class Router:
 
 # == Authenticate =============================================================
 
-BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)  # RFC 6750 2.1; RFC 9110 11.1: the scheme's case is free
-
-
-@functools.lru_cache(KNOWN_HEADS)
-def bearer_of(authorization):
-    """Return the secret that an Authorization field shows, "" for none."""
-    bearer = BEARER.fullmatch(authorization)
-    return bearer[1] if bearer else ""
-
-
 def secret_of(request):
     """Return the secret that a request shows, "" for none; raise Refusal for more than one."""
-    authorization, secret = request.fields.get("authorization"), request.fields.get("x-api-key")
+    bearer, secret = request.bearer, request.fields.get("x-api-key")
     if request.repeated and request.repeated & {"authorization", "x-api-key"}:
         raise Refusal("malformed", "there are two credentials of one kind")
     if request.path_secret is not None:
-        if authorization is not None or secret is not None:
+        if bearer is not None or secret is not None:
             raise Refusal("malformed", "there is a token in the path and another credential beside it")
         return request.path_secret
-    if authorization is not None:
-        if secret not in (None, bearer_of(authorization)):
-            raise Refusal("malformed", "Authorization and x-api-key differ")
-        secret = bearer_of(authorization)
-    secret = secret or ""
+    if None not in (bearer, secret) and bearer != secret:
+        raise Refusal("malformed", "Authorization and x-api-key differ")
+    secret = bearer or secret or ""
     return secret if secret.isascii() else secret.encode("latin-1").decode("utf-8", "surrogateescape")
 
 
@@ -3992,9 +3987,9 @@ class Journal:
 
     def _write_records(self):
         records = [self._records.popleft() for _ in range(len(self._records))]
+        self._account.end(records)
         for record in records:
             self._meters.observe(record)
-        self._account.end(records)
         self._account.used({record.token.id for record in records if record.token})
         if records:
             self._log("\n".join(map(log_line, records)))   # at once: logging takes longer for a line than we do
