@@ -2848,6 +2848,22 @@ class Relaying(GatewayCase):
                 self.assertEqual(self.again(client, "GET", "/api/version", None).json(), {"version": "0.9.3"})
                 hold.set()
 
+    def test_bytes_that_come_while_a_connection_rests_end_its_reuse(self):
+        answered, sent, hold = threading.Event(), threading.Event(), self.hold()
+
+        def speak_again(exchange):
+            answered.wait(GUARD)
+            exchange.send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
+            sent.set()
+            hold.wait(GUARD)
+        self.fake.replies["/api/tags"] = Reply.raw(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ngood", speak_again)
+        client = self.client()
+        self.assertEqual(self.again(client, "GET", "/api/tags", None).body, b"good")
+        answered.set()
+        sent.wait(GUARD)
+        self.assertEqual(self.again(client, "GET", "/api/version", None).json(), {"version": "0.9.3"})
+        hold.set()
+
     def test_a_client_that_reads_nothing_stops_the_upstream(self):
         stalled = threading.Event()
 
@@ -7366,9 +7382,9 @@ class LiveAccount(LiveCase):
             for stream in streams:
                 with self.subTest(path, stream=stream):
                     cost = self.counted(path, body, stream)
-                    self.lines.clear()
-                    self.assertStatus(self.through("POST", path, {**body, "stream": stream}), 200)
-                    fields = self.logged()
+                    answer = self.through("POST", path, {**body, "stream": stream})
+                    self.assertStatus(answer, 200)
+                    fields = self.logged(lambda fields, answer=answer: fields["id"] == answer.headers["x-request-id"])
                     self.assertEqual((int(fields["prompt"]), int(fields["completion"])), cost)
                     self.assertGreater(cost[0], 0)
 
