@@ -2896,7 +2896,7 @@ class Account:
     """Who used what: gathered in memory, stored by the journal within a second, and asked by the limiter for budgets.
 
     Of a request that runs, the account has what went by so far: a killed gateway loses the last second alone. One that
-    has ended is counted when the journal comes to it, with others at once: that takes a third of the time.
+    has ended is counted when the journal comes to it, behind its back; but a budget is charged before its answer ends.
     """
 
     def __init__(self, store, tokens, clock=time.time):
