@@ -1957,9 +1957,10 @@ class Footprint:
 
     def _move(self, core):
         self._core = core
-        for thread in os.listdir("/proc/self/task"):
-            with contextlib.suppress(OSError):  # it has ended
-                os.sched_setaffinity(int(thread), {core})
+        for _ in range(2):  # again for those that were begun meanwhile, by one that was still to be moved
+            for thread in os.listdir("/proc/self/task"):
+                with contextlib.suppress(OSError):  # it has ended
+                    os.sched_setaffinity(int(thread), {core})
 
     @staticmethod
     def _busy_seconds():

@@ -5828,6 +5828,12 @@ class OneCore(unittest.TestCase):
         self.pass_time(5, 0, 0)
         self.assertEqual(self.moves, [])
 
+    def test_a_thread_that_is_begun_meanwhile_moves_too(self):
+        with unittest.mock.patch.object(os, "listdir", side_effect=[["7"], ["7", "8"]]), \
+                unittest.mock.patch.object(os, "sched_setaffinity", create=True) as move:
+            gateway.Footprint()._move(1)
+        self.assertIn(unittest.mock.call(8, {1}), move.mock_calls)
+
     @unittest.skipUnless(hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1, "needs two cores, and Linux")
     def test_the_server_does_and_its_threads_too(self):
         with tempfile.TemporaryDirectory() as folder, Serving(folder, "--port", "0", "--ollama-url", "http://127.0.0.1:1") as serving:
