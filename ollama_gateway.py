@@ -3283,6 +3283,13 @@ class UpstreamWire(Wire):
         self.wait(WRITABLE | READABLE, deadline, watched)
         self.on_readable()
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind:
+            self.close()
+
 
 class Exchange(urllib.request.Request):
     """A request as it goes up. Its URL is known in parts, so what Request would parse from it is told instead."""
@@ -3334,12 +3341,8 @@ class Pool:
         trouble = OSError("its name has no address")
         for family, kind, protocol, _, address in look_up(self._host, self._port):
             try:
-                with contextlib.ExitStack() as stack:
-                    wire = UpstreamWire(socket.socket(family, kind, protocol))
-                    stack.callback(wire.close)
-                    self._establish(wire, address, deadline, watched)
-                    stack.pop_all()
-                    return wire
+                with UpstreamWire(socket.socket(family, kind, protocol)) as wire:
+                    return self._establish(wire, address, deadline, watched)
             except OSError as error:
                 trouble = error
         raise ConnectionError(trouble.strerror or str(trouble))
@@ -3354,6 +3357,7 @@ class Pool:
                 raise OSError(error, os.strerror(error)) from None
         if self._tls:
             wire.secure(self._tls, deadline, watched, server_hostname=self._host)
+        return wire
 
     def release(self, wire):
         if len(self._idle) < POOL_SIZE:
@@ -3473,7 +3477,7 @@ class PooledHandler(urllib.request.BaseHandler):
         return self._exchange(self._pool.lease(exchange.watched, fresh=True), exchange)
 
     def _exchange(self, wire, exchange):
-        try:
+        with wire:
             whole = self._send(wire, exchange)
             deadline = Deadline(exchange.timeout, "--first-byte-timeout")
             while True:
@@ -3485,9 +3489,6 @@ class PooledHandler(urllib.request.BaseHandler):
                     return reply
                 if not whole:
                     raise Malformed("it interrupted the request with an interim answer")
-        except BaseException:
-            wire.close()
-            raise
 
     def _send(self, wire, exchange):
         """Send head and body; return whether all of it went: an upstream may answer, and stop reading, before."""
