@@ -102,9 +102,11 @@ SPOOL_BYTES = 1 * MIB       # a larger body waits in a temporary file, not in me
 RECEIVE_BYTES = 16 * KIB    # one read from a socket: 64 KiB would leave 3 MB in the heap after a burst
 READ_BYTES = 64 * KIB       # one read from elsewhere, and as much of a pipelined request as is kept meanwhile
 DRAIN_BYTES = 16 * MIB      # read from a refused client, so that it gets to see the refusal
-SCAN_STEPS = 100_000        # brackets and strings of a body looked at for its model; about 50 ms
-VALUE_BYTES = 4 * KIB       # of a member's value that is kept; a model's name, all escapes, may take 3.5 KiB
-OUTLINE_BYTES = 64 * KIB    # of all of them
+DECODED_BYTES = 256 * KIB   # a JSON body up to this size is decoded in C, a larger one is scanned in windows
+WINDOW_BYTES = 64 * KIB     # one step of a scan: about 0.2 ms in which no other thread can run
+JSON_PARTS = 2_000_000      # strings and brackets that a scan may meet: about 0.1 s of CPU
+VALUE_BYTES = 4 * KIB       # a longer value is not read; a model's name, all escapes, may take 3.5 KiB
+TOP_LEVEL_BYTES = 64 * KIB  # a large body's keys and short values together
 FORM_PARTS = 100            # of a form that is looked into
 PAGE_BODY_BYTES = 16 * KIB  # of a request for one of our own pages
 
@@ -992,11 +994,14 @@ class ChunkedBody:
 
 
 class Unreadable(Exception):
-    """A body that does not tell for sure what Ollama will read in it."""
+    """A body in which the gateway cannot determine what Ollama will read; `code` is one of REFUSALS."""
+
+    def __init__(self, message, code="malformed"):
+        super().__init__(message)
+        self.code = code
 
 
-NUMBER_STARTS = frozenset(b"%c" % digit for digit in b"-0123456789")
-LONG = object()     # stands for a value that was too long to keep
+TOO_LONG = object()     # replaces a value of more than VALUE_BYTES
 
 
 def fold(pairs):
@@ -1010,134 +1015,126 @@ def fold(pairs):
     return members
 
 
-class Outline:
-    """Follows a JSON object as its bytes come and keeps its members, of their values the short ones.
+def bounded_int(digits):
+    """Return the number, or TOO_LONG if it has more than 1,000 digits: int() takes quadratic time."""
+    return int(digits) if len(digits) <= 1000 else TOO_LONG
 
-    The object is never built. What follows it is not looked at, as encoding/json does not.
+
+# newer Pythons have a limit of their own for int(); a call for each number takes twice the time of the decoder
+DECODER = json.JSONDecoder(object_pairs_hook=tuple, parse_constant=lambda _: TOO_LONG,
+                           parse_int=None if hasattr(sys, "set_int_max_str_digits") else bounded_int)
+
+
+class TopLevelScanner:
+    """Reads the top-level members of a large JSON object without building the object.
+
+    Long strings and nested values are skipped in windows of at most WINDOW_BYTES by methods of bytes; between windows
+    other threads run. Nested values are not validated: Ollama refuses a body that has a malformed one.
     """
 
-    PLAIN = re.compile(rb'(?:[,\s]*"[^"\\]{0,256}"\s*:\s*(?:"[^"\\]{0,256}"|[\w.+-]+)){1,64}')  # members, at once
-    TOKEN = re.compile(rb'"(?:[^"\\]{0,256}")?|[{}\[\]]')  # a short plain string whole, of others the quote
-    QUOTE = re.compile(rb'(?<!\\)(?:(\\{2,})"|")')          # that ends a string, unless an odd run escapes it
-    LAST_RUN = re.compile(rb"(?<!\\)\\+\Z")
-    DECODER = json.JSONDecoder(object_pairs_hook=tuple, parse_constant=lambda _: LONG)
+    MARK = re.compile(rb'["{}\[\]]')
+    BRACKET = re.compile(rb"[{}\[\]]")
+    STEPS = bytes(1 if mark in b"{[" else 255 for mark in range(256))   # as signed bytes: 1 opens, -1 closes
+    NO_BRACKETS = bytes(set(range(256)) - set(b"{}[]"))
 
-    def __init__(self, most_steps=sys.maxsize):
-        self.closed = False
-        self.size = 0           # bytes of it so far
-        self._steps = most_steps
-        self._kept = bytearray()
-        self._value = 0         # where in what is kept the last key or value begins
-        self._leaving_out = False
-        self._depth = 0
-        self._quoted = False    # within a string
-        self._escaped = False   # of which the next byte belongs to a backslash
+    def __init__(self, data):
+        self._data, self._parts = data, 0
 
-    def feed(self, data):
-        """Take the next bytes; raise Unreadable when there are more strings and brackets than steps, or members."""
-        if self._escaped and data:
-            self._escaped = False
-            self._keep(data, 0, 1)
-            self.size += 1
-            data = data[1:]     # or QUOTE would look at what stands before
-        at = 0
-        while at < len(data) and not self.closed:
-            self._step()
-            plain = self.PLAIN.match(data, at) if self._depth == 1 and not self._quoted else None
-            if plain:
-                self._kept += plain[0]
-                at = plain.end()
-                continue
-            end = self._string_end(data, at) if self._quoted else self._token_end(data, at)
-            self._keep(data, at, end)
-            at = end
-        self.size += at
+    def read(self):
+        """Return the members as (key, value) pairs, and the object's size in bytes; raise Unreadable.
 
-    def _step(self):
-        self._steps -= 1
-        if self._steps < 0 or len(self._kept) > OUTLINE_BYTES:
-            raise Unreadable("it has too many parts")
-
-    def _token_end(self, data, at):
-        token = self.TOKEN.search(data, at)
-        if token is None:
-            return len(data)
-        if self._depth == 1 and token.start() > at + KIB:
-            return token.start()    # blanks, or a number without end
-        mark = token[0]
-        if self._depth == 1:
-            self._value = len(self._kept) + token.start() - at
-        if mark.startswith(b'"'):
-            self._quoted = len(mark) == 1
-            return token.end()
-        numbers_end = self._numbers_end(data, token.end()) if mark == b"[" else 0
-        if not numbers_end:
-            self._depth += 1 if mark in b"{[" else -1
-            self.closed = self._depth <= 0
-        return numbers_end or token.end()
-
-    def _numbers_end(self, data, at):
-        """Return where a list of numbers ends whose inside `at` is, 0 if it is another list: an embedding is 10 KB."""
-        end = data.find(b"]", at, at + READ_BYTES) if data[at:at + 1] in NUMBER_STARTS else -1
-        if end < 0:
-            return 0
-        if any(data.find(mark, at, end) >= 0 for mark in (b'"', b"[", b"{")):
-            self._steps -= 10   # for having looked in vain
-            return 0
-        return end + 1
-
-    def _string_end(self, data, at):
-        for quote in self.QUOTE.finditer(data, at):
-            if (quote.end(1) - quote.start(1)) % 2 == 0:
-                self._quoted = False
-                return quote.end()
-            self._step()
-        run = self.LAST_RUN.search(data, at) if data[-1:] == b"\\" else None
-        self._escaped = run is not None and (run.end() - run.start()) % 2 == 1
-        return len(data)
-
-    def _keep(self, data, at, end):
-        """Keep the bytes, or in place of the whole value that they belong to a NaN, which no JSON has."""
-        within = self._quoted or self._depth > 1
-        if not self._leaving_out:
-            if max(end - at, len(self._kept) - self._value + end - at) <= VALUE_BYTES:
-                self._kept += data[at:end]
-                return
-            if not within and not self.closed and data[end - 1:end] not in b'"}]':
-                self._kept += b" ".join(data[at:end].split())[:VALUE_BYTES]  # what stands between keys and values
-                return
-            before = max(self._value - len(self._kept), 0)  # what stands before the value
-            self._kept += data[at:at + before]
-            self._kept[self._value:] = b"NaN"
-        self._leaving_out = within
-
-    def pairs(self):
-        """Return the members as (key, value) pairs, in a tuple; raise Unreadable.
-
-        An object within is a tuple of pairs too, a value too long to keep is LONG.
+        A nested object is a tuple of pairs too; a value of more than VALUE_BYTES is TOO_LONG.
         """
+        kept, at = bytearray(), 0
+        while True:
+            mark = self.MARK.search(self._data, at, at + WINDOW_BYTES)
+            if mark is None:
+                raise Unreadable("it is not a JSON object")
+            kept += self._data[at:mark.start()].translate(None, b" \t\r\n")
+            start, at = mark.span()
+            if mark[0] == b"}":
+                return self._decode(kept + b"}"), at
+            if mark[0] == b'"':
+                at = self._string_end(at)
+            elif kept:
+                at = self._nested_end(start)
+            kept += self._data[start:at] if at - start <= VALUE_BYTES else b"NaN"
+            if len(kept) > TOP_LEVEL_BYTES:
+                raise Unreadable(f"its keys and short values take more than {TOP_LEVEL_BYTES} bytes", "body_too_large")
+
+    @staticmethod
+    def _decode(kept):
         try:
-            pairs = self.DECODER.decode(self._kept.decode())
+            pairs = DECODER.decode(kept.decode())
         except (ValueError, RecursionError):
-            raise Unreadable("it is no JSON object") from None
-        if not self.closed or not isinstance(pairs, tuple):
-            raise Unreadable("it is no JSON object")
+            raise Unreadable("it is not a JSON object") from None
+        if not isinstance(pairs, tuple):
+            raise Unreadable("it is not a JSON object")
         return pairs
 
+    def _windows(self, at):
+        """Yield the data from a position outside an escape on, as (position, window) pairs; escapes are masked."""
+        size = VALUE_BYTES // 8     # most values are short
+        while at < len(self._data):
+            window = self._data[at:at + size].replace(b"\\\\", b"--").replace(b'\\"', b"--")
+            window = window[:-1] if window.endswith(b"\\") else window   # the rest of that escape is in the next one
+            if not window:
+                break
+            yield at, window
+            at += len(window)
+            if size == WINDOW_BYTES:
+                time.sleep(1e-6)    # releases the interpreter's lock: a waiting thread would have to wait 5 ms for it
+            size = min(4 * size, WINDOW_BYTES)
+        raise Unreadable("it is not a JSON object")
 
-def read_object(data, most_steps=sys.maxsize):
-    """Return the pairs of the JSON object that data begins with, as Outline does, and its size; raise Unreadable."""
-    if len(data) > VALUE_BYTES:
-        outline = Outline(most_steps)
-        outline.feed(data)
-        return outline.pairs(), outline.size
+    def _string_end(self, at):
+        """Return the position after a string of which the first character is at a position."""
+        for start, window in self._windows(at):
+            end = window.find(b'"')
+            if end >= 0:
+                self._count(1)
+                return start + end + 1
+
+    def _nested_end(self, at):
+        """Return the position after the object or array that starts at a position."""
+        depth, quoted = 0, 0
+        for start, window in self._windows(at):
+            parts = window.split(b'"')  # strings and what is between them, alternately
+            steps = b"".join(parts[quoted::2]).translate(self.STEPS, self.NO_BRACKETS)
+            self._count(len(parts) // 2 + len(steps))
+            closing = steps.count(255)
+            if depth <= closing and depth + min(itertools.accumulate(memoryview(steps).cast("b")), default=0) <= 0:
+                return start + self._closing_bracket(parts, quoted, depth)
+            depth += len(steps) - 2 * closing
+            quoted ^= len(parts) % 2 == 0
+
+    def _closing_bracket(self, parts, quoted, depth):
+        """Return the position in a window's parts after the bracket that ends the value."""
+        offset = 0
+        for number, part in enumerate(parts):
+            for bracket in self.BRACKET.finditer(part) if number % 2 == quoted else ():
+                depth += 1 if bracket[0] in b"{[" else -1
+                if depth <= 0:
+                    return offset + bracket.end()
+            offset += len(part) + 1
+
+    def _count(self, parts):
+        self._parts += parts
+        if self._parts > JSON_PARTS:
+            raise Unreadable(f"it has more than {JSON_PARTS} strings and brackets", "body_too_large")
+
+
+def read_object(data):
+    """Return the members of the JSON object at the start of data, and its size, as TopLevelScanner does."""
+    if len(data) > DECODED_BYTES:
+        return TopLevelScanner(data).read()
     try:
-        text = data[:].decode()     # a small one is its own outline, and read in C five times as fast
-        pairs, end = Outline.DECODER.raw_decode(text, len(text) - len(text.lstrip(" \t\r\n")))
+        text = data[:].decode()
+        pairs, end = DECODER.raw_decode(text, len(text) - len(text.lstrip(" \t\r\n")))
     except (ValueError, RecursionError):
-        raise Unreadable("it is no JSON object") from None
+        raise Unreadable("it is not a JSON object") from None
     if not isinstance(pairs, tuple):
-        raise Unreadable("it is no JSON object")
+        raise Unreadable("it is not a JSON object")
     return pairs, end if text.isascii() else len(text[:end].encode())
 
 
@@ -1152,7 +1149,7 @@ def asks_for_usage(members):
     """Tell whether a body's stream_options ask for the usage; equal keys are merged, as encoding/json does."""
     asks = False
     for options in members.get("stream_options", ()):
-        if options is LONG:
+        if options is TOO_LONG:
             raise Unreadable('its "stream_options" are too long')
         for value in fold(options).get("include_usage", ()) if isinstance(options, tuple) else [False]:
             asks = asks if value is None else value is True
@@ -1160,15 +1157,15 @@ def asks_for_usage(members):
 
 
 def check_utf8(data):
-    """Raise Unreadable for bytes that are no UTF-8; the text is never built as a whole."""
-    if len(data) <= VALUE_BYTES:
-        return  # it is decoded anyway
+    """Raise Unreadable for a large body that is not UTF-8; a smaller one is decoded anyway."""
+    if len(data) <= DECODED_BYTES:
+        return
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        for at in range(0, len(data), READ_BYTES):
-            decoder.decode(data[at:at + READ_BYTES], final=at + READ_BYTES >= len(data))
+        for at in range(0, len(data), WINDOW_BYTES):
+            decoder.decode(data[at:at + WINDOW_BYTES], final=at + WINDOW_BYTES >= len(data))
     except UnicodeDecodeError:
-        raise Unreadable("it is no UTF-8") from None
+        raise Unreadable("it is not UTF-8") from None
 
 
 def only_text(members, key):
@@ -1176,7 +1173,7 @@ def only_text(members, key):
     values = members.get(key, ("",))
     if len(values) > 1:
         raise Unreadable(f'it has two keys "{key}"')
-    if values[0] is LONG:
+    if values[0] is TOO_LONG or isinstance(values[0], str) and len(values[0]) > VALUE_BYTES:
         raise Unreadable(f'its "{key}" is too long')
     return values[0] if isinstance(values[0], str) else ""
 
@@ -1187,7 +1184,7 @@ def asked_in_json(data, wants_usage=False):
     wants_usage: whether a stream tells its tokens only to whoever asks in `stream_options`.
     """
     check_utf8(data)
-    pairs, size = read_object(data, SCAN_STEPS)
+    pairs, size = read_object(data)
     members = fold(pairs)
     model, name = only_text(members, "model"), only_text(members, "name")
     if not wants_usage or True not in members.get("stream", ()) or asks_for_usage(members):
@@ -1207,6 +1204,16 @@ PART_FIELD = re.compile(rb"(?:content-(?:type|length|id)|mime-version):[^\r\n]*"
                         rb"|content-transfer-encoding: *(?:7bit|8bit|binary) *", re.IGNORECASE)
 
 
+def find_all(data, delimiter):
+    """Yield the positions of a delimiter, which is searched in windows: other threads run in between."""
+    at = 0
+    while at < len(data):
+        found = data.find(delimiter, at, at + WINDOW_BYTES)
+        if found >= 0:
+            yield found
+        at = found + len(delimiter) if found >= 0 else at + WINDOW_BYTES - len(delimiter) + 1
+
+
 def form_parts(content_type, data):
     """Yield where head and content of each of a form's parts are, as (start, end) pairs (RFC 7578, RFC 2046 5.1.1).
 
@@ -1216,12 +1223,12 @@ def form_parts(content_type, data):
     if not form:
         raise Unreadable("it is no multipart/form-data with a plain boundary")
     delimiter = b"--" + (form[1] or form[2]).encode("latin-1")
-    found = [match.span() for match in itertools.islice(re.finditer(re.escape(delimiter), data), FORM_PARTS + 2)]
+    found = [(at, at + len(delimiter)) for at in itertools.islice(find_all(data, delimiter), FORM_PARTS + 2)]
     if not found or data[:found[0][0]] not in (b"", b"\r\n") or len(found) > FORM_PARTS + 1 \
             or data[found[-1][1]:found[-1][1] + 5] not in (b"--", b"--\r\n"):
         raise Unreadable("it is no form, or has too many parts")
     for (_, start), (end, _) in zip(found, found[1:]):
-        head_end = data.find(b"\r\n\r\n", start, end)
+        head_end = data.find(b"\r\n\r\n", start, min(end, start + WINDOW_BYTES))
         if data[start:start + 2] != b"\r\n" or data[end - 2:end] != b"\r\n" or not start < head_end <= end - 4 - 2:
             raise Unreadable("a part of the form is malformed")
         yield (start + 2, head_end), (head_end + 4, end - 2)
@@ -2723,7 +2730,7 @@ class Router:
         except Unreadable as error:
             if token.admin:
                 return Asked()
-            raise Refusal("malformed", f"which model the body means cannot be told: {error}") from None
+            raise Refusal(error.code, f"the model in the body cannot be determined: {error}") from None
 
     @staticmethod
     def permit_model(route, asked, token):
@@ -3641,7 +3648,7 @@ class ObjectTap(Tap):
     NUMBERS_BYTES = 512
 
     def __init__(self):
-        self._told, self._small, self._outline = (0, 0), b"", None
+        self._told, self._small, self._tail = (0, 0), b"", b""
 
     @property
     def tokens(self):
@@ -3650,19 +3657,12 @@ class ObjectTap(Tap):
         return self._told
 
     def pass_on(self, piece, last):
-        if last and self._outline is None:
-            if len(piece) <= VALUE_BYTES:
-                self._small = piece     # the journal will ask, behind the request's back
-            else:
-                self._told = self._read(piece)
+        if last and not self._tail and len(piece) <= VALUE_BYTES:
+            self._small = piece     # the journal will ask, behind the request's back
             return piece
-        try:
-            self._outline = self._outline or Outline()
-            self._outline.feed(piece)
-            if last:
-                self._told = told_tokens(self._outline.pairs())
-        except Unreadable:
-            self._told = (None, None)
+        self._tail = (self._tail + piece)[-WINDOW_BYTES:]
+        if last:
+            self._told = self._read(self._tail)
         return piece
 
     def _read(self, answer):

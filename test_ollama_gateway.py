@@ -3662,38 +3662,53 @@ class ModelName(unittest.TestCase):
 
     def test_it_is_what_a_decoder_finds(self):
         source = random.Random(1)
-        for _ in range(2000):
+        for decoded_bytes in 2000 * [gateway.DECODED_BYTES] + 2000 * [0]:   # decoded, and scanned
             pairs = [(source.choice(("model", "MODEL", "name", 'p"\\', "messages", "")), self.value(source)) for _ in range(source.randrange(6))]
             blank = source.choice(("", " ", "\n\t"))
             members = (json.dumps(key, ensure_ascii=source.random() < 0.5) + blank + ":" + json.dumps(value) for key, value in pairs)
             body = ("{" + f"{blank},{blank}".join(members) + "}" + source.choice(("", "\n", '{"model":"z"}'))).encode()
             found = [[value for key, value in pairs if key.lower() == name] for name in ("model", "name")]
-            got = self.read(body)
-            if any(len(values) > 1 or values and len(json.dumps(values[0])) > 4000 for values in found):
+            with unittest.mock.patch.object(gateway, "DECODED_BYTES", decoded_bytes):
+                got = self.read(body)
+            if any(len(values) > 1 or values and len(json.dumps(values[0])) > 4000 and (isinstance(values[0], str) or not decoded_bytes)
+                   for values in found):
                 self.assertIsInstance(got, gateway.Unreadable, body)
             else:
                 names = [values[0] if values and isinstance(values[0], str) else "" for values in found]
                 self.assertEqual(got, names[0] or names[1], body)
 
-    def test_an_outline_is_the_same_however_its_bytes_come(self):
-        body = rb'{"model":"a\"\\","m":[{"x":"}\\\""},["]"]], "n" :-1.5e3,"s":{"a":{"b":null}},"t":"\u00e9\ud83d"} {"model":"z"}'
-        body = body.replace(b'"m"', b'"long":"' + b"x" * 5000 + b'\\"","m"')
-        whole = gateway.Outline()
-        whole.feed(body)
-        self.assertEqual((dict(whole.pairs())["model"], whole.size), ('a"\\', body.index(b" {")))
-        self.assertIs(dict(whole.pairs())["long"], gateway.LONG)
-        for split in (at for at in range(1, len(body)) if body[at - 2:at + 2] != b"xxxx"):
-            outline = gateway.Outline()
-            outline.feed(body[:split])
-            outline.feed(body[split:])
-            self.assertEqual((outline.pairs(), outline.size), (whole.pairs(), whole.size), split)
+    def test_a_large_body_is_read_like_a_small_one(self):
+        """Whatever a value is, and wherever a window ends in it, the scanner finds what the decoder finds."""
+        source = random.Random(2)
+        values = (b'"}\\\\\\""', b'["]",{"x":"\\\\"}]', b"-1.5e3", b'{"a":{"b":null}}', b'"\\u00e9"', b"true", b"[]", b'"' + "é\\\"".encode() * 300 + b'"')
+        for size in 16, 32, 1024:    # the first window has an eighth of it
+            with unittest.mock.patch.multiple(gateway, VALUE_BYTES=size, WINDOW_BYTES=4 * size):
+                for _ in range(300):
+                    body = b"{" + b" ,\n".join(b'"k%d" : %b' % (at, source.choice(values)) for at in range(source.randrange(1, 8))) + b"}"
+                    expected = [(key, value if len(raw) <= size else gateway.TOO_LONG)
+                                for (key, value), raw in zip(gateway.DECODER.decode(body.decode()), re.split(rb' ,\n"k\d" : ', body[8:-1]))]
+                    pairs, end = gateway.TopLevelScanner(body + b' {"model":"z"}').read()
+                    self.assertEqual((list(pairs), end), (expected, len(body)), body)
 
-    def test_a_long_prompt_full_of_quotes_is_passed_over(self):
-        prompt = b'print(\\"hello, world\\")\\n' * 200_000
-        self.assertEqual(self.read(b'{"prompt":"' + prompt + b'","model":"tiny"}'), "tiny")
-        prompt = prompt.replace(b'\\"', b'\\\\\\"')     # JSON within JSON: these are looked at one by one, so many of them
-        self.assertEqual(self.read(b'{"prompt":"' + prompt[:1_000_000] + b'","model":"tiny"}'), "tiny")
-        self.assertIsInstance(self.read(b'{"prompt":"' + prompt + b'","model":"tiny"}'), gateway.Unreadable, "the steps have run out")
+    def test_a_long_prompt_full_of_quotes_is_skipped(self):
+        for prompt in b'print(\\"hello, world\\")\\n', b'print(\\\\\\"hello, world\\\\\\")\\n':
+            self.assertEqual(self.read(b'{"prompt":"' + prompt * 200_000 + b'","model":"tiny"}'), "tiny")
+
+    def test_many_short_texts_and_messages_are_let_through(self):
+        for key, value in ("input", ["a short text"] * 60_000), ("messages", [{"role": "user", "content": "Hello"}] * 17_000):
+            self.assertEqual(self.read(json.dumps({key: value, "model": "tiny"}).encode()), "tiny")
+
+    def test_the_limit_on_strings_and_brackets_is_named_in_a_413(self):
+        for label, body in (("brackets", b"[]," * gateway.JSON_PARTS), ("strings", b'"",' * gateway.JSON_PARTS)):
+            error = self.read(b'{"model":"tiny","x":[' + body + b"[]]}")
+            self.assertIn(f"{gateway.JSON_PARTS} strings and brackets", str(error), label)
+            self.assertEqual(error.code, "body_too_large")
+        error = self.read(b"{" + b",".join(b'"%d":"%b"' % (at, b"x" * 90) for at in range(3000)) + b"}")
+        self.assertIn(f"{gateway.TOP_LEVEL_BYTES} bytes", str(error))
+
+    def test_a_number_of_many_digits_costs_linear_time(self):
+        self.assertEqual(gateway.bounded_int("7" * 1000), int("7" * 1000))
+        self.assertIs(gateway.bounded_int("7" * 1001), gateway.TOO_LONG)
 
     def test_runs_of_backslashes_are_passed_over_in_one_go(self):
         for label, prompt, name in (("even", b"\\" * 8_000_000, "tiny"), ("odd", b"\\" * 8_000_001, gateway.Unreadable),
