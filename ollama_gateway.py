@@ -99,6 +99,7 @@ KNOWN_HEAD_BYTES = 1 * KIB  # of one that is kept; SDKs stay below that
 FIELD_COUNT = 100           # what http.client accepts too
 TRAILER_BYTES = 4 * KIB     # nobody sends any
 SPOOL_BYTES = 1 * MIB       # a larger body waits in a temporary file, not in memory
+BODY_MEMORY = 64 * MIB      # of all bodies in memory together; when it is used up, they go to files
 RECEIVE_BYTES = 16 * KIB    # one read from a socket: 64 KiB would leave 3 MB in the heap after a burst
 READ_BYTES = 64 * KIB       # one read from elsewhere, and as much of a pipelined request as is kept meanwhile
 DRAIN_BYTES = 16 * MIB      # read from a refused client, so that it gets to see the refusal
@@ -111,6 +112,8 @@ FORM_PARTS = 100            # of a form that is looked into
 PAGE_BODY_BYTES = 16 * KIB  # of a request for one of our own pages
 
 BODY_SECONDS = 60           # without a byte of a request body that was promised
+PAGE_BODY_SECONDS = 15      # for the whole body of a request for one of our own pages
+REJUDGE_SECONDS = 1         # how often the token of a body that is passed on as it comes is judged again
 SEND_SECONDS = 60           # for a piece of at most 64 KiB to a client that reads slowly
 DRAIN_SECONDS = 3
 HEALTH_SECONDS = 10         # how old the upstream's state in /health may be
@@ -389,6 +392,8 @@ OPTION_GROUPS = {
                "clients connected at once; one more takes the place of the longest idle"),
         Option("--max-body", "GATEWAY_MAX_BODY", "100MiB", byte_size, "SIZE",
                "the largest request, but for blobs, which have no limit"),
+        Option("--max-spool", "GATEWAY_MAX_SPOOL", "2GiB", byte_size, "SIZE",
+               "disk space for all request bodies together; one over 1 MiB waits in a temporary file"),
         Option("--max-parallel", "GATEWAY_MAX_PARALLEL", "0", whole, "N",
                "inference requests that are upstream at once, 0 for any number; the others wait for their turn"),
         Option("--max-queue", "GATEWAY_MAX_QUEUE", "128", positive, "N", "requests of one user that may wait"),
@@ -614,6 +619,7 @@ class ConnectionLimits(NamedTuple):
     max_body: int
     header_timeout: float
     idle_timeout: float
+    storage: object     # the BodyStorage of all connections
 
 
 class Route(NamedTuple):
@@ -633,11 +639,11 @@ class Record:
     """What will be known of a request when it has ended."""
 
     __slots__ = ("id", "peer", "token", "method", "path", "route", "model", "known_model", "status", "sent", "tap",
-                 "counted", "place", "began", "queued", "admitted", "released", "failure", "answered", "ended",
+                 "counted", "counted_in", "began", "queued", "admitted", "released", "failure", "answered", "ended",
                  "outcome", "code", "why")
 
     def __init__(self, peer, now):
-        self.peer, self.began, self.sent, self.queued, self.place = peer, now, 0, 0.0, None
+        self.peer, self.began, self.sent, self.queued, self.counted_in = peer, now, 0, 0.0, False
         self.id = self.token = self.method = self.path = self.model = self.status = self.tap = None
         self.route = self.known_model = ""  # the path in the table; the model's full name, once Ollama has owned to it
         self.admitted = self.released = None    # when it went upstream, and when it came back
@@ -744,6 +750,8 @@ class Bell:
 class Wire:
     """A non-blocking socket, and what was read from it too early; a wait has a deadline, and may watch another wire."""
 
+    waited = False      # `fill` was called since this was last reset
+
     def __init__(self, sock):
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or Nagle waits for delayed ACKs, 44 ms an answer
@@ -770,6 +778,7 @@ class Wire:
 
     def fill(self, deadline, watched=None):
         """Read more into the buffer as soon as there is any; return False at the stream's end."""
+        self.waited = True
         while True:
             if not (isinstance(self.sock, ssl.SSLSocket) and self.sock.pending()):  # poll cannot see what TLS holds
                 self.wait(READABLE, deadline, watched)
@@ -2187,32 +2196,86 @@ def disk_errors():
         raise Refusal("no_room", f"the body cannot be kept: {error.strerror}") from None
 
 
+class BodyStorage:
+    """Bounds the memory and the disk space that request bodies take together; safe to share between threads."""
+
+    def __init__(self, max_spool):
+        self._max_spool, self._lock = max_spool, threading.Lock()
+        self._memory = self._disk = 0
+
+    def take_memory(self, size):
+        """Reserve memory; return False if there is none left."""
+        with self._lock:
+            fits = self._memory + size <= BODY_MEMORY
+            self._memory += size if fits else 0
+            return fits
+
+    def take_disk(self, size):
+        """Reserve disk space; raise Refusal if there is none left."""
+        with self._lock:
+            if self._disk + size > self._max_spool:
+                raise Refusal("no_room", f"request bodies take {self._disk} bytes of disk space already, of at most "
+                                         f"{self._max_spool} (--max-spool): try again later")
+            self._disk += size
+
+    def free(self, memory, disk):
+        with self._lock:
+            self._memory -= memory
+            self._disk -= disk
+
+
 class HeldBody:
-    """A request's body, whole: in memory, or in a file if it is large. It can be sent twice."""
+    """A request's body, whole: in memory, or in a temporary file if it is large. It can be sent twice."""
 
     replayable = True
 
-    def __init__(self, data=b"", file=None, size=0, declared=True):
-        self.size = size or len(data)
-        self._data, self._file, self._declared = data, file, declared
+    def __init__(self, data=b"", declared=True, storage=None):
+        self.size, self._data, self._declared = len(data), data, declared
+        self._storage, self._file, self._memory, self._disk = storage, None, 0, 0
+
+    def append(self, piece):
+        """Add a piece; raise Refusal if there is no room for it."""
+        if self._file is None and self.size + len(piece) <= SPOOL_BYTES and self._storage.take_memory(len(piece)):
+            self._memory += len(piece)
+            self._data += piece
+        else:
+            with disk_errors():
+                self._write(piece)
+        self.size += len(piece)
+
+    def _write(self, piece):
+        if self._file is None:
+            import tempfile  # few requests need it, and every start would wait for it
+            self._file = tempfile.TemporaryFile()
+            piece, self._data = self._data + piece, b""
+            self._storage.free(self._memory, 0)
+            self._memory = 0
+        self._storage.take_disk(len(piece))
+        self._disk += len(piece)
+        self._file.write(piece)
 
     @property
     def framing(self):
         return f"content-length: {self.size}\r\n" if self._declared else ""
 
     def pieces(self, _=None):
-        """Yield the bytes as they go on the wire."""
+        """Yield the bytes as they go on the wire; raise Refusal if they cannot be read."""
         if self._file is None:
             yield self._data
-        else:
+            return
+        with disk_errors():
             self._file.seek(0)
-            yield from iter(lambda: self._file.read(READ_BYTES), b"")
+        for _ in range(0, self.size, READ_BYTES):
+            with disk_errors():
+                piece = self._file.read(READ_BYTES)
+            yield piece
 
     def look(self, find, *how):
         """Return what `find(bytes, *how)` finds in the bytes; of a file only those in sight take memory."""
         if self._file is None:
             return find(self._data, *how)
         with disk_errors():
+            self._file.flush()
             view = mmap.mmap(self._file.fileno(), self.size, access=mmap.ACCESS_READ)
         with view:
             return find(view, *how)
@@ -2237,18 +2300,20 @@ class HeldBody:
         if self._file is not None:
             with contextlib.suppress(OSError):  # what it still has to write is not needed
                 self._file.close()
+        if self._storage is not None:
+            self._storage.free(self._memory, self._disk)
 
 
 NO_BODY = HeldBody(declared=False)
 
 
 class LiveBody:
-    """A request's body that is passed on as it comes, framed as it came."""
+    """A request's body that is passed on as it comes, framed as it came, while `judge` does not raise Refusal."""
 
     replayable = False
 
-    def __init__(self, client):
-        self._client = client
+    def __init__(self, client, judge):
+        self._client, self._judge = client, judge
         self._chunked = isinstance(client.body, ChunkedBody)
         self.framing = "transfer-encoding: chunked\r\n" if self._chunked else f"content-length: {client.body.left}\r\n"
 
@@ -2260,8 +2325,12 @@ class LiveBody:
 
     def pieces(self, upstream):
         """Yield the bytes as they go on the wire; the upstream is watched while the client is silent."""
+        judged = time.monotonic()
         while not self._client.body.complete:
             piece = self._client.read_body(upstream)
+            if time.monotonic() - judged > REJUDGE_SECONDS:
+                self._judge()
+                judged = time.monotonic()
             yield chunk(piece, self._client.body.complete) if self._chunked else piece
 
 
@@ -2318,48 +2387,45 @@ class ClientStream:
             self.record.id = given
         self.record.method, self.record.path = request.method, request.shown_path
 
-    def read_body(self, watched=None):
+    def read_body(self, watched=None, deadline=None):
         """Return the next piece of the request's body, b"" only at its end; raise Refusal if it is not as promised."""
         if self._expects and not self.body.complete and not self.wire.buffer:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._expects = False
         try:
-            return self.wire.read_piece(self.body, Deadline(BODY_SECONDS), watched)
+            return self.wire.read_piece(self.body, deadline or Deadline(BODY_SECONDS), watched)
         except (Malformed, OSError) as error:
-            raise client_failure(error, "nothing of the body came for {:g} s", BODY_SECONDS) from None
+            late = "the body took longer than {:g} s" if deadline else "nothing of the body came for {:g} s"
+            raise client_failure(error, late, PAGE_BODY_SECONDS if deadline else BODY_SECONDS) from None
 
-    def take_body(self, live):
-        """Return the request's body, for a with block: to be passed on as it comes, or, read whole, as often as needed.
+    def read_page_body(self):
+        """Return the whole body of a request for one of our own pages; raise Refusal if it is too large or too slow."""
+        body, deadline = bytearray(), Deadline(PAGE_BODY_SECONDS)
+        while not self.body.complete:
+            body += self.read_body(deadline=deadline)
+            if len(body) > PAGE_BODY_BYTES:
+                raise Refusal("body_too_large", f"the body is larger than {PAGE_BODY_BYTES} bytes")
+        return bytes(body)
 
-        Raises Refusal if it is too large to be held, or there is no room for it.
+    def take_body(self):
+        """Read the request's body and return it, for a with block.
+
+        Raises Refusal if it is too large, or there is no room for it.
         """
-        if live:
-            return LiveBody(self)
         if self.body.complete:
             return HeldBody(declared="content-length" in self.request.fields)
         self._bound_body(self.body.left)
         piece = self.read_body()
-        if self.body.complete and len(piece) <= SPOOL_BYTES:
+        if self.body.complete and len(piece) <= RECEIVE_BYTES:
             return HeldBody(piece)
-        data = bytearray(piece)
-        while not self.body.complete:
-            data += self.read_body()
-            self._bound_body(len(data))
-            if len(data) > SPOOL_BYTES:
-                return self._spool_body(data)
-        return HeldBody(bytes(data))
-
-    def _spool_body(self, data):
-        import tempfile  # few requests need it, and every start would wait for it
-        with disk_errors(), contextlib.ExitStack() as stack:
-            file = stack.enter_context(tempfile.TemporaryFile())
-            size = file.write(data)
+        with contextlib.ExitStack() as stack:
+            body = stack.enter_context(HeldBody(bytearray(), storage=self.limits.storage))
+            body.append(piece)
             while not self.body.complete:
-                size += file.write(self.read_body())
-                self._bound_body(size)
-            file.flush()
+                body.append(self.read_body())
+                self._bound_body(body.size)
             stack.pop_all()
-            return HeldBody(file=file, size=size)
+            return body
 
     def _bound_body(self, size):
         if size > self.limits.max_body:
@@ -2515,28 +2581,20 @@ class Gateway:
 
     def serve(self, client):
         """Take one request from its head to its record: it is answered once, and written down once."""
-        record, token = client.record, None
+        record = client.record
         try:
             request = client.read_request()
             record.peer = self._peers.reported(record.peer, request)
             client.extra += self._router.cors_fields(request)
             request, route, path = self._router.match(request)
             record.route = route.path
-            if route.access != "public":
-                record.token = token = self._authenticator.identify(request, record.peer, client.wire.pause)
-                client.limit_fields = functools.partial(self._limiter.fields, token, record)
-                self._router.permit(route, token, request)
-            if route.kind == "page":
-                return client.answer(*self._visit(route, Visit(request, path, token, self._page_body(route, client))))
-            with client.take_body(route.streamed) as body:
-                asked = self._router.read(route, path, request, body, token)
-                record.model = asked.model
-                self._router.permit_model(route, asked, token)
-                if asked.usage_at:
-                    body.insert(asked.usage_at, ASK_FOR_USAGE)
-                with self._limiter.admit(route, token, record, client.wire) as leave, \
-                        self._upstream.open(route.method, path, request, body, record.id, client.wire) as reply:
-                    last = self._relay(reply, client, route, asked, token, leave)
+            if route.access == "public":
+                return client.answer(*self._visit(route, Visit(request, path, None, b"")))
+            token = self._identify(client, request, route)
+            with self._limiter.admit(route, token, record) as admission:
+                if route.kind == "page":
+                    return client.answer(*self._page(client, request, route, path, token))
+                last = self._forward(client, request, route, path, token, admission)
             client.write(last, last=True)   # only now: whoever has read it finds the limits and the upstream free again
         except Refusal as refusal:
             record.code, record.why = refusal.code, str(refusal)
@@ -2550,15 +2608,39 @@ class Gateway:
         finally:
             self._journal.write(record)
 
-    @staticmethod
-    def _page_body(route, client):
-        """Return what was sent to a page, for those that take something."""
-        body = bytearray()
-        while route.method in ("POST", "PATCH") and not client.body.complete:
-            body += client.read_body()
-            if len(body) > PAGE_BODY_BYTES:
-                raise Refusal("body_too_large", f"the body is larger than {PAGE_BODY_BYTES} bytes")
-        return bytes(body)
+    def _identify(self, client, request, route):
+        """Return the request's token, which may use the route; raise Refusal."""
+        token = client.record.token = self._authenticator.identify(request, client.record.peer, client.wire.pause)
+        client.limit_fields = functools.partial(self._limiter.fields, token, client.record)
+        self._router.permit(route, token, request)
+        return token
+
+    def _page(self, client, request, route, path, token):
+        """Return the answer of one of our own pages; raise Refusal."""
+        body = client.read_page_body() if route.method in ("POST", "PATCH") else b""
+        if body:    # the token may have been revoked while it arrived
+            token = self._identify(client, request, route)
+        return self._visit(route, Visit(request, path, token, body))
+
+    def _forward(self, client, request, route, path, token, admission):
+        """Pass a request on to Ollama and its answer to the client, but for the last piece: return that."""
+        def judge():    # again, whenever time has passed: the token may have been revoked or narrowed
+            token = self._identify(client, request, route)
+            self._router.permit_model(route, asked, token)
+            return token
+
+        asked, client.wire.waited = Asked(), False
+        with LiveBody(client, judge) if route.streamed else client.take_body() as body:
+            if client.wire.waited:
+                token = self._identify(client, request, route)
+            asked = self._router.read(route, path, request, body, token)
+            client.record.model = asked.model
+            self._router.permit_model(route, asked, token)
+            if asked.usage_at:
+                body.insert(asked.usage_at, ASK_FOR_USAGE)
+            token = admission.wait_turn(token, client.wire, judge)
+            with self._upstream.open(route.method, path, request, body, client.record.id, client.wire) as reply:
+                return self._relay(reply, client, route, asked, token, admission.leave)
 
     def _visit(self, route, visit):
         """Return a page's answer; raise Refusal."""
@@ -2892,12 +2974,12 @@ def is_limited(token):
 
 
 class Standing:
-    """What a token has running, and what it began within the last minute."""
+    """A token's open requests, those of them for inference, and when it began such within the last minute."""
 
-    __slots__ = ("running", "recent")
+    __slots__ = ("open", "running", "recent")
 
     def __init__(self):
-        self.running, self.recent = 0, deque()
+        self.open, self.running, self.recent = 0, 0, deque()
 
 
 class Account:
@@ -3125,81 +3207,115 @@ class Turns:
 
 
 class Admission:
-    """A request's stay upstream: a with block that `leave` may end early, and that raises Refusal on entry."""
+    """A request's claim on its token's limits and, from its turn on, on a place upstream: a with block.
 
-    def __init__(self, limiter, token, record, wire):
-        self._limiter, self._token, self._record, self._wire = limiter, token, record, wire
-        self._open = True
+    `leave` may end it early. Entering raises Refusal.
+    """
+
+    def __init__(self, limiter, token, record, is_inference):
+        self._limiter, self._record, self.is_inference = limiter, record, is_inference
+        self.token = token      # the one whose counters were changed
+        self.began = None       # the time at which the token's rate counts it
+        self.place = None       # in the queue, and upstream
+        self._open = False
 
     def __enter__(self):
-        self._limiter.enter(self._token, self._record)
-        entered = False
-        try:
-            self._limiter.wait(self._token, self._record, self._wire)
-            entered = True
-            return self.leave
-        finally:
-            if not entered:
-                self.__exit__(*sys.exc_info())
+        self._limiter.enter(self)
+        self._open = self._record.counted_in = True
+        return self
+
+    def wait_turn(self, token, wire, judge):
+        """Wait until the request may go upstream; return its token, which `judge` returned if it had to wait.
+
+        Raises Refusal when it waits too long, or its limits are reached now that its body is there or its turn has come.
+        """
+        if not self.is_inference:
+            return token
+        record = self._record
+        self.place = self._limiter.line_up(self, token, record)
+        record.queued = self.place.wait(wire)
+        if record.queued:
+            token = judge()
+            self._limiter.check_budget(token)
+        record.admitted = time.monotonic()
+        return token
 
     def leave(self):
         self.__exit__(None, None, None)
 
     def __exit__(self, kind, *_):
         if self._open:
-            self._open = False
+            self._open = self._record.counted_in = False
             self._record.failure = kind
-            self._limiter.leave(self._token, self._record)
-
-
-PASSING_BY = contextlib.nullcontext(lambda: None)
+            self._limiter.leave(self, self._record)
 
 
 class Limiter:
-    """Holds each token to its limits, and lets inference requests go upstream in turn."""
+    """Holds each token to its limits, and lets inference requests go upstream in turn.
 
-    def __init__(self, turns, account, clock=time.monotonic):
-        self._turns, self._account, self._clock = turns, account, clock
+    most_open: how many requests of any kind a token may have at once, so that it cannot take all connections.
+    """
+
+    def __init__(self, turns, account, clock=time.monotonic, most_open=sys.maxsize):
+        self._turns, self._account, self._most_open, self._clock = turns, account, most_open, clock
         self._lock, self._standings = threading.Lock(), {}      # {token id: Standing}
 
-    def admit(self, route, token, record, wire):
-        """Return the Admission of a request, which waits for its turn; others than inference requests pass by."""
-        return Admission(self, token, record, wire) if route.kind == "inference" else PASSING_BY
+    def admit(self, route, token, record):
+        """Return the Admission of a request."""
+        return Admission(self, token, record, route.kind == "inference")
 
-    def enter(self, token, record):
-        """Take a request in; raise Refusal for one that goes beyond a limit, or finds the queue full."""
-        budget = self._budget(token)
+    def enter(self, admission):
+        """Count a request, before its body is read; raise Refusal if it exceeds a limit."""
+        token = admission.token
+        budget = self._budget(token) if admission.is_inference else []
         with self._lock:
             standing = self._standings.get(token.id)
             if standing is None:
                 standing = self._standings[token.id] = Standing()
-            if is_limited(token):
-                self._refuse_beyond(self._rates(token, standing) + budget)
-            record.place = self._turns.line_up(token.user)
-            standing.running += 1
-            if token.rpm:
-                standing.recent.append(self._clock())
+            if standing.open >= self._most_open:
+                raise Refusal("too_many_at_once", f"this token may have {count(self._most_open, 'request')} open, "
+                                                  "a quarter of --max-connections: try again later")
+            if admission.is_inference:
+                if is_limited(token):
+                    self._refuse_beyond(self._rates(token, standing) + budget)
+                standing.running += 1
+                if token.rpm:
+                    admission.began = self._clock()
+                    standing.recent.append(admission.began)
+            standing.open += 1
+
+    def line_up(self, admission, token, record):
+        """Return a request's place in the queue, now that its body is there; raise Refusal if it exceeds a limit."""
+        if is_limited(token):
+            budget = self._budget(token)
+            with self._lock:
+                own = 0 if admission.began is None else 1
+                self._refuse_beyond(self._rates(token, self._standings[admission.token.id], 1, own) + budget)
+        place = self._turns.line_up(token.user)
         self._account.begin(record)
+        return place
 
-    def wait(self, token, record, wire):
-        """Wait for a request's turn; raise Refusal when that takes too long, or the day's tokens are gone by then."""
-        record.queued = record.place.wait(wire)
-        if record.queued:
-            self._refuse_beyond(self._budget(token))
-        record.admitted = time.monotonic()
+    def check_budget(self, token):
+        """Raise Refusal if a token's budget is used up."""
+        self._refuse_beyond(self._budget(token))
 
-    def leave(self, token, record):
-        """Let a request go; what it used of a budget is missing there from now on."""
+    def leave(self, admission, record):
+        """Let a request go; what it used of a budget is missing there from now on. One that was refused counts not."""
         record.released = time.monotonic()
-        if token.tokens_per_day:
-            self._account.count(record)
-        self._turns.leave(record.place)
+        if admission.place is not None:
+            if record.token.tokens_per_day:
+                self._account.count(record)
+            self._turns.leave(admission.place)
         with self._lock:
-            standing = self._standings[token.id]
-            standing.running -= 1
-            record.place = None
-            if not standing.running and not standing.recent:
-                del self._standings[token.id]
+            standing = self._standings[admission.token.id]
+            standing.open -= 1
+            if admission.is_inference:
+                standing.running -= 1
+                if admission.place is None and admission.began is not None:
+                    with contextlib.suppress(ValueError):   # a minute has passed
+                        standing.recent.remove(admission.began)
+            if not standing.open and not standing.recent:
+                del self._standings[admission.token.id]
 
     @staticmethod
     def _refuse_beyond(allowances):
@@ -3217,7 +3333,7 @@ class Limiter:
         return [Allowance("tokens_per_day", token.tokens_per_day, max(token.tokens_per_day - spent, 0),
                           self._account.day_left())]
 
-    def _rates(self, token, standing, own=0):
+    def _rates(self, token, standing, own_running=0, own_recent=0):
         found = []
         if token.rpm:
             recent, now = standing.recent, self._clock()
@@ -3225,9 +3341,10 @@ class Limiter:
                 recent.popleft()
             over = max(len(recent) - token.rpm, 0)  # which one has to be a minute old, that another may follow
             reset = recent[over] + MINUTE - now if recent else 0
-            found.append(Allowance("rpm", token.rpm, max(token.rpm - len(recent), 0), math.ceil(reset)))
+            left = max(token.rpm - len(recent) + own_recent, 0)
+            found.append(Allowance("rpm", token.rpm, left, math.ceil(reset)))
         if token.max_parallel:
-            left = max(token.max_parallel - standing.running + own, 0)
+            left = max(token.max_parallel - standing.running + own_running, 0)
             found.append(Allowance("max_parallel", token.max_parallel, left, RETRY_SECONDS))
         return found
 
@@ -3247,7 +3364,7 @@ class Limiter:
         if not is_limited(token):
             return ()
         try:
-            allowances = self.allowances(token, record.place is not None)
+            allowances = self.allowances(token, record.counted_in)
         except Refusal:     # what cannot be read now is no reason not to answer
             return ()
         nearest = min(allowances, key=lambda allowance: allowance.left / allowance.most)
@@ -5290,13 +5407,14 @@ def build_server(settings, store, log=None):
     tls = server_tls(settings)
     upstream = Upstream(settings.ollama_url, settings.connect_timeout, settings.first_byte_timeout,
                         settings.stall_timeout)
-    limits = ConnectionLimits(settings.max_body, settings.header_timeout, settings.idle_timeout)
+    limits = ConnectionLimits(settings.max_body, settings.header_timeout, settings.idle_timeout,
+                              BodyStorage(settings.max_spool))
     connections = Connections(connections_that_fit(  # each with one upstream or, waiting, a bell and a spooled body
         settings.max_connections, 4 if settings.max_parallel else 2))
     tokens = TokenTable(store)
     account = Account(store, tokens)
     turns = Turns(settings.max_parallel, settings.max_queue, settings.queue_timeout)
-    limiter = Limiter(turns, account)
+    limiter = Limiter(turns, account, most_open=max(connections.most // 4, 1))
     gauges = {"in_flight_requests": ("Inference requests that are upstream.", lambda: turns.running),
               "queued_requests": ("Inference requests that wait for their turn.", lambda: turns.waiting),
               "connections": ("Open connections of clients.", lambda: len(connections))}

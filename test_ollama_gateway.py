@@ -949,6 +949,7 @@ VALUES = {   # option -> its default, and two other values that differ
     "stall_timeout": ("300s", "90s", "1h"),
     "max_connections": ("1024", "1", "20000"),
     "max_body": ("100MiB", "4096", "2 GB"),
+    "max_spool": ("2GiB", "1M", "50 GB"),
     "header_timeout": ("15s", "5", "1m"),
     "idle_timeout": ("75s", "5", "1m"),
     "drain_timeout": ("30s", "5", "1m"),
@@ -972,6 +973,7 @@ BAD_VALUES = (
     ("stall_timeout", "1y"),
     ("max_connections", "0", "-1", "many", "1.5"),
     ("max_body", "0", "big", "1XB", "-1"),
+    ("max_spool", "0", "big"),
     ("header_timeout", "0"),
     ("idle_timeout", "soon"),
     ("drain_timeout", "-3s"),
@@ -2177,9 +2179,10 @@ class Door(GatewayCase):
         self.assertStatus(self.ask("POST", "/api/chat", {**CHAT, "model": "big:cloud"}, token=self.admin), 200)
 
     def test_a_body_whose_model_cannot_be_told_is_for_administrators(self):
-        hidden = (("many parts", b'{"x":[' + b"[]," * 50_001 + b'[]],"model":"big:cloud"}', [], 400),
-                  ("many quotes", b'{"x":"' + b'\\\\\\"' * 100_001 + b'","model":"big:cloud"}', [], 400),
-                  ("many members", b"{" + b'"a":1,' * 50_000 + b'"model":"big:cloud"}', [], 400),
+        hidden = (("many brackets", b'{"x":[' + b"[]," * gateway.JSON_PARTS + b'[]],"model":"big:cloud"}', [], 413),
+                  ("many quotes", b'{"x":"' + b'\\\\\\"' * 100_001 + b'","model":"big:cloud"}', [], 403),
+                  ("many members", b"{" + b'"a":1,' * 50_000 + b'"model":"big:cloud"}', [], 413),
+                  ("a long model", b'{"model":"' + b" " * gateway.VALUE_BYTES + b'big:cloud"}', [], 400),
                   ("compressed", b"(zstd)", [("Content-Encoding", "zstd")], 415))
         for label, body, headers, status in hidden:
             for path in ("/api/chat", "/v1/responses"):
@@ -3680,7 +3683,8 @@ class ModelName(unittest.TestCase):
     def test_a_large_body_is_read_like_a_small_one(self):
         """Whatever a value is, and wherever a window ends in it, the scanner finds what the decoder finds."""
         source = random.Random(2)
-        values = (b'"}\\\\\\""', b'["]",{"x":"\\\\"}]', b"-1.5e3", b'{"a":{"b":null}}', b'"\\u00e9"', b"true", b"[]", b'"' + "é\\\"".encode() * 300 + b'"')
+        values = (b'"}\\\\\\""', b'["]",{"x":"\\\\"}]', b"-1.5e3", b'{"a":{"b":null}}', b'"\\u00e9"', b"true", b"[]",
+                  b'"' + "é\\\"".encode() * 300 + b'"')
         for size in 16, 32, 1024:    # the first window has an eighth of it
             with unittest.mock.patch.multiple(gateway, VALUE_BYTES=size, WINDOW_BYTES=4 * size):
                 for _ in range(300):
@@ -3962,7 +3966,9 @@ class LimitsByTheClock(unittest.TestCase):
         """Let a request in; return what ends it, or the refusal's code."""
         held = contextlib.ExitStack()
         try:
-            held.enter_context(self.limiter.admit(self.route, token, gateway.Record("", 0), None))
+            record = gateway.Record("", 0)
+            record.token = token
+            held.enter_context(self.limiter.admit(self.route, token, record)).wait_turn(token, None, None)
         except gateway.Refusal as refusal:
             return refusal.code, dict(refusal.fields)["Retry-After"]
         return held.close
@@ -4029,7 +4035,7 @@ class LimitsByTheClock(unittest.TestCase):
 
     def test_a_request_is_not_told_of_what_itself_holds(self):
         token, record = self.token(max_parallel=1), gateway.Record("", 0)
-        with self.limiter.admit(self.route, token, record, None):
+        with self.limiter.admit(self.route, token, record):
             self.assertEqual(dict(self.limiter.fields(token, record))["RateLimit-Remaining"], 1)
             self.assertEqual(dict(self.fields(token))["RateLimit-Remaining"], 0)
         self.assertEqual(dict(self.limiter.fields(token, record))["RateLimit-Remaining"], 1)
@@ -4042,7 +4048,7 @@ class LimitsByTheClock(unittest.TestCase):
     def test_read_only_routes_pass_by(self):
         token = self.token(rpm=1)
         self.hold(token)
-        with self.limiter.admit(gateway.Route("GET", "/api/tags", "token", "read"), token, gateway.Record("", 0), None):
+        with self.limiter.admit(gateway.Route("GET", "/api/tags", "token", "read"), token, gateway.Record("", 0)):
             pass
 
 
@@ -4141,6 +4147,173 @@ class Limited(GatewayCase):
     def test_a_tokens_limits_are_its_own(self):
         one, other = self.limited(rpm=1), self.limited(rpm=1)
         self.assertEqual([self.ask("POST", "/api/chat", CHAT, token=token).status for token in (one, other, one)], [200, 200, 429])
+
+
+# == Uploads ==================================================================
+
+
+class Uploads(GatewayCase):
+    """What holds while a body arrives: limits before its first byte, bounds on memory and disk, a token judged again."""
+
+    def upload(self, path, body, token=None, server=None):
+        """Announce a body and return the client once the gateway asks for it; the body is to be sent."""
+        client = self.client(server)
+        fields = [*bearer(token or self.token), ("Content-Length", str(len(body))), ("Expect", "100-continue")]
+        client.send(request("POST", path, None, fields))
+        self.assertStatus(client.head(), 100)
+        return client
+
+    def hold_requests(self, *bodies, server=None):
+        """Return clients with running requests; their answers begin and do not end before the Event is set."""
+        self.fake.replies["/api/chat"] = Reply.stream(LINE, self.released)
+        clients = [self.begin("POST", "/api/chat", body, server=server) for body in bodies]
+        for client in clients:
+            client.begun = client.read(client.head(), until=LINE)
+        return clients
+
+    def setUp(self):
+        super().setUp()
+        self.released = self.hold()
+
+    def test_rate_budget_and_parallel_limits_are_judged_before_100_continue(self):
+        self.hold_requests(CHAT)
+        self.store.add_usage({(int(time.time()) // 3600 * 3600, "ada", "laptop", "tiny", "/api/chat"): self.usage_row(prompt_tokens=50)}, {})
+        for limits, words in (({"max_parallel": 1}, "1 request at once"), ({"tokens_per_day": 50}, "50 tokens a day")):
+            with self.subTest(words):
+                self.store.update("ada", "laptop", **{"max_parallel": None, "tokens_per_day": None, **limits})
+                client = self.client()
+                client.send(request("POST", "/api/chat", None, [*bearer(self.token), ("Content-Length", "9"), ("Expect", "100-continue")]))
+                self.assertIn(words, self.assertRefused(client.answer(), 429))
+        token = self.store.create("eve", "phone", rpm=1)[1]
+        self.assertStatus(self.ask("POST", "/api/embed", CHAT, token=token), 200)
+        client = self.client()
+        client.send(request("POST", "/api/chat", None, [*bearer(token), ("Content-Length", "9"), ("Expect", "100-continue")]))
+        self.assertIn("1 request a minute", self.assertRefused(client.answer(), 429))
+
+    @staticmethod
+    def usage_row(**values):
+        return [values.get(column, 0) for column in gateway.MEASURED]
+
+    def test_a_body_that_arrives_counts_as_running(self):
+        for limits in {"max_parallel": 1}, {"rpm": 1}:
+            with self.subTest(limits):
+                token = self.store.create("eve", f"phone {limits}", **limits)[1]
+                body = compact(CHAT)
+                client = self.upload("/api/chat", body, token)
+                self.assertRefused(self.ask("POST", "/api/chat", CHAT, token=token), 429)
+                client.send(body)
+                self.fake.replies["/api/chat"] = Reply.json(200, {})
+                self.assertStatus(client.answer(), 200)
+
+    def test_a_body_that_never_arrives_counts_no_longer(self):
+        token = self.store.create("eve", "phone", rpm=1, max_parallel=1)[1]
+        for end in LEAVING:
+            with self.subTest(end[0]):
+                client = self.upload("/api/chat", b"x" * 100, token)
+                end[1](client)
+                eventually(lambda: self.ask("GET", "/me", token=token).json()["left"]["rpm"]["remaining"] == 1, "its rate")
+        client = self.upload("/api/chat", b"x" * 100, token)
+        client.send(b"x" * 100)
+        self.assertRefused(client.answer(), 400)
+        self.assertStatus(self.ask("POST", "/api/embed", CHAT, token=token), 200)
+
+    def test_bodies_on_disk_are_bounded_together(self):
+        server = self.serve(max_spool="3MiB")
+        body = compact({**CHAT, "x": "x" * 2_000_000})
+        held, = self.hold_requests(body, server=server)
+        answer = self.ask("POST", "/api/chat", body, server=server)
+        self.assertIn("--max-spool", self.assertRefused(answer, 503))
+        self.assertIn("retry-after", answer.headers)
+        self.released.set()
+        self.assertEqual(held.read(held.begun).ended, "clean")
+        eventually(lambda: self.ask("POST", "/api/chat", body, server=server).status == 200, "the space is free again")
+
+    def test_bodies_in_memory_are_bounded_together_and_the_others_go_to_disk(self):
+        with unittest.mock.patch.object(gateway, "BODY_MEMORY", 100_000):
+            server = self.serve(max_spool="100000")
+            body = compact({**CHAT, "x": "x" * 80_000})
+            self.hold_requests(body, body, server=server)   # one in memory, one on disk
+            self.assertRefused(self.ask("POST", "/api/chat", body, server=server), 503)
+            self.assertStatus(self.ask("POST", "/api/embed", CHAT, server=server), 200)     # small ones always have room
+            self.assertEqual([seen.body for seen in self.fake.received if seen.path == "/api/chat"], [body] * 2)
+
+    def test_a_disk_error_of_a_body_is_a_503_at_once(self):
+        class Broken(io.BytesIO):
+            def read(self, *_):
+                raise OSError(errno.EIO, "Input/output error")
+
+            def fileno(self):
+                return file.fileno()
+
+        body = compact({**CHAT, "x": "x" * 2_000_000})
+        with open(self.write("body", body), "rb") as file, unittest.mock.patch("tempfile.TemporaryFile", Broken):
+            self.assertIn("Input/output error", self.assertRefused(self.ask("POST", "/api/chat", body), 503))
+
+    def test_no_token_holds_more_than_a_quarter_of_the_connections(self):
+        server = self.serve(max_connections="8")
+        uploads = [self.upload(path, b"xx", server=server) for path in ("/api/show", "/api/chat")]
+        answer = self.ask("GET", "/api/tags", server=server)
+        self.assertIn("a quarter of --max-connections", self.assertRefused(answer, 429))
+        self.assertStatus(self.ask("GET", "/api/tags", server=server, token=self.admin), 200)
+        uploads[0].send(b"{}")
+        self.assertStatus(uploads[0].answer(), 200)
+        eventually(lambda: self.ask("GET", "/api/tags", server=server).status == 200, "a free connection")
+
+    def test_a_token_is_judged_again_when_its_body_is_there(self):
+        for label, change, status in (("deleted", lambda: self.store.delete("eve", "phone"), 401),
+                                      ("rotated", lambda: self.store.rotate("eve", "phone"), 401),
+                                      ("expired", lambda: self.store.update("eve", "phone", expires_at=1), 401),
+                                      ("narrowed", lambda: self.store.update("eve", "phone", models="other"), 403),
+                                      ("limited", lambda: self.store.update("eve", "phone", tokens_per_day=5), 429)):
+            with self.subTest(label):
+                token = self.store.create("eve", "phone")[1]
+                self.store.add_usage({(int(time.time()) // 3600 * 3600, "eve", "phone", "tiny", "/api/chat"): self.usage_row(prompt_tokens=50)}, {})
+                client = self.upload("/api/chat", compact(CHAT), token)
+                change()
+                client.send(compact(CHAT))
+                self.assertRefused(client.answer(), status)
+                if label != "deleted":
+                    self.store.delete("eve", "phone")
+        self.assertEqual(self.fake.received, [])
+
+    def test_a_token_is_judged_again_when_its_turn_comes(self):
+        server = self.serve(max_parallel="1")
+        held, = self.hold_requests(CHAT, server=server)
+        tokens = [self.store.create("eve", name)[1] for name in ("phone", "desk")]
+        waiting = [self.begin("POST", "/api/chat", CHAT, token, server) for token in tokens]
+        eventually(lambda: b"queued_requests 2" in self.ask("GET", "/metrics", token=self.admin, server=server).body, "their waiting")
+        self.store.delete("eve", "phone")
+        self.store.update("eve", "desk", models="other")
+        self.released.set()
+        self.assertEqual([self.assertRefused(client.answer(), status) is not None for client, status in zip(waiting, (401, 403))], [True] * 2)
+        self.assertEqual(len(self.fake.received), 1)
+
+    def test_an_admin_who_is_deleted_while_a_page_body_arrives_makes_no_token(self):
+        admin = self.store.create("mallory", "box", admin=True)[1]
+        body = compact({"user": "mallory", "name": "again", "admin": True})
+        client = self.upload("/admin/tokens", body, admin)
+        self.store.delete("mallory", "box")
+        client.send(body)
+        self.assertRefused(client.answer(), 401)
+        self.assertEqual(self.store.list("mallory"), [])
+
+    def test_a_blob_of_a_deleted_admin_is_not_passed_on(self):
+        admin = self.store.create("mallory", "box", admin=True)[1]
+        with unittest.mock.patch.object(gateway, "REJUDGE_SECONDS", 0):
+            client = self.upload(f"/api/blobs/{DIGEST}", b"x" * 20, admin)
+            client.send(b"x" * 10)
+            self.store.delete("mallory", "box")
+            client.send(b"x" * 10)
+            self.assertRefused(client.answer(), 401)
+
+    def test_a_page_body_has_a_deadline_as_a_whole(self):
+        with unittest.mock.patch.object(gateway, "PAGE_BODY_SECONDS", 0.3):
+            client = self.upload("/admin/tokens", b" " * 5000, self.admin)
+            for _ in range(5000):
+                client.send(b" ")
+                if select.select([client.socket], [], [], 0.005)[0]:
+                    break
+            self.assertIn("0.3 s", self.assertRefused(client.answer(), 408))
 
 
 # == The queue ================================================================
@@ -5418,10 +5591,10 @@ class Concurrency(GatewayCase):
 class Load(GatewayCase):
     """Nothing that many clients, or slow ones, do takes the gateway from the others."""
 
-    def hold_a_stream(self, server, hold):
+    def hold_a_stream(self, server, hold, token=None):
         """Begin a request whose answer does not end before the Event is set."""
         self.fake.replies["/api/chat"] = Reply.stream(LINE, hold)
-        client = self.begin("POST", "/api/chat", CHAT, server=server)
+        client = self.begin("POST", "/api/chat", CHAT, server=server, token=token)
         client.begun = client.read(client.head(), until=LINE)
         return client
 
@@ -5443,7 +5616,7 @@ class Load(GatewayCase):
 
     def test_beyond_the_cap_with_none_idle_a_newcomer_reads_why_and_the_busy_go_on(self):
         hold, server = self.hold(), self.serve(max_connections="2")
-        busy = [self.hold_a_stream(server, hold) for _ in range(2)]
+        busy = [self.hold_a_stream(server, hold, token) for token in (self.token, self.admin)]
         for said in (b"", request("GET", "/api/tags", headers=bearer(self.token)), request("POST", "/api/chat", b"x" * 300_000)):
             with self.subTest(len(said)), Client(server.server_address) as newcomer:
                 newcomer.send(said)
@@ -5548,7 +5721,7 @@ class Load(GatewayCase):
 
     def test_a_request_in_flight_is_not_idle(self):
         hold, server = self.hold(), self.serve(max_connections="2")
-        busy = self.hold_a_stream(server, hold)
+        busy = self.hold_a_stream(server, hold, self.admin)
         for _ in range(4):
             self.assertStatus(self.ask_until_there_is_room(server), 200)
         hold.set()
