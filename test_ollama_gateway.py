@@ -7227,7 +7227,9 @@ def lean_upstream():
         with contextlib.suppress(OSError), connection:
             for first in iter(stream.readline, b""):
                 length = sum(int(line.split()[1]) for line in iter(stream.readline, b"\r\n") if line.lower().startswith(b"content-length:"))
-                asked = json.loads(stream.read(length)) if length else {}
+                asked = json.loads(stream.read(length) or b"{}") if length < 4096 else {"stream": False}
+                for _ in range(length // 65536 + 1 if length >= 4096 else 0):   # a large body is neither kept nor parsed
+                    length -= len(stream.read(min(length, 65536)))
                 if b"/api/tags" in first:
                     connection.sendall(answers[0])
                 elif not asked.get("stream", True):
@@ -7293,6 +7295,17 @@ class Asker(threading.Thread):
         return data + piece
 
 
+def chat_of(size):
+    """A coding agent's turn: messages with code in them, of about so many bytes."""
+    code = "def hello(name):\n    return f\"Hello, {name}!\"\n\n\n" * 40
+    message = compact({"role": "user", "content": code})
+    return b'{"model":"tiny","stream":false,"messages":[' + b",".join([message] * (size // len(message) + 1)) + b"]}"
+
+
+def long_value(start, piece, end, size=90 * 1024 * 1024):
+    return b'{"model":"tiny","stream":false,"x":' + start + piece * (size // len(piece)) + end + b"}"
+
+
 def bench_request(token, asked):
     """The bytes to ask with, of which only the body differs."""
     headers = [*bearer(token), ("User-Agent", "ollama-python/0.6.3"), ("Accept", "*/*")]
@@ -7341,7 +7354,7 @@ class Bench:
 
     def measure(self, port, kind, connections, seconds=BENCH_SECONDS):
         """Ask over so many connections at once; return answers and lines a second, and the times seen."""
-        wire = bench_request(self.token, self.ASKED[kind])
+        wire = bench_request(self.token, kind if isinstance(kind, bytes) else self.ASKED[kind])
         began, cpu = time.perf_counter(), self.cpu()
         askers = [Asker(port, wire, began + seconds, kind in ("stream", "paced", "idle")) for _ in range(connections)]
         for asker in askers:
@@ -7383,8 +7396,30 @@ class Bench:
         self.row(f"{what}, {gateway.count(connections, 'connection')}: {figure}/s", direct[figure], through[figure], through[figure] / direct[figure])
         return direct, through
 
+    def bodies(self):
+        """Measure what bodies of real sizes cost, in json.loads of them, and how long a stream stands still beside one."""
+        small = self.measure(self.through, "generate", 1)["cpu"]
+        for name, size in ("64 KiB", 64 * 1024), ("256 KiB", 256 * 1024), ("10 MiB", 10 * 1024 * 1024):
+            body = chat_of(size)
+            loads = timed(lambda: [json.loads(body) for _ in range(2 ** 24 // size)], time.process_time) / (2 ** 24 // size)
+            more = self.measure(self.through, body, 1)["cpu"] - small
+            self.row(f"a chat of {name}: CPU beyond a small one's, ms, to json.loads", loads * 1e3, more * 1e3, more / loads)
+        for name, body in (("base64", long_value(b'"', b"QUJD", b'"')), ("escaped code", long_value(b'"', b'print(\\"hi\\")\\n', b'"')),
+                           ("brackets", long_value(b"[", b"[],", b"[]]"))):
+            gaps = [self.longest_gap(port, body) for port in (self.direct, self.through)]
+            self.row(f"longest gap of a stream beside 90 MiB of {name}, ms", *(gap * 1e3 for gap in gaps), difference=True)
+
+    def longest_gap(self, port, body):
+        """Send a body while a stream of a line each 10 ms goes on, and return the longest time between two lines."""
+        stream = Asker(port, bench_request(self.token, self.ASKED["paced"]), float("inf"), True)
+        stream.start()
+        Asker(port, bench_request(self.token, body), 0, False).run()
+        stream.until = 0
+        stream.join(GUARD)
+        return max(stream.gaps)
+
     def run(self):
-        """Measure everything, in less than a minute."""
+        """Measure everything, in about a minute."""
         imports = [sys.executable, "-c", "import http.server, urllib.request, sqlite3, argparse"]
         self.start(self.MODULE)     # it is compiled once
         starts = [(timed(lambda: subprocess.run(imports, check=True)), self.start(self.MODULE), self.start(self.SCRIPT)) for _ in range(5)]
@@ -7398,6 +7433,8 @@ class Bench:
         direct, through = self.compare("paced", 16)
         self.row("16 streams, a line each 10 ms: first line, median, ms", direct["first"] * 1e3, through["first"] * 1e3, difference=True)
         self.row("  time between two lines, 99 of 100 below, ms", direct["gap"] * 1e3, through["gap"] * 1e3, difference=True)
+        self.bodies()
+        self.start(self.SCRIPT)
         idle = self.measure(self.through, "idle", 200, 0)
         self.row("200 streams, two lines a second each: dropped", None, idle["failed"])
         self.row("  memory of the gateway, MB", None, self.memory())
@@ -7414,10 +7451,10 @@ def middle(values):
     return values[len(values) // 2] if values else 0.0
 
 
-def timed(action):
-    began = time.perf_counter()
+def timed(action, clock=time.perf_counter):
+    began = clock()
     action()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def figure(value):
@@ -7434,10 +7471,10 @@ def bench(as_json):
             measured.stop()
     if as_json:
         return print(json.dumps(rows, indent=2))
-    print(f"{'':55}{'direct':>9}{'gateway':>9}{'':>7}")
+    print(f"{'':61}{'direct':>9}{'gateway':>9}{'':>7}")
     for row in rows:
         ratio = f"{row['ratio']:.2f}" if row["ratio"] else f"{row['gateway'] - row['direct']:+.2f}" if row["difference"] else ""
-        print(f"{row['what']:55}{figure(row['direct']):>9}{figure(row['gateway']):>9}{ratio:>7}")
+        print(f"{row['what']:61}{figure(row['direct']):>9}{figure(row['gateway']):>9}{ratio:>7}")
 
 
 class BenchItself(Case):
@@ -7454,9 +7491,11 @@ class BenchItself(Case):
                 with self.subTest(kind, direct=port == measured.direct):
                     found = measured.measure(port, kind, 2, seconds=0)
                     self.assertEqual((found["failed"], round(found["lines"] / found["answers"])), (0, lines))
+        for port in measured.direct, measured.through:
+            self.assertEqual(measured.measure(port, chat_of(100_000), 1, seconds=0)["failed"], 0)
         with contextlib.closing(gateway.open_store(self.db)) as store:
-            eventually(lambda: [row["requests"] for row in store.usage("user", 0)] == [6], "the account")
-            self.assertEqual(store.usage("user", 0)[0]["completion_tokens"], 6 * len(WORDS))
+            eventually(lambda: [row["requests"] for row in store.usage("user", 0)] == [7], "the account")
+            self.assertEqual(store.usage("user", 0)[0]["completion_tokens"], 7 * len(WORDS))
 
 
 # == A real Ollama ============================================================
