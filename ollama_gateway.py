@@ -4127,60 +4127,60 @@ class Journal:
 # == OpenAPI ==================================================================
 
 
-class About(NamedTuple):
-    """What the documents tell of a route: a phrase, and which of SCHEMAS goes in and comes out."""
+class RouteDoc(NamedTuple):
+    """A route's summary, and which of SCHEMAS its request and its answer have."""
 
-    text: str
-    takes: str
-    gives: str
+    summary: str
+    request: str
+    answer: str
 
 
-ABOUT = """
-GET    / | tell clients' heartbeats that somebody is there -> text/plain
-GET    /health | tell whether the gateway and Ollama are there -> Health
-GET    /me | tell a token its limits, what is left of them, and its use of seven days -> Me
+ROUTE_DOCS = """
+GET    / | health check of Ollama's clients -> text/plain
+GET    /health | state of the gateway and of Ollama -> Health
+GET    /me | the token's limits, what is left of them, and its usage of seven days -> Me
 GET    /metrics | metrics for Prometheus -> text/plain
-GET    /docs | the documentation, with a console -> text/html
+GET    /docs | documentation, with a console -> text/html
 GET    /openapi.json | this API as an OpenAPI document -> Object
-GET    /admin | the page for whoever runs the gateway -> text/html
-GET    /admin/status | what runs and waits, and how Ollama is -> Status
-GET    /admin/usage | who used how much -> Use[]
+GET    /admin | admin page -> text/html
+GET    /admin/status | running and queued requests, and the state of Ollama -> Status
+GET    /admin/usage | usage by user, token, model or day -> Use[]
 GET    /admin/tokens | list the tokens -> Token[]
-POST   /admin/tokens | make a token; this answer alone has its secret: NewToken -> TokenWithSecret
+POST   /admin/tokens | create a token; only this answer has its secret: NewToken -> TokenWithSecret
 GET    /admin/tokens/{id} | show a token -> Token
-PATCH  /admin/tokens/{id} | change what a token may; null lifts a limit: TokenChanges -> Token
-DELETE /admin/tokens/{id} | delete a token: it stops at its next request -> Token
-POST   /admin/tokens/{id}/rotate | give a token a new secret; this answer alone has it -> TokenWithSecret
-GET    /api/version | Ollama's version -> Version
-GET    /api/status | Ollama's state -> Object
-GET    /api/tags | list the models -> Models
-GET    /api/ps | list the models that are loaded -> LoadedModels
-POST   /api/show | show a model: ShowRequest -> ShownModel
-GET    /api/experimental/model-recommendations | models that Ollama recommends -> Object
-GET    /v1/models | list the models -> OpenAIModels
-GET    /v1/models/{model} | show a model -> OpenAIModel
-POST   /api/generate | continue a prompt: GenerateRequest -> GenerateAnswer
-POST   /api/chat | continue a conversation: ChatRequest -> ChatAnswer
-POST   /api/embed | embed texts: EmbedRequest -> Embeddings
-POST   /api/embeddings | embed a text, the old way: EmbeddingsRequest -> Embedding
-POST   /v1/chat/completions | continue a conversation: OpenAIChatRequest -> OpenAIAnswer
-POST   /v1/completions | continue a prompt: OpenAICompletionRequest -> OpenAIAnswer
-POST   /v1/embeddings | embed texts: OpenAIEmbeddingRequest -> OpenAIEmbeddings
-POST   /v1/responses | continue a conversation, as OpenAI's Responses: OpenAIResponseRequest -> Object
-POST   /v1/messages | continue a conversation, as Anthropic's Messages: AnthropicRequest -> AnthropicAnswer
-POST   /v1/audio/transcriptions | write down what is said: Transcription -> Object
-POST   /api/pull | get a model from a registry: PullRequest -> Progress
-POST   /api/push | put a model into a registry: PullRequest -> Progress
-POST   /api/create | make a model of another one, or of files: CreateRequest -> Progress
-POST   /api/copy | give a model a second name: CopyRequest
-DELETE /api/delete | delete a model: ModelName
-POST   /api/blobs/{digest} | send a file for a model: application/octet-stream
-HEAD   /api/blobs/{digest} | ask whether a file is there
-POST   /api/me | tell whose ollama.com account the host has -> Object
-POST   /api/signout | leave the host's ollama.com account
-DELETE /api/user/keys/{key} | take a key off the host's ollama.com account
-POST   /api/experimental/web_search | search the web on the host's account: Object -> Object
-POST   /api/experimental/web_fetch | fetch a page on the host's account: Object -> Object
+PATCH  /admin/tokens/{id} | change a token's expiry, rights or limits; null removes a limit: TokenChanges -> Token
+DELETE /admin/tokens/{id} | delete a token: it stops working at its next request -> Token
+POST   /admin/tokens/{id}/rotate | give a token a new secret; only this answer has it -> TokenWithSecret
+GET    /api/version | Ollama's version
+GET    /api/status | Ollama's state
+GET    /api/tags | list the models
+GET    /api/ps | list the loaded models
+POST   /api/show | show a model
+GET    /api/experimental/model-recommendations | models that Ollama recommends
+GET    /v1/models | list the models
+GET    /v1/models/{model} | show a model
+POST   /api/generate | continue a prompt
+POST   /api/chat | continue a conversation
+POST   /api/embed | embed texts
+POST   /api/embeddings | embed a text (superseded by /api/embed)
+POST   /v1/chat/completions | continue a conversation
+POST   /v1/completions | continue a prompt
+POST   /v1/embeddings | embed texts
+POST   /v1/responses | continue a conversation (OpenAI Responses)
+POST   /v1/messages | continue a conversation (Anthropic Messages)
+POST   /v1/audio/transcriptions | transcribe speech
+POST   /api/pull | download a model from a registry
+POST   /api/push | upload a model to a registry
+POST   /api/create | create a model from another one, or from files
+POST   /api/copy | copy a model to a second name
+DELETE /api/delete | delete a model
+POST   /api/blobs/{digest} | upload a file for a model
+HEAD   /api/blobs/{digest} | check whether a file exists
+POST   /api/me | show the host's ollama.com account
+POST   /api/signout | sign the host out of its ollama.com account
+DELETE /api/user/keys/{key} | remove a key from the host's ollama.com account
+POST   /api/experimental/web_search | search the web with the host's account
+POST   /api/experimental/web_fetch | fetch a page with the host's account
 """
 SCHEMAS = """
 Object:
@@ -4200,54 +4200,15 @@ Use: user, name, model, day, *used
 Status: version!, *gauges, requests!: Running[], upstream!: Object
 gauges: in_flight_requests!: integer, queued_requests!: integer, connections!: integer
 Running: user!, name!, model!?, path!, waiting!: boolean, seconds!: number
-Version: version
-Model: name, model, size: integer, digest, details: Object, modified_at
-Models: models!?: Model[]
-LoadedModel: name, model, size: integer, digest, details: Object, expires_at, size_vram: integer
-LoadedModels: models!?: LoadedModel[]
-ModelName: model!
-ShowRequest: model!, verbose: boolean
-ShownModel: license, modelfile, parameters, template, details: Object, model_info: Object, capabilities: string[]
-run: options: Object, keep_alive: any
-talk: format: any, think: any, stream: boolean, *run
-told: done: boolean, done_reason, *times, eval_count: integer, eval_duration: integer
-times: total_duration: integer, load_duration: integer, prompt_eval_count: integer, prompt_eval_duration: integer
-GenerateRequest: model!, prompt, suffix, system, template, images: string[], raw: boolean, *talk
-GenerateAnswer: model, created_at, response, thinking, context: integer[], *told
-Message: role!, content, thinking, images: string[], tool_calls: Object[], tool_name
-ChatRequest: model!, messages: Message[], tools: Object[], *talk
-ChatAnswer: model, created_at, message: Message, *told
-EmbedRequest: model!, input: any, truncate: boolean, dimensions: integer, *run
-Embeddings: model, embeddings: number[][], total_duration: integer, load_duration: integer, prompt_eval_count: integer
-EmbeddingsRequest: model!, prompt, *run
-Embedding: embedding: number[]
-PullRequest: model!, insecure: boolean, stream: boolean
-CreateRequest: model!, from, files: Object, adapters: Object, template, license: any, system, *made_of
-made_of: parameters: Object, messages: Message[], quantize, stream: boolean
-CopyRequest: source!, destination!
-Progress: status, digest, total: integer, completed: integer
-OpenAIModel: id!, object, created: integer, owned_by
-OpenAIModels: object, data!?: OpenAIModel[]
-sampling: temperature: number, top_p: number, max_tokens: integer, seed: integer, stop: any, *streamed
-streamed: stream: boolean, stream_options: Object
-OpenAIChatRequest: model!, messages!: Object[], tools: Object[], response_format: Object, *sampling
-OpenAICompletionRequest: model!, prompt!: any, suffix, *sampling
-OpenAIAnswer: id, object, created: integer, model, choices: Object[], usage: Object
-OpenAIEmbeddingRequest: model!, input!: any, dimensions: integer, encoding_format
-OpenAIEmbeddings: object, data: Object[], model, usage: Object
-OpenAIResponseRequest: model!, input!: any, instructions, tools: Object[], stream: boolean
-AnthropicRequest: model!, messages!: Object[], max_tokens!: integer, *further
-further: system: any, tools: Object[], thinking: Object, temperature: number, stream: boolean
-AnthropicAnswer: id, type, role, model, content: Object[], stop_reason?, usage: Object
-Transcription: model!, file!, language, prompt, response_format
-"""     # members are texts unless they say otherwise; "!": has to be there; "?": may be null; "*": another line's
+"""     # the gateway's own; members are strings by default; "!": required; "?": nullable; "*": another line's members
 MEMBER = re.compile(r"(\w+)(!?)(\??)(?:: ([\w\[\]]+))?")
+BODY_TYPES = {"json": "application/json", "form": "multipart/form-data"}     # by Route.names
 
 
-def about(route):
-    """Return what ABOUT has on a route."""
-    line = re.search(rf"(?m)^{route.method} +{re.escape(route.path)} +\| (.*?)(?:: (\S+))?(?: -> (\S+))?$", ABOUT)
-    return About(line[1], line[2] or "", line[3] or "")
+def route_doc(route):
+    """Return the RouteDoc of a route."""
+    line = re.search(rf"(?m)^{route.method} +{re.escape(route.path)} +\| (.*?)(?:: (\S+))?(?: -> (\S+))?$", ROUTE_DOCS)
+    return RouteDoc(line[1], line[2] or "", line[3] or "")
 
 
 def members_of(name):
@@ -4260,7 +4221,7 @@ def members_of(name):
 
 
 def type_schema(name):
-    """Return the JSON schema of a type's name: of JSON Schema, "any", one of SCHEMAS, or a list of such."""
+    """Return the JSON schema of a type: one of JSON Schema, "any", one of SCHEMAS, or a list of such."""
     if name.endswith("[]"):
         return {"type": "array", "items": type_schema(name[:-2])}
     if name == "any":
@@ -4280,45 +4241,48 @@ def object_schema(name):
     return {"type": "object", "properties": properties, **({"required": required} if required else {})}
 
 
-def shape_schema(value):
-    """Return the JSON schema of what looks like this value: an object with these keys, a text or null."""
+def example_schema(value):
+    """Return the JSON schema of an example: an object with these keys, or a string or null."""
     if isinstance(value, dict):
         return {"type": "object", "required": list(value),
-                "properties": {key: shape_schema(member) for key, member in value.items()}}
+                "properties": {key: example_schema(member) for key, member in value.items()}}
     return {"type": ["string", "null"]}
 
 
-IN_PATH = {"id": {"type": "integer", "minimum": 1}, "model": {"type": "string"},
-           "key": {"type": "string", "pattern": f"^{SEGMENTS['key']}$"},
-           "digest": {"type": "string", "pattern": f"^{SEGMENTS['digest']}$"}}
-IN_QUERY = {"list_tokens": {"user": {"type": "string"}},
-            "usage": {"by": {"enum": list(USAGE_BY), "default": "user"}, "since": {"type": "string", "default": "7d"}}}
+PATH_PARAMETERS = {"id": {"type": "integer", "minimum": 1}, "model": {"type": "string"},
+                   "key": {"type": "string", "pattern": f"^{SEGMENTS['key']}$"},
+                   "digest": {"type": "string", "pattern": f"^{SEGMENTS['digest']}$"}}
+QUERY_PARAMETERS = {"list_tokens": {"user": {"type": "string"}},
+                    "usage": {"by": {"enum": list(USAGE_BY), "default": "user"},
+                              "since": {"type": "string", "default": "7d"}}}
 
 
-def parameters(route):
+def openapi_parameters(route):
     """Return the OpenAPI parameters of a route."""
     segments = re.findall(r"\{(\w+)\}", route.path)
-    return ([{"name": name, "in": "path", "required": True, "schema": IN_PATH[name]} for name in segments]
-            + [{"name": name, "in": "query", "schema": asked} for name, asked in IN_QUERY.get(route.page, {}).items()])
+    return ([{"name": name, "in": "path", "required": True, "schema": PATH_PARAMETERS[name]} for name in segments]
+            + [{"name": name, "in": "query", "schema": schema}
+               for name, schema in QUERY_PARAMETERS.get(route.page, {}).items()])
 
 
-def content(name, line_type=""):
-    """Return OpenAPI's content of a content type or one of SCHEMAS, which comes in lines of another type, too."""
-    if not name:
-        return {}
-    kind = name if "/" in name else "multipart/form-data" if name == "Transcription" else "application/json"
-    found = {kind: {"schema": type_schema("string" if "/" in name else name)}}
-    if line_type:
-        found[line_type] = {"schema": type_schema(name if "ndjson" in line_type else "any")}
-    return {"content": found}
+def openapi_bodies(route, doc):
+    """Return the OpenAPI request body and the content of the answer; of Ollama's routes no more than the types."""
+    answer = {"content": {doc.answer if "/" in doc.answer else "application/json": {
+        "schema": type_schema("string" if "/" in doc.answer else doc.answer)}}} if doc.answer else {}
+    if route.kind != "page" and route.method in ("POST", "DELETE") and "{key}" not in route.path:
+        kind = "application/octet-stream" if route.streamed else BODY_TYPES.get(route.names, "application/json")
+        schema = {} if route.streamed else {"schema": {"type": "object"}}
+        return {"requestBody": {"content": {kind: schema}}}, answer
+    content = {"application/json": {"schema": type_schema(doc.request)}} if doc.request else {}
+    return {"requestBody": {"required": True, "content": content}} if content else {}, answer
 
 
-def may_be_refused(route, takes):
-    """Return the statuses by which the gateway may refuse what is well-formed HTTP."""
+def possible_refusals(route):
+    """Return the statuses by which the gateway may refuse a well-formed request."""
     found = {400, 500, 503}
     if route.access != "public":
         found |= {401, 403, 429}
-    if takes:
+    if route.method in ("POST", "PATCH", "DELETE"):
         found |= {408, 413, 415}
     if "{id}" in route.path:
         found.add(404)
@@ -4327,57 +4291,53 @@ def may_be_refused(route, takes):
     return sorted(found if route.kind == "page" else found | {502, 504})
 
 
-def operation(route):
-    """Return OpenAPI's operation of a route."""
-    text, takes, gives = about(route)
-    dialect = dialect_of(route.path)
+def openapi_operation(route):
+    """Return the OpenAPI operation of a route."""
+    doc, dialect = route_doc(route), dialect_of(route.path)
     tag = "Admin" if route.path.startswith("/admin") else "Gateway" if route.kind == "page" else dialect.capitalize()
-    streamed = takes[:1].isupper() and any(member == "stream" for member, *_ in members_of(takes))
-    ndjson, events = STREAM_TYPES
-    line_type = (events if route.path.startswith("/v1/") else ndjson) if streamed else ""
+    body, answer = openapi_bodies(route, doc)
     found = {"operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"), "tags": [tag],
-             "summary": text, "parameters": parameters(route), "responses": {
-                 "201" if route.page == "create_token" else "200": {"description": "done", **content(gives, line_type)},
+             "summary": doc.summary, "parameters": openapi_parameters(route), **body, "responses": {
+                 "201" if route.page == "create_token" else "200": {"description": "done", **answer},
                  **{str(status): {"$ref": f"#/components/responses/{dialect}-{status}"}
-                    for status in may_be_refused(route, takes)},
+                    for status in possible_refusals(route)},
                  "default": {"$ref": f"#/components/responses/{dialect}"}}}
-    if takes:
-        found["requestBody"] = {"required": True, **content(takes)}
     if route.access == "public":
         found["security"] = []
     elif route.access == "admin":
-        found["description"] = "It takes an admin token."
+        found["description"] = "Requires an admin token."
     return found
 
 
-def refusal_responses():
-    """Return OpenAPI's responses for each status that refuses, in each dialect."""
+def openapi_refusals():
+    """Return the OpenAPI responses of each status that refuses, in each dialect."""
     found = {}
     for dialect in "ollama", "openai", "anthropic":
-        shape = {"application/json": {"schema": shape_schema(Refusal("malformed").body_for(dialect))}}
+        content = {"application/json": {"schema": example_schema(Refusal("malformed").body_for(dialect))}}
         found[dialect] = {"description": "another refusal, or an error of Ollama's own"}
         for status in sorted({reason.status for reason in REFUSALS.values()}):
             meanings = [reason.meaning for reason in REFUSALS.values() if reason.status == status]
-            found[f"{dialect}-{status}"] = {"description": "; or ".join(meanings), "content": shape}
+            found[f"{dialect}-{status}"] = {"description": "; or ".join(meanings), "content": content}
     return found
 
 
 def openapi_document(routes, base):
-    """Return what a gateway with these routes serves, with /api at the base, as OpenAPI 3.1 has it."""
+    """Return the OpenAPI 3.1 document of a gateway with these routes, with /api at the base."""
     paths = {}
     for route in routes:
-        paths.setdefault(at_base(route.path, base), {})[route.method.lower()] = operation(route)
+        paths.setdefault(at_base(route.path, base), {})[route.method.lower()] = openapi_operation(route)
     return {
         "openapi": "3.1.0",
         "info": {"title": "ollama_gateway", "version": VERSION,
-                 "description": "Ollama, and its OpenAI and Anthropic faces, for whoever has a token."},
+                 "description": "Ollama and its OpenAI and Anthropic APIs, for holders of a token."},
+        "externalDocs": {"description": "The bodies of Ollama's own routes", "url": "https://docs.ollama.com/api"},
         "security": [{"bearer": []}, {"key": []}],
         "paths": paths,
         "components": {
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"},
                                 "key": {"type": "apiKey", "in": "header", "name": "x-api-key"}},
             "schemas": {name: object_schema(name) for name in re.findall(r"(?m)^([A-Z]\w+):", SCHEMAS)},
-            "responses": refusal_responses()}}
+            "responses": openapi_refusals()}}
 
 
 # == Browser ==================================================================
@@ -5169,7 +5129,7 @@ def docs_page(routes, base):
     ways, when, flags = ("Route", "What it does"), ("Status", "When"), ("Flag", "What it is", "Variable", "Default")
     told = {access: [] for access in ACCESS}
     for route in routes:
-        told[route.access].append((f"{route.method} {at_base(route.path, base)}", about(route).text))
+        told[route.access].append((f"{route.method} {at_base(route.path, base)}", route_doc(route).summary))
     errors = {}
     for status, meaning in sorted(REFUSALS.values()):
         errors[str(status)] = f"{errors[str(status)]}; or {meaning}" if str(status) in errors else meaning
