@@ -21,7 +21,7 @@ The sections, in order (`grep -n '^# =='` lists them):
     Route         which paths there are, who may use them, which model is meant
     Authenticate  whose token it is
     Limit         how much a token may, and whose turn it is
-    Forward       the upstream's side: a pool of connections below urllib's opener
+    Forward       the upstream's side: a pool of connections below urllib's opener, and Ollama's health
     Relay         the answer, from the upstream to the client, as it comes
     Record        a log line and the meters of each request, written behind its back
     OpenAPI       what it serves, told to programs
@@ -116,12 +116,12 @@ PAGE_BODY_SECONDS = 15      # for the whole body of a request for one of our own
 REJUDGE_SECONDS = 1         # how often the token of a body that is passed on as it comes is judged again
 SEND_SECONDS = 60           # for a piece of at most 64 KiB to a client that reads slowly
 DRAIN_SECONDS = 3
-HEALTH_SECONDS = 10         # how old the upstream's state in /health may be
-PROBE_BYTES = 4 * MIB       # of a list of models, when the gateway itself asks for it
+HEALTH_SECONDS = 5          # between two probes: with PROBE_SECONDS, the state in /health is at most 10 s old
+PROBE_BYTES = 1 * MIB       # of an answer to the gateway's own request; a list of 2,500 models
 LIST_BYTES = 16 * MIB       # of a list of models that is cut down to those of a token
 LINE_LIMIT = 8 * MIB        # of a stream's line; Ollama's own client reads no longer ones
 MOST_TOKENS = 10 ** 9       # that one request can have cost
-PROBE_SECONDS = 2           # how long the upstream may take to say its version
+PROBE_SECONDS = 2           # for a health probe's requests, from the look-up of the name to the last byte
 JOURNAL_SECONDS = 0.01      # how long finished requests gather before they are written; all others wait meanwhile
 FINE_TICK = 0.1             # how old a file's time must be, in seconds, to tell its change from a later one,
 COARSE_TICK = 3             # and how old where the file system knows whole seconds only: FAT counts in twos
@@ -145,6 +145,7 @@ DELAYED_AT_ONCE = 8         # failed requests that may wait, each on a thread; t
 MINUTE, HOUR, DAY = 60, 3600, 86400
 MOST_SERIES = 5000          # of one metric; more labels than that are counted as "other"
 POOL_SIZE = 128             # idle upstream connections kept; Ollama has no limit of its own
+IDLE_SECONDS = 60           # an older one is not reused: NAT and load balancers forget idle connections, some in 60 s
 
 HOP_BY_HOP = frozenset((    # RFC 9110 7.6.1: these speak of one connection only
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
@@ -400,7 +401,8 @@ OPTION_GROUPS = {
     ),
     "how long it waits": (
         Option("--queue-timeout", "GATEWAY_QUEUE_TIMEOUT", "60s", timeout, "TIME", "for a request's turn to come"),
-        Option("--connect-timeout", "GATEWAY_CONNECT_TIMEOUT", "5s", timeout, "TIME", "to connect to Ollama"),
+        Option("--connect-timeout", "GATEWAY_CONNECT_TIMEOUT", "5s", timeout, "TIME",
+               "to connect to Ollama, from the look-up of its name"),
         Option("--first-byte-timeout", "GATEWAY_FIRST_BYTE_TIMEOUT", "600s", timeout, "TIME",
                "for Ollama's answer to begin: a model loads, queues, thinks"),
         Option("--stall-timeout", "GATEWAY_STALL_TIMEOUT", "300s", timeout, "TIME", "for the next piece of an answer"),
@@ -679,12 +681,37 @@ class Deadline:
             raise TimeoutError(f"nothing came for {self._seconds:g} s" + (f" ({self._flag})" if self._flag else ""))
         return seconds
 
+    def share(self, parts):
+        """Return a deadline for the first of so many equal parts of the time left; raise TimeoutError."""
+        part = Deadline(self._seconds, self._flag)
+        part._at = time.monotonic() + self.left() / parts
+        return part
+
+
+def is_late(error):
+    """Return whether a Deadline has passed; the system's ETIMEDOUT is a TimeoutError too, but a lost connection."""
+    return isinstance(error, TimeoutError) and error.errno is None
+
 
 POLL_LIMIT = 2 ** 31 - 1    # milliseconds that fit poll's argument
 READABLE, WRITABLE = getattr(select, "POLLIN", 1), getattr(select, "POLLOUT", 4)
 HUNG_UP = getattr(select, "POLLRDHUP", 0)  # Linux tells a half-closed peer without a read; others cannot
 BARE_LF = re.compile(rb"(?<!\r)\n")
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError)
+# A peer that vanished without a FIN, behind a NAT say, is given up after 30 s: 15 s of silence and 3 probes 5 s apart,
+# few enough for a phone's battery. TCP_USER_TIMEOUT, in ms, is for data that nobody acknowledges; Linux applies it to
+# the probes too, in place of their number, and to a peer that takes no data for so long (RFC 1122 4.2.3.6, RFC 5482).
+KEEP_ALIVE = [(getattr(socket, option), value) for option, value in (
+    ("TCP_KEEPIDLE", 15), ("TCP_KEEPALIVE", 15),    # macOS's name for the same
+    ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 30_000)) if hasattr(socket, option)]
+
+
+def keep_alive(sock):
+    """Have the system probe the peer of an idle connection, and end a connection whose peer has vanished."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    with contextlib.suppress(OSError):  # a system may know an option and still lack it
+        for option, value in KEEP_ALIVE:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def look_up(host, port, flags=0):
@@ -755,6 +782,7 @@ class Wire:
     def __init__(self, sock):
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or Nagle waits for delayed ACKs, 44 ms an answer
+        keep_alive(sock)
         self.sock, self.descriptor, self.buffer = sock, sock.fileno(), b""
 
     def secure(self, context, deadline, watched=None, **how):
@@ -2338,7 +2366,7 @@ def client_failure(error, late, seconds):
     """Return what becomes of an error in reading from a client: its refusal, or the news that it left."""
     if isinstance(error, Malformed):
         return Refusal(error.code, str(error))
-    if isinstance(error, TimeoutError):
+    if is_late(error):
         return Refusal("too_slow", late.format(seconds))
     return ClientLeft(str(error))
 
@@ -2575,7 +2603,8 @@ ASK_FOR_USAGE = b',"stream_options":{"include_usage":true}'  # before the object
 class Gateway:
     """Conducts each request through the stages that it is handed."""
 
-    def __init__(self, peers, router, authenticator, limiter, upstream, relay, journal, pages):
+    def __init__(self, peers, router, authenticator, limiter, upstream, health, relay, journal, pages):
+        self.health = health
         self._peers, self._router, self._authenticator, self._limiter = peers, router, authenticator, limiter
         self._upstream, self._relay, self._journal, self._pages = upstream, relay, journal, pages
 
@@ -2651,12 +2680,8 @@ class Gateway:
         except Failure as error:
             raise Refusal(error.code, str(error)) from None
 
-    def ask_upstream(self, path):
-        """Return what Ollama answers to GET path, None if it does not."""
-        return self._upstream.ask(path)
-
     def close(self):
-        for stage in self._journal, self._authenticator, self._upstream:
+        for stage in self._journal, self._authenticator, self.health, self._upstream:
             stage.close()
 
 
@@ -3385,6 +3410,7 @@ class UpstreamWire(Wire):
     """A connection to the upstream; watched, it tells when the upstream will not wait for more."""
 
     reused = False
+    idle_since = 0      # by the pool's clock
 
     def __init__(self, sock):
         super().__init__(sock)
@@ -3420,9 +3446,10 @@ class Exchange(urllib.request.Request):
 
     full_url = data = fragment = None  # in place of Request's properties
 
-    def __init__(self, base, method, path, fields, body, watched=None):
+    def __init__(self, base, method, path, fields, body, watched=None, deadline=None):
+        """deadline: one for all of it, from the look-up to the last byte; None: the timeouts of the settings."""
         self.type, self.host, self.full_url = base.scheme, base.netloc, path
-        self.method, self.headers, self.body, self.watched = method, {}, body, watched
+        self.method, self.headers, self.body, self.watched, self.deadline = method, {}, body, watched, deadline
         self.head = (f"{method} {base.path}{path} HTTP/1.1\r\nHost: {base.netloc}\r\nAccept-Encoding: identity\r\n"
                      f"{fields}{body.framing}\r\n").encode("latin-1")
 
@@ -3437,20 +3464,65 @@ def port_of(url):
     return url.port or (443 if url.scheme == "https" else 80)
 
 
-class Pool:
-    """Connections to the upstream, kept alive, the last used first."""
+class Resolver:
+    """Looks up a host's addresses in a thread, because getaddrinfo cannot be cancelled and knows no time limit.
 
-    def __init__(self, url, connect_timeout, tls=None):
-        self._host, self._port = url.hostname, port_of(url)
+    One look-up runs at a time, however many requests wait for it: a resolver that hangs holds one thread.
+    """
+
+    def __init__(self, host, port):
+        self._host, self._port = host, port
+        self._lock, self._waiting, self._running = threading.Lock(), set(), False
+        self._found = None      # by the last look-up: addresses, or an exception
+
+    def addresses(self, deadline, watched):
+        """Return getaddrinfo's addresses; raise ConnectionError, or what the watched wire raises."""
+        if ":" in self._host or self._host.replace(".", "").isdigit():
+            return look_up(self._host, self._port)  # an IP address, for which nobody is asked
+        with contextlib.closing(Bell()) as bell:
+            with self._lock:
+                if not self._running:
+                    threading.Thread(target=self._run, name="resolver", daemon=True).start()
+                    self._running = True
+                self._waiting.add(bell)
+            try:
+                bell.wait(deadline, watched)
+            except TimeoutError as error:
+                raise ConnectionError(f"the look-up of {self._host} has not ended: {error}") from None
+            finally:
+                with self._lock:
+                    self._waiting.discard(bell)
+        found = self._found
+        if isinstance(found, Exception):
+            raise ConnectionError(f"the look-up of {self._host} failed: {getattr(found, 'strerror', None) or found}")
+        return found
+
+    def _run(self):
+        try:
+            found = look_up(self._host, self._port)
+        except Exception as error:  # whatever it is, it is raised again in the threads that wait
+            found = error
+        with self._lock:
+            self._found, self._running = found, False
+            while self._waiting:
+                self._waiting.pop().ring()
+
+
+class Pool:
+    """Connections to the upstream, kept alive, the last used first; `clock` is for intervals."""
+
+    def __init__(self, url, connect_timeout, tls=None, clock=time.monotonic):
+        self._host, self._resolver = url.hostname, Resolver(url.hostname, port_of(url))
         self._tls = (tls or ssl.create_default_context()) if url.scheme == "https" else None
-        self._connect_timeout = connect_timeout
+        self._connect_timeout, self._clock = connect_timeout, clock
         self._idle = deque()
 
-    def lease(self, watched=None, fresh=False):
+    def lease(self, exchange, fresh=False):
         """Return a live connection, a kept one unless it must be fresh; raise OSError if there is none to be had.
 
         A kept one that died idle is found out here, or by who uses it.
         """
+        self._close_old()
         while self._idle and not fresh:
             with contextlib.suppress(IndexError):
                 wire = self._idle.pop()
@@ -3458,15 +3530,28 @@ class Pool:
                     wire.reused = True
                     return wire
                 wire.close()
-        return self._connect(watched)
+        return self._connect(exchange)
 
-    def _connect(self, watched):
+    def _close_old(self):
+        """Close the connections that were idle for too long: the oldest are at the left."""
+        latest = self._clock() - IDLE_SECONDS
+        try:
+            while self._idle[0].idle_since < latest:
+                self._idle.popleft().close()
+        except IndexError:  # none is left; other threads take some, too
+            pass
+
+    def _connect(self, exchange):
+        """Return a new connection to the first address that takes one; each has an equal share of the time left."""
         deadline = Deadline(self._connect_timeout, "--connect-timeout")
+        if exchange.deadline and exchange.deadline.left() < self._connect_timeout:
+            deadline = exchange.deadline
         trouble = OSError("its name has no address")
-        for family, kind, protocol, _, address in look_up(self._host, self._port):
+        found = self._resolver.addresses(deadline, exchange.watched)
+        for number, (family, kind, protocol, _, address) in enumerate(found):
             try:
                 with UpstreamWire(socket.socket(family, kind, protocol)) as wire:
-                    return self._establish(wire, address, deadline, watched)
+                    return self._establish(wire, address, deadline.share(len(found) - number), exchange.watched)
             except OSError as error:
                 trouble = error
         raise ConnectionError(trouble.strerror or str(trouble))
@@ -3484,6 +3569,7 @@ class Pool:
         return wire
 
     def release(self, wire):
+        wire.idle_since = self._clock()
         if len(self._idle) < POOL_SIZE:
             self._idle.append(wire)
         else:
@@ -3545,7 +3631,7 @@ class Reply:
             self._body = ChunkedBody()
         else:
             self._body = CloseDelimitedBody() if head.length is None else LengthBody(head.length)
-        self._wire, self._pool, self._watched = wire, pool, exchange.watched
+        self._wire, self._pool, self._exchange = wire, pool, exchange
         self._stall_timeout = stall_timeout
 
     def field(self, name):
@@ -3561,11 +3647,11 @@ class Reply:
         """Tell whether `read` may have to wait."""
         return not self._wire.buffer and not self._body.complete
 
-    def read(self, deadline=None):
+    def read(self):
         """Return the body's next piece as soon as it is there, b"" only at its end; raise Refusal if it breaks off."""
-        deadline = deadline or Deadline(self._stall_timeout, "--stall-timeout")
+        deadline = self._exchange.deadline or Deadline(self._stall_timeout, "--stall-timeout")
         try:
-            return self._wire.read_piece(self._body, deadline, self._watched)
+            return self._wire.read_piece(self._body, deadline, self._exchange.watched)
         except (OSError, Malformed) as error:
             raise Refusal("upstream_failed", f"Ollama broke off its answer: {error}") from None
 
@@ -3591,19 +3677,19 @@ class PooledHandler(urllib.request.BaseHandler):
         A kept connection may die as we use it: when not a byte of an answer came, and the body can be sent again, it
         is, once, on a new connection; all other kept ones are as old, and are dropped.
         """
-        wire = self._pool.lease(exchange.watched, fresh=not exchange.body.replayable)
+        wire = self._pool.lease(exchange, fresh=not exchange.body.replayable)
         try:
             return self._exchange(wire, exchange)
         except OSError as error:
-            if isinstance(error, TimeoutError) or not wire.reused or wire.buffer:
+            if is_late(error) or not wire.reused or wire.buffer:
                 raise
         self._pool.clear()
-        return self._exchange(self._pool.lease(exchange.watched, fresh=True), exchange)
+        return self._exchange(self._pool.lease(exchange, fresh=True), exchange)
 
     def _exchange(self, wire, exchange):
         with wire:
             whole = self._send(wire, exchange)
-            deadline = Deadline(exchange.timeout, "--first-byte-timeout")
+            deadline = exchange.deadline or Deadline(exchange.timeout, "--first-byte-timeout")
             while True:
                 head = wire.read_head(deadline, exchange.watched)
                 wire.reused = False  # it has proved to be alive: what fails from here on is not tried again
@@ -3634,53 +3720,36 @@ class Upstream:
     """Ollama, as the gateway sees it; `tls` is an SSLContext that trusts others than the system does."""
 
     def __init__(self, url, connect_timeout, first_byte_timeout, stall_timeout, tls=None):
-        self._url, self._first_byte_timeout = url, first_byte_timeout
+        self._url, self._connect_timeout, self._first_byte_timeout = url, connect_timeout, first_byte_timeout
         self._pool = Pool(url, connect_timeout, tls)
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(PooledHandler(self._pool, stall_timeout))
-        self._asked, self._asking = {}, threading.Lock()    # path: (when, answer); one asks, the others wait for it
 
     def open(self, method, path, request, body, request_id, watched):
         """Pass a request on and return the Reply; raise Refusal if none comes. Leaving, the watched client ends it."""
         fields = f"X-Request-Id: {request_id}\r\n{request.upward}"
-        exchange = Exchange(self._url, method, path + request.query, fields, body, watched)
-        return self._send(exchange, self._first_byte_timeout)
+        return self._send(Exchange(self._url, method, path + request.query, fields, body, watched))
 
-    def _send(self, exchange, seconds):
+    def _send(self, exchange):
         try:
-            return self._opener.open(exchange, timeout=seconds)
+            return self._opener.open(exchange, timeout=self._first_byte_timeout)
         except Malformed as error:
             raise Refusal("upstream_failed", f"Ollama does not talk HTTP: {error}") from None
-        except TimeoutError as error:
-            raise Refusal("upstream_silent", f"Ollama did not answer: {error}") from None
         except OSError as error:
+            if is_late(error):
+                raise Refusal("upstream_silent", f"Ollama did not answer: {error}") from None
             raise Refusal("upstream_failed", f"Ollama cannot be reached: {error}") from None
 
-    def ask(self, path, max_age=0):
-        """Return the JSON object that Ollama answers to GET path, None for none; at most max_age seconds old."""
-        with self._asking:
-            when, answer = self._asked.get(path, (None, None))
-            if when is None or time.monotonic() - when > max_age:
-                answer = self._fetch(path)
-                self._asked[path] = time.monotonic(), answer
-            return answer
-
-    def _fetch(self, path):
-        try:
-            status, answer = self.probe(path)
-            return answer if status == 200 else None
-        except Refusal:
-            return None
-
-    def probe(self, path, fields=""):
+    def probe(self, path, fields="", watched=None, deadline=None):
         """Return the status and the JSON object, None for none, of the answer to GET path; raise Refusal.
 
-        fields: of the request's head, as text.
+        fields: of the request's head, as text; deadline: for all of it, or the time to connect and PROBE_SECONDS more.
         """
-        deadline, data = Deadline(PROBE_SECONDS), bytearray()
-        with self._send(Exchange(self._url, "GET", path, fields, NO_BODY), PROBE_SECONDS) as reply:
+        data = bytearray()
+        deadline = deadline or Deadline(self._connect_timeout + PROBE_SECONDS)
+        with self._send(Exchange(self._url, "GET", path, fields, NO_BODY, watched, deadline)) as reply:
             while not reply.complete and len(data) < PROBE_BYTES:
-                data += reply.read(deadline)
+                data += reply.read()
         try:
             answer = json.loads(bytes(data))
         except (ValueError, RecursionError):
@@ -3689,10 +3758,80 @@ class Upstream:
 
     def post(self, path, fields, data):
         """Return the Reply to bytes; raise Refusal."""
-        return self._send(Exchange(self._url, "POST", path, fields, HeldBody(data)), self._first_byte_timeout)
+        return self._send(Exchange(self._url, "POST", path, fields, HeldBody(data)))
 
     def close(self):
         self._pool.clear()
+
+
+class Stopped(Exception):
+    """The health probe has to end."""
+
+
+class StopSignal(Bell):
+    """Ends a wait that watches it by Stopped, as soon as it rings."""
+
+    @property
+    def descriptor(self):
+        return self._clapper.fileno()
+
+    def watched_events(self):
+        return READABLE
+
+    def on_readable(self):
+        raise Stopped
+
+
+class HealthProbe:
+    """Knows whether Ollama is up and which models it has, from a thread that requests this every few seconds.
+
+    Before the first answers, Ollama counts as down.
+    """
+
+    def __init__(self, upstream):
+        self.up, self.version, self.models, self.loaded = False, None, [], []
+        self._upstream, self._stop, self._thread = upstream, None, None
+
+    def start(self, on_first=lambda: None):
+        """Start the thread; it calls on_first after the first answers, or after PROBE_SECONDS without them."""
+        self._stop = StopSignal()
+        self._thread = threading.Thread(target=self._run, args=(on_first,), name="health", daemon=True)
+        self._thread.start()
+
+    def _run(self, on_first):
+        with contextlib.closing(self._stop), contextlib.suppress(Stopped):
+            for number in itertools.count():
+                try:
+                    self._probe()
+                    if not number:
+                        on_first()
+                except Stopped:
+                    raise
+                except Exception:  # a fault of ours must not end the probing
+                    LOG.exception("the health probe failed")
+                with contextlib.suppress(TimeoutError):
+                    return self._stop.wait(Deadline(HEALTH_SECONDS), None)
+
+    def _probe(self):
+        deadline = Deadline(PROBE_SECONDS)
+        version, tags, ps = (self._get(path, deadline) for path in ("/api/version", "/api/tags", "/api/ps"))
+        self.up, self.version = bool(version), version.get("version")
+        self.models, self.loaded = (found if isinstance(found, list) else []
+                                    for found in (tags.get("models"), ps.get("models")))
+
+    def _get(self, path, deadline):
+        """Return the JSON object that Ollama answers to GET path, {} for none."""
+        try:
+            status, answer = self._upstream.probe(path, watched=self._stop, deadline=deadline)
+        except (Refusal, RuntimeError):     # or no thread could be started for the look-up
+            return {}
+        return answer or {} if status == 200 else {}
+
+    def close(self):
+        if self._thread:
+            with contextlib.suppress(OSError):      # the thread has ended
+                self._stop.ring()
+            self._thread.join(CLOSE_SECONDS)        # it may hang in on_first, if nobody reads what that prints
 
 
 def own_addresses():
@@ -5209,9 +5348,9 @@ class Pages:
 
     CHANGED = ("admin", *GRANTS)    # what of a token can be changed
 
-    def __init__(self, routes, base, store, upstream, account, limiter, meters, gauges):
+    def __init__(self, routes, base, store, health, account, limiter, meters, gauges):
         self._routes, self._base = routes, base
-        self._store, self._upstream, self._account, self._limiter = store, upstream, account, limiter
+        self._store, self._health, self._account, self._limiter = store, health, account, limiter
         self._meters, self._gauges = meters, gauges
 
     @staticmethod
@@ -5225,8 +5364,7 @@ class Pages:
 
     def health(self, _):
         """Tell, without a token, whether the gateway and Ollama are there."""
-        up = self._upstream.ask("/api/version", HEALTH_SECONDS) is not None
-        return json_page({"status": "ok", "upstream": "up" if up else "down", "version": VERSION})
+        return json_page({"status": "ok", "upstream": "up" if self._health.up else "down", "version": VERSION})
 
     def me(self, visit):
         """Tell a token what it may, what of that is left, and what it used in the last seven days."""
@@ -5244,16 +5382,14 @@ class Pages:
 
     def status(self, _):
         """Tell what runs and waits, and how Ollama is."""
-        version, listed, loaded = (self._upstream.ask(path, HEALTH_SECONDS) or {}
-                                   for path in ("/api/version", "/api/tags", "/api/ps"))
-        now = time.monotonic()
+        health, now = self._health, time.monotonic()
         requests = [{"user": record.token.user, "name": record.token.name, "model": record.model, "path": record.path,
                      "waiting": record.admitted is None, "seconds": round(now - record.began, 3)}
                     for record in self._account.running()]
         return json_page({
             "version": VERSION, **{name: tell() for name, (_, tell) in self._gauges.items()}, "requests": requests,
-            "upstream": {"status": "up" if version else "down", "version": version.get("version"),
-                         "models": listed.get("models") or [], "loaded": loaded.get("models") or []}})
+            "upstream": {"status": "up" if health.up else "down", "version": health.version,
+                         "models": health.models, "loaded": health.loaded}})
 
     def usage(self, visit):
         """Tell the account: by a key of USAGE_BY, since a time."""
@@ -5367,6 +5503,7 @@ def build_server(settings, store, log=None):
     tls = server_tls(settings)
     upstream = Upstream(settings.ollama_url, settings.connect_timeout, settings.first_byte_timeout,
                         settings.stall_timeout)
+    health = HealthProbe(upstream)
     limits = ConnectionLimits(settings.max_body, settings.header_timeout, settings.idle_timeout,
                               BodyStorage(settings.max_spool))
     connections = Connections(connections_that_fit(  # each with one upstream or, waiting, a bell and a spooled body
@@ -5386,9 +5523,10 @@ def build_server(settings, store, log=None):
         authenticator=Authenticator(tokens, Failures()),
         limiter=limiter,
         upstream=upstream,
+        health=health,
         relay=relay,
         journal=Journal(account, meters, log or LOG.info),
-        pages=Pages(routes, settings.base_path, store, upstream, account, limiter, meters, gauges))
+        pages=Pages(routes, settings.base_path, store, health, account, limiter, meters, gauges))
     try:
         return GatewayServer(settings.host, settings.port, Handler, gateway, limits, connections, tls)
     except (OSError, UnicodeError) as error:
@@ -5839,9 +5977,8 @@ def is_loopback(host):
 def announce(settings, server, store):
     """Say on stderr where the gateway is, what stands behind it, and what the owner should mind."""
     host = server.server_address[0]
-    listed = server.gateway.ask_upstream("/api/tags")
-    models = listed.get("models") if listed else None
-    state = f"which has {count(len(models), 'model')}" if isinstance(models, list) else "which DOES NOT ANSWER yet"
+    health = server.gateway.health
+    state = f"which has {count(len(health.models), 'model')}" if health.up else "which DOES NOT ANSWER yet"
     tokens = len(store.list())
     held = f"{count(tokens, 'token')} in {store.path}"
     if not tokens:
@@ -5866,7 +6003,7 @@ def cmd_serve(args):
     with open_store(settings.db, create=True) as store:
         server = build_server(settings, store)
         try:
-            announce(settings, server, store)
+            server.gateway.health.start(functools.partial(announce, settings, server, store))
             if server.tls and hasattr(signal, "SIGHUP"):
                 signal.signal(signal.SIGHUP, lambda *_: reload_certificate(server.tls, settings))
             with Footprint():

@@ -866,6 +866,15 @@ class GatewayCase(Case):
         client.send(request(method, path, body, [*bearer(token or self.token), *headers]))
         return client
 
+    def probe_health(self, server=None):
+        """Start the gateway's health probe, as `serve` does, and wait for its first answers."""
+        first = threading.Event()
+        (server or self.server).gateway.health.start(first.set)
+        self.assertTrue(first.wait(GUARD), "the health probe's first answers")
+
+    def health(self, server=None):
+        return self.ask("GET", "/health", token="", server=server).json()["upstream"]
+
     def seen(self):
         return [(seen.method, seen.path) for seen in self.fake.received]
 
@@ -2311,12 +2320,15 @@ class Routing(GatewayCase):
         self.assertTrue(answer.headers["content-type"].startswith("text/plain"))
 
     def test_health_tells_whether_the_upstream_answers(self):
+        self.assertEqual((self.health(), self.seen()), ("down", []), "before the first probe")
+        self.probe_health()
         answer = self.ask("GET", "/health", token="")
         self.assertEqual((answer.status, answer.json()["status"], answer.json()["upstream"]), (200, "ok", "up"))
         self.assertEqual(set(answer.json()), {"status", "upstream", "version"})
 
     def test_health_is_well_while_the_upstream_is_down(self):
         self.fake.server_close()
+        self.probe_health()
         answer = self.ask("GET", "/health", token="")
         self.assertEqual((answer.status, answer.json()["status"], answer.json()["upstream"]), (200, "ok", "down"))
 
@@ -2798,6 +2810,57 @@ class Relaying(GatewayCase):
                 self.fake.drop()
                 self.assertStatus(self.again(client, method, path, body), 200)
 
+    def test_idle_upstream_connections_older_than_60_s_are_not_reused(self):
+        pool, now = self.server.gateway._upstream._pool, [1000.0]
+        with unittest.mock.patch.object(pool, "_clock", lambda: now[0]):
+            client = self.primed()
+            now[0] += 60
+            self.assertStatus(self.again(client), 200)
+            self.assertEqual(self.fake.accepted, 1)
+            now[0] += 61
+            self.assertStatus(self.again(client), 200)
+            self.assertEqual(self.fake.accepted, 2)
+            eventually(lambda: len(self.fake._open) == 1, "the old one's end")
+
+    def test_idle_upstream_connections_of_a_burst_are_closed_though_a_newer_one_is_in_use(self):
+        pool, now = self.server.gateway._upstream._pool, [1000.0]
+        with unittest.mock.patch.object(pool, "_clock", lambda: now[0]):
+            hold = self.hold()
+            self.fake.replies["/api/chat"] = Reply.stream(hold, LINE)
+            burst = [self.begin("POST", "/api/chat", CHAT) for _ in range(4)]
+            eventually(lambda: len(self.fake.received) == 4)
+            hold.set()
+            for client in burst:
+                self.assertStatus(client.answer(), 200)
+            for _ in range(4):
+                now[0] += 20
+                self.assertStatus(self.ask("GET", "/api/tags"), 200)
+            eventually(lambda: len(self.fake._open) == 1, "the end of the others")
+            self.assertEqual(self.fake.accepted, 4)
+
+    def test_tcp_keep_alive_of_clients_and_of_the_upstream(self):
+        client = self.primed()
+        client_side, = self.server.connections._open
+        upstream_side, = self.server.gateway._upstream._pool._idle
+        wanted = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
+        there_are = {name: value for name, value in wanted.items() if hasattr(socket, name)}
+        for side in client_side, upstream_side:
+            self.assertTrue(side.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+            self.assertEqual({name: side.sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in there_are}, there_are)
+        client.close()
+
+    def test_a_request_whose_reused_connection_leads_to_a_vanished_upstream_is_sent_once_more(self):
+        client, read_head = self.primed(), gateway.UpstreamWire.read_head
+
+        def vanish_once(wire, *args):
+            if wire.reused:
+                raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))   # as the system reports it
+            return read_head(wire, *args)
+        with unittest.mock.patch.object(gateway.UpstreamWire, "read_head", vanish_once):
+            self.assertStatus(self.again(client), 200)
+        with unittest.mock.patch.object(gateway.UpstreamWire, "read_head", side_effect=TimeoutError(errno.ETIMEDOUT, "timed out")):
+            self.assertIn("cannot be reached", self.assertRefused(self.again(client), 502))
+
     def test_an_upstream_that_restarted_is_found_again(self):
         for number in range(4):
             self.begin("GET", "/api/version").answer()
@@ -2956,6 +3019,12 @@ class Leaving(GatewayCase):
                     eventually(lambda: self.fake.broken, "the stand-in's noticing")
         self.assertEqual(self.fake.received, [])
 
+    def test_a_client_that_vanished_within_its_request_has_left(self):
+        lost = TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))  # what keep-alive makes of a read
+        with unittest.mock.patch.object(gateway.ClientWire, "read_piece", side_effect=lost):
+            self.begin("POST", "/api/chat", CHAT)
+            self.assertEqual(self.logged()["outcome"], "left")
+
     def test_the_next_request_is_served(self):
         self.leave(Client.close, *PHASES[0][1:])
         self.fake.replies.clear()
@@ -3052,15 +3121,84 @@ class Outage(GatewayCase):
             with self.subTest(name):
                 self.assertRefused(self.ask("GET", "/api/tags", server=self.serve(ollama_url=f"http://{name}:1")), 502)
 
-    @unittest.skipUnless(sys.platform == "linux", "needs Linux's full backlog to swallow connections")
-    def test_an_upstream_that_takes_no_connection_is_given_up(self):
+    def black_hole(self):
+        """The address of a listener whose full backlog swallows connections."""
         deaf = self.enter(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(2):   # fill its backlog
             knock = self.enter(socket.socket())
             knock.setblocking(False)
             knock.connect_ex(deaf.getsockname())
-        server = self.serve(ollama_url="http://127.0.0.1:%d" % deaf.getsockname()[1], connect_timeout="0.3s")
-        self.assertRefused(self.ask("GET", "/api/tags", server=server), 502)
+        return deaf.getsockname()
+
+    def serve_by_name(self, look_up, **flags):
+        """Start a gateway whose upstream is a name, which this function looks up."""
+        real = socket.getaddrinfo
+        self.enter(unittest.mock.patch("socket.getaddrinfo", lambda host, *args, **how: (
+            look_up() if host in ("ollama.test", b"ollama.test") else real(host, *args, **how))))
+        return self.serve(ollama_url="http://ollama.test:11434", **flags)
+
+    @staticmethod
+    def found(*addresses):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
+
+    @unittest.skipUnless(sys.platform == "linux", "needs Linux's full backlog to swallow connections")
+    def test_an_upstream_that_takes_no_connection_is_given_up(self):
+        server = self.serve(ollama_url="http://127.0.0.1:%d" % self.black_hole()[1], connect_timeout="0.3s")
+        self.assertIn("--connect-timeout", self.assertRefused(self.ask("GET", "/api/tags", server=server), 502))
+
+    @unittest.skipUnless(sys.platform == "linux", "needs Linux's full backlog to swallow connections")
+    def test_each_address_of_a_name_gets_its_share_of_the_connect_timeout(self):
+        for addresses in ([self.black_hole(), self.fake.server_address], [self.black_hole(), ("127.0.0.1", 1), self.fake.server_address]):
+            with self.subTest(len(addresses)):
+                server = self.serve_by_name(lambda addresses=addresses: self.found(*addresses), connect_timeout="0.9s")
+                self.assertStatus(self.ask("GET", "/api/tags", server=server), 200)
+        nowhere = self.serve_by_name(lambda: self.found(self.black_hole(), self.black_hole()), connect_timeout="0.3s")
+        self.assertIn("0.3 s (--connect-timeout)", self.assertRefused(self.ask("GET", "/api/tags", server=nowhere), 502))
+
+    def test_name_look_up_is_within_the_connect_timeout_and_holds_up_nobody_else(self):
+        hold = self.hold()
+        server = self.serve_by_name(lambda: hold.wait(GUARD) and self.found(self.fake.server_address), connect_timeout="0.3s")
+        waiting = [self.begin("GET", "/api/tags", server=server) for _ in range(3)]
+        self.assertStatus(self.ask("GET", "/", server=server), 200)
+        for client in waiting:
+            self.assertIn("--connect-timeout", self.assertRefused(client.answer(), 502))
+        self.assertEqual([thread.name for thread in threading.enumerate()].count("resolver"), 1, "one look-up for all")
+        hold.set()
+        eventually(lambda: self.ask("GET", "/api/tags", server=server).status == 200, "the name's being found after all")
+
+    def test_name_look_up_that_fails_is_a_bad_gateway_and_is_tried_again(self):
+        answers = iter([socket.gaierror(socket.EAI_NONAME, "Name or service not known"), UnicodeError("label too long")])
+
+        def look_up():
+            error = next(answers, None)
+            if error:
+                raise error
+            return self.found(self.fake.server_address)
+        server = self.serve_by_name(look_up)
+        for words in "Name or service not known", "label too long":
+            self.assertIn(words, self.assertRefused(self.ask("GET", "/api/tags", server=server), 502))
+        self.assertStatus(self.ask("GET", "/api/tags", server=server), 200)
+
+    @unittest.skipUnless(sys.platform == "linux", "needs Linux's full backlog to swallow connections")
+    def test_a_client_that_leaves_during_look_up_or_connect_ends_the_wait(self):
+        hold, looking_up = self.hold(), threading.Event()
+
+        def hang():
+            looking_up.set()
+            hold.wait(GUARD)
+            return self.found(self.fake.server_address)
+
+        def swallow():
+            looking_up.set()
+            return self.found(self.black_hole())
+        for label, look_up in (("look-up", hang), ("connect", swallow)):
+            with self.subTest(label):
+                looking_up.clear()
+                self.lines.clear()
+                client = self.begin("GET", "/api/tags", server=self.serve_by_name(look_up, connect_timeout="10m"))
+                self.assertTrue(looking_up.wait(GUARD))
+                client.close()
+                self.assertEqual(self.logged()["outcome"], "left")
 
     def test_a_silent_upstream_is_a_timeout_that_names_the_flag(self):
         server = self.serve(first_byte_timeout="0.3s")
@@ -3166,12 +3304,63 @@ class Outage(GatewayCase):
         self.assertEqual(client.answer().body, LINE + LINE)
 
     def test_health_is_down_when_the_upstream_stalls_or_never_ends(self):
+        def drip(exchange):
+            while True:
+                exchange.send(b" ")
+                time.sleep(0.01)
         endless = Reply.stream(b'{"version":"', *[b"x" * 65536] * 100, until_hangup, kind=JSON)
         for label, reply in (("a stall", Reply.stream(b"{", until_hangup, kind=JSON)), ("no end", endless), ("a list", Reply.json(200, [])),
+                             ("a drip", Reply.stream(drip, kind=JSON)), ("no HTTP", Reply.raw(b"SSH-2.0\r\n\r\n")),
+                             ("an error", Reply.json(500, {"version": "0.9.3"})),
                              ("a depth", Reply.body(200, b'{"a":' * 50_000, **{"Content-Type": JSON}))):
             with self.subTest(label), unittest.mock.patch.object(gateway, "PROBE_SECONDS", 0.5):
                 self.fake.replies["/api/version"] = reply
-                self.assertEqual(self.ask("GET", "/health", token="", server=self.serve()).json()["upstream"], "down")
+                server = self.serve()
+                self.probe_health(server)
+                self.assertEqual(self.health(server), "down")
+
+    def test_health_and_status_survive_whatever_the_upstream_lists(self):
+        for label, reply in (("no list", Reply.json(200, {"models": 5})), ("an object", Reply.json(200, {"models": {"a": 1}})),
+                             ("a list too large", Reply.json(200, {"models": ["x" * 100] * 50_000})), ("an error", Reply.json(500, {}))):
+            with self.subTest(label):
+                self.fake.replies.update({"/api/tags": reply, "/api/ps": reply})
+                server = self.serve()
+                self.probe_health(server)
+                told = self.ask("GET", "/admin/status", token=self.admin, server=server).json()["upstream"]
+                self.assertEqual(told, {"status": "up", "version": "0.9.3", "models": [], "loaded": []})
+
+    def test_health_and_status_do_not_wait_for_a_probe(self):
+        hold = self.hold()
+        self.fake.replies["/api/version"] = Reply.stream(hold, b'{"version":"0.9.3"}', kind=JSON)
+        with unittest.mock.patch.object(gateway, "PROBE_SECONDS", 10 * GUARD):
+            first = threading.Event()
+            self.server.gateway.health.start(first.set)
+            eventually(lambda: self.fake.received, "the probe's request")
+            self.assertEqual(self.health(), "down")
+            self.assertEqual(self.ask("GET", "/admin/status", token=self.admin).json()["upstream"]["status"], "down")
+            self.assertEqual(self.seen(), [("GET", "/api/version")], "nobody else's")
+            self.assertFalse(first.is_set())
+            hold.set()
+            self.assertTrue(first.wait(GUARD))
+        self.assertEqual(self.health(), "up")
+
+    def test_health_follows_the_upstream(self):
+        with unittest.mock.patch.object(gateway, "HEALTH_SECONDS", 0.01):
+            self.probe_health()
+            self.assertEqual(self.health(), "up")
+            self.fake.replies["/api/version"] = Reply.json(503, {})
+            eventually(lambda: self.health() == "down", "its going down")
+            self.fake.replies.clear()
+            eventually(lambda: self.health() == "up", "its coming back")
+            self.assertEqual(self.fake.accepted, 1, "a kept connection does for all")
+
+    def test_a_probe_that_waits_ends_with_the_server(self):
+        self.fake.replies["/api/version"] = Reply.stream(b"{", until_hangup, kind=JSON)
+        with unittest.mock.patch.object(gateway, "PROBE_SECONDS", 10 * GUARD), self.serving() as server:
+            server.gateway.health.start()
+            eventually(lambda: self.fake.received, "the probe's request")
+        self.assertEqual(self.fake.hangups.get(timeout=GUARD), "/api/version")
+        self.assertNotIn("health", [thread.name for thread in threading.enumerate()])
 
     def test_an_http_1_0_client_sees_a_broken_stream_as_a_reset(self):
         self.fake.replies["/api/chat"] = Reply.stream(LINE, cut)
@@ -5213,6 +5402,7 @@ class AdminApi(GatewayCase):
 
     def test_the_state_tells_what_runs_and_what_waits(self):
         server, go = self.serve(max_parallel="1"), self.hold()
+        self.probe_health(server)
         self.fake.replies["/api/chat"] = Reply.stream(b'{"done":false}\n', go, b'{"done":true}\n')
         first = self.begin("POST", "/api/chat", CHAT, server=server)
         first.head()
@@ -5220,7 +5410,7 @@ class AdminApi(GatewayCase):
 
         def state_of_two():
             told = self.ask("GET", "/admin/status", token=self.admin, server=server).json()
-            return told if told["queued_requests"] else None
+            return told if told["queued_requests"] and len(told["requests"]) == 2 else None
         state = eventually(state_of_two, "the second's waiting")
         self.assertEqual([(one["user"], one["name"], one["model"], one["path"], one["waiting"]) for one in state["requests"]],
                          [("ada", "laptop", "tiny", "/api/chat", False), ("root", "box", "tiny", "/api/chat", True)])
@@ -5232,6 +5422,7 @@ class AdminApi(GatewayCase):
 
     def test_the_state_is_told_while_the_upstream_is_down(self):
         self.fake.server_close()
+        self.probe_health()
         self.assertEqual(self.call("GET", "/status")["upstream"], {"status": "down", "version": None, "models": [], "loaded": []})
 
     def test_a_database_that_cannot_be_written_is_told(self):
@@ -6076,6 +6267,23 @@ class ServeCommand(Case):
         self.assertIn(os.path.realpath(self.db), line)
         self.assertRegex(line, r"\b1 token\b")
 
+    def test_it_serves_from_its_first_moment_while_the_first_line_waits_for_ollamas_answer(self):
+        hold, port = self.hold(), free_port()
+        self.fake.replies["/api/version"] = Reply.stream(hold, b'{"version":"0.9.3"}', kind=JSON)
+        patient = (f"import sys; sys.path.insert(0, {HERE!r}); import ollama_gateway as gateway; "
+                   f"gateway.PROBE_SECONDS = {10 * GUARD}; gateway.main()")
+        with unittest.mock.patch.object(subprocess, "Popen", functools.partial(popen_as, subprocess.Popen, ["-c", patient])):
+            serving = self.serving("--port", str(port))
+        eventually(lambda: self.fake.received, "the probe")
+        with Client(("127.0.0.1", port)) as client:
+            self.assertEqual(client.ask("GET", "/").body, b"Ollama is running")
+            self.assertEqual(client.ask("GET", "/health").json()["upstream"], "down")
+            self.assertNotIn(self.fake.url, "".join(serving.lines), "the line that says what Ollama has")
+            hold.set()
+            line = eventually(lambda: next((line for line in serving.lines if self.fake.url in line), None))
+            self.assertRegex(line, r"\b1 model\b")
+            self.assertEqual(client.ask("GET", "/health").json()["upstream"], "up")
+
     def test_without_tokens_it_says_the_command_that_makes_one_and_lets_nobody_in(self):
         serving = self.serving()
         eventually(lambda: any("token create" in line for line in serving.lines), "the hint")
@@ -6206,6 +6414,17 @@ class ServeCommand(Case):
         self.assertIn(b"read-only", refused.stderr)
 
 
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def popen_as(popen, program, argv, **kwargs):
+    """Run this in place of the gateway's file."""
+    at = argv.index(GATEWAY)
+    return popen([*argv[:at], *program, *argv[at + 1:]], **kwargs)
+
+
 def popen_with(prefix, popen, argv, **kwargs):
     return popen([*prefix, *argv], **kwargs)
 
@@ -6275,6 +6494,8 @@ class Browser(GatewayCase):
 
     def desk(self, server=None, **how):
         """The page for admins, with an admin's token in use."""
+        if not (server or self.server).gateway.health.up:
+            self.probe_health(server)
         tab = self.open("/admin", server, **how)
         tab.type("Admin token", self.admin)
         tab.press("Use this token")
@@ -6704,6 +6925,15 @@ class BufferingProxy(http.server.BaseHTTPRequestHandler):
 
 class Doctor(GatewayCase, CommandCase):
 
+    def setUp(self):
+        super().setUp()
+        self.enter(unittest.mock.patch.object(gateway, "HEALTH_SECONDS", 0.02))
+        self.probe_health()
+
+    def lose_ollama(self):
+        self.fake.server_close()
+        eventually(lambda: self.health() == "down", "the gateway's noticing")
+
     def examine(self, *flags, addresses=(), token=""):
         """Run it before the stand-in, and return its exit status and its lines."""
         port = str(self.server.server_address[1])
@@ -6847,7 +7077,7 @@ class Doctor(GatewayCase, CommandCase):
         self.assertIn("--port", self.told("cannot listen", "--port", str(self.fake.server_address[1]), mark="✗")[1])
 
     def test_a_gateway_that_lost_ollama_is_told(self):
-        self.fake.server_close()
+        self.lose_ollama()
         self.told("does not reach Ollama", mark="✗")
 
     def test_a_stream_is_tried_with_the_token_of_the_environment(self):
@@ -6875,7 +7105,7 @@ class Doctor(GatewayCase, CommandCase):
         self.assertIn("429", self.told("was not tried", token=self.token, mark="-")[0])
 
     def test_without_ollama_a_token_is_not_blamed_and_no_port_called_closed(self):
-        self.fake.server_close()
+        self.lose_ollama()
         status, lines = self.examine(token=self.token)
         self.assertEqual((status, lines[-1][:4]), (1, "2 of"), lines)
         self.told("whether others reach Ollama itself", mark="-")
@@ -7236,7 +7466,7 @@ def lean_upstream():
                 asked = json.loads(stream.read(length) or b"{}") if length < 4096 else {"stream": False}
                 for _ in range(length // 65536 + 1 if length >= 4096 else 0):   # a large body is neither kept nor parsed
                     length -= len(stream.read(min(length, 65536)))
-                if b"/api/tags" in first:
+                if first.startswith(b"GET "):
                     connection.sendall(answers[0])
                 elif not asked.get("stream", True):
                     connection.sendall(answers[1])
