@@ -1343,6 +1343,7 @@ def is_listed(model, globs):
 
 SQLITE_VERSION = sqlite3.sqlite_version
 OWN_TABLES = {"tokens", "state"}    # of every version
+MOUNTS, REMOTE = "/proc/self/mountinfo", ("nfs", "cifs", "smb", "fuse", "9p")   # where processes share no memory
 REPLACED_COLUMNS = {"id", "user_id", "user", "api_name", "token", "created_at", "expires_at"}
 
 
@@ -1471,12 +1472,12 @@ def _migrate(db, now):
             db.execute("ROLLBACK")
 
 
-def _use_wal(db):
+def _use_wal(db, patience):
     """Let readers and a writer work side by side; where the file system cannot, stay as it is.
 
     SQLite's busy handler does not wait for this one, and eight first openers collide here: retried until a deadline.
     """
-    deadline = Deadline(BUSY_SECONDS)
+    deadline = Deadline(patience)
     while db.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
         try:
             db.execute("PRAGMA journal_mode = WAL")
@@ -1488,9 +1489,9 @@ def _use_wal(db):
             time.sleep(0.01)
 
 
-def _connect(path, writable, modes=("mode=ro", "immutable=1")):
+def _connect(path, writable, modes=("mode=ro", "immutable=1"), patience=BUSY_SECONDS):
     """Open the file; where nothing can be written beside it, as it is, or, if SQLite needs more, as if frozen."""
-    how = dict(timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    how = dict(timeout=patience, isolation_level=None, check_same_thread=False)
     if writable:
         return sqlite3.connect(path, **how)
     for mode in modes:
@@ -1533,6 +1534,101 @@ def _find_file(path, create):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
 
 
+def remote_file_system(path):
+    """Return the type of the network or FUSE file system that a file is on, "" for another, or if that is unknown."""
+    with contextlib.suppress(OSError), open(MOUNTS, encoding="utf-8", errors="replace") as mounts:
+        device = os.stat(os.path.dirname(path)).st_dev
+        for line in mounts:     # proc(5): id, parent, major:minor, …, "-", type, source, options
+            mount, _, kind = line.partition(" - ")
+            if mount.split()[2:3] == [f"{os.major(device)}:{os.minor(device)}"] and kind.startswith(REMOTE):
+                return kind.split()[0]
+    return ""
+
+
+def _identify(*paths):
+    """Return device and inode of each file, None for one that is missing or out of reach."""
+    found = []
+    for path in paths:
+        try:
+            stat = os.stat(path)
+            found.append((stat.st_dev, stat.st_ino))
+        except OSError:
+            found.append(None)
+    return found
+
+
+def _make_private(*paths):
+    """Take the files from all but their owner; SQLite leaves the mode of a -wal or -shm as it finds it."""
+    for path in paths:
+        try:
+            if os.name == "posix" and os.stat(path).st_mode & 0o077:
+                os.chmod(path, 0o600)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            LOG.warning("others on this machine may read %s: %s", path, error)
+
+
+def _empty_wal(db, patience):
+    """Have what was committed in the file itself: a -wal would be applied to any file that is moved over it.
+
+    It does not wait for readers: the next writer does it then.
+    """
+    with contextlib.suppress(sqlite3.Error):
+        db.execute("PRAGMA busy_timeout = 0")
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    db.execute(f"PRAGMA busy_timeout = {int(patience * 1000)}")
+
+
+def _remove_wal(paths, files):
+    """Remove the -wal and -shm of a replaced database, or SQLite would apply them to its successor.
+
+    The folder's lock keeps two gateways that do so at once from removing what the first of them made anew.
+    """
+    with contextlib.ExitStack() as stack, contextlib.suppress(OSError, ImportError):  # Windows replaces no open file
+        import fcntl
+        folder = os.open(os.path.dirname(paths[0]), os.O_RDONLY)
+        stack.callback(os.close, folder)
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        if files[1:] == _identify(*paths[1:]):
+            for path in paths[1:]:
+                os.unlink(path)
+
+
+def _open(paths, create, patience):
+    """Return a connection, whether it can write, and the identities of database, -wal and -shm; upgrade an old one.
+
+    patience: seconds to wait for other writers. Raise Failure, naming the file and what is wrong; then nothing in it
+    has been touched.
+    """
+    path = paths[0]
+    try:
+        _find_file(path, create)
+        file, = _identify(path)
+        writable = os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK)
+        with contextlib.ExitStack() as stack:
+            db = stack.enter_context(contextlib.closing(_connect(path, writable, patience=patience)))
+            version = _check_version(db, path)
+            if version < len(MIGRATIONS) and not writable:
+                raise Failure(f"the database {path} must be upgraded and is read-only: make it and its folder writable")
+            if writable:
+                _make_private(*paths)
+                _use_wal(db, patience)
+                if version < len(MIGRATIONS):
+                    _migrate(db, int(time.time()))
+                if db.execute("SELECT scrub_owed FROM state").fetchone()[0]:
+                    _scrub(db)
+                _empty_wal(db, patience)
+            files = _identify(*(paths if writable else paths[:1]))  # an immutable one sees others' -wal come and go
+            shares_old_shm = any(files[1:]) and not all(files[1:])  # with a connection of this process
+            if files[0] != file or shares_old_shm:
+                raise Failure(f"the database {path} was replaced while it was opened: try again")
+            stack.pop_all()
+            return db, writable, files
+    except (sqlite3.Error, OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise Failure(f"cannot use the database {path!a}: {error}") from None
+
+
 USAGE_KEY = ("hour", "user", "name", "model", "route")
 MEASURED = ("requests", "errors", "cancelled", "prompt_tokens", "completion_tokens", "seconds")
 TOKENS_USED = "ifnull(prompt_tokens, 0) + ifnull(completion_tokens, 0)"
@@ -1552,14 +1648,19 @@ def token_exists(user, name):
 
 
 class TokenStore:
-    """The tokens on disk; safe to share between threads, and with other processes."""
+    """The tokens on disk; safe to share between threads, and with other processes.
+
+    The file may be replaced or removed at any time: each access begins with a look at its device and inode.
+    """
 
     COLUMNS = ", ".join(Token._fields)
     EXPORTED = ("user", "name", "digest", "hint", "created_at", "expires_at", "last_used_at", "admin", *LIMITED)
 
-    def __init__(self, path, db, writable, clock=time.time):
-        self.path, self.writable = path, writable
-        self._db, self._lock, self._clock = db, threading.Lock(), clock
+    def __init__(self, path, create=False, clock=time.time):
+        self.path, self._paths = path, (path, path + "-wal", path + "-shm")
+        self._lock, self._clock, self._patience = threading.Lock(), clock, BUSY_SECONDS
+        self._unusable = None   # a new file's identity, what is wrong with it, and when to try it again
+        self._db, self.writable, self.files = _open(self._paths, create, BUSY_SECONDS)
 
     def __enter__(self):
         return self
@@ -1572,14 +1673,46 @@ class TokenStore:
 
     def wait_at_most(self, seconds):
         """Give up on a locked database sooner than a command does."""
+        self._patience = seconds
         self._db.execute(f"PRAGMA busy_timeout = {int(seconds * 1000)}")
 
+    def connect(self):
+        """Return another connection to the database, and the files it has open; raise Failure if it cannot be used."""
+        with self._lock:
+            self._follow()
+            return _connect(self.path, self.writable, patience=self._patience), self.files
+
+    def _follow(self):
+        """Open the new file if the database was replaced; raise Failure while it is missing or cannot be used."""
+        found = _identify(*self._paths[:len(self.files)])
+        file = found[0]
+        if file is None:
+            raise Failure(f"the database {self.path} is gone: move it, or a copy of it, back there")
+        if found == self.files:
+            return
+        if self._unusable and self._unusable[0] == file and time.monotonic() < self._unusable[2]:
+            raise Failure(self._unusable[1])
+        if len(self.files) > 1 and file != self.files[0]:
+            _remove_wal(self._paths, self.files)
+        self.files = [None]     # even if the old file comes back
+        self._db.close()
+        try:
+            self._db, self.writable, self.files = _open(self._paths, False, self._patience)
+        except Failure as error:
+            self._unusable = file, str(error), time.monotonic() + STORE_SECONDS
+            raise
+        self._unusable = None
+        LOG.warning("the database %s was replaced: what is there now has been opened", self.path)
+
     @contextlib.contextmanager
-    def _access(self, begin="BEGIN"):
+    def _access(self, writing=False):
         """Hold a transaction, committed at the block's end; SQLite's errors become Failures."""
         with self._lock:
+            self._follow()
+            if writing and not self.writable:
+                raise Failure(f"the database {self.path} is read-only: make it and its folder writable to change tokens")
             try:
-                self._db.execute(begin)
+                self._db.execute("BEGIN IMMEDIATE" if writing else "BEGIN")
                 yield self._db
                 self._db.execute("COMMIT")
             except sqlite3.Error as error:
@@ -1587,16 +1720,16 @@ class TokenStore:
             finally:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
-
-    def _writing(self):
-        if not self.writable:
-            raise Failure(f"the database {self.path} is read-only: make it and its folder writable to change tokens")
-        return self._access("BEGIN IMMEDIATE")
+            if writing:
+                if _identify(*self._paths) != self.files:
+                    raise Failure(f"the database {self.path} was replaced meanwhile: "
+                                  "look whether the change is in it, and repeat it if it is not")
+                _empty_wal(self._db, self._patience)
 
     @contextlib.contextmanager
     def _changing(self):
         """Hold a transaction that changes tokens, and have every TokenTable take note."""
-        with self._writing() as db:
+        with self._access(writing=True) as db:
             yield db
         with contextlib.suppress(OSError):
             os.utime(self.path)
@@ -1675,7 +1808,7 @@ class TokenStore:
         """
         add = ", ".join(f"{column} = coalesce({column} + excluded.{column}, {column}, excluded.{column})"
                         for column in MEASURED)
-        with self._writing() as db:
+        with self._access(writing=True) as db:
             db.executemany(f"INSERT INTO usage ({', '.join(USAGE_KEY + MEASURED)}) "
                            f"VALUES ({', '.join('?' * 11)}) ON CONFLICT ({', '.join(USAGE_KEY)}) DO UPDATE SET {add}",
                            [(*key, *row) for key, row in rows.items()])
@@ -1727,31 +1860,8 @@ class TokenStore:
 
 
 def open_store(path, create=False):
-    """Open the database of tokens, upgrading it if it is old; `create` allows a missing or empty file.
-
-    Raises Failure, naming the file and what is wrong; then nothing in it has been touched.
-    """
-    path = os.path.abspath(path)
-    try:
-        _find_file(path, create)
-        writable = os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK)
-        with contextlib.ExitStack() as stack:
-            db = stack.enter_context(contextlib.closing(_connect(path, writable)))
-            version = _check_version(db, path)
-            if writable and os.name == "posix" and os.stat(path).st_mode & 0o077:
-                os.chmod(path, 0o600)
-            if version < len(MIGRATIONS) and not writable:
-                raise Failure(f"the database {path} must be upgraded and is read-only: make it and its folder writable")
-            if writable:
-                _use_wal(db)
-                if version < len(MIGRATIONS):
-                    _migrate(db, int(time.time()))
-                if db.execute("SELECT scrub_owed FROM state").fetchone()[0]:
-                    _scrub(db)
-            stack.pop_all()
-            return TokenStore(path, db, writable)
-    except (sqlite3.Error, OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise Failure(f"cannot use the database {path!a}: {error}") from None
+    """Return the TokenStore of a path; `create` allows a missing or empty file. Raise Failure as _open does."""
+    return TokenStore(os.path.abspath(path), create)
 
 
 class Finding(NamedTuple):
@@ -1789,34 +1899,66 @@ class TokenTable:
     """
 
     def __init__(self, store):
-        self._path, self._db = store.path, _connect(store.path, store.writable)
+        self._store, self._path = store, store.path
         self._lock = threading.Lock()
-        self._seen = self._generation = self._touched = None
+        self._db = self._file = self._files = self._touched = None
         self._asked = 0.0
+        self._complaint = ""
         try:
-            self._refresh()
-            self._db.execute("PRAGMA busy_timeout = 0")
+            self._reopen()
         except sqlite3.Error as error:
-            self._db.close()
+            self.close()
             raise Failure(f"the database {store.path} refuses: {error}") from None
 
     def find(self, secret):
-        """Return the token of a secret, expired or not, or None."""
+        """Return the token of a secret, expired or not, or None; raise Failure while the database cannot be read."""
         now = time.time()
         try:
-            touched = os.stat(self._path).st_mtime
+            found = os.stat(self._path)
+            touched, file = found.st_mtime, (found.st_dev, found.st_ino)
         except OSError:
-            touched = now
+            touched, file = now, None
         tick = FINE_TICK if touched % 1 else COARSE_TICK
-        if touched != self._touched or abs(now - touched) < tick or abs(now - self._asked) > STORE_SECONDS:
+        if (touched != self._touched or file != self._file or abs(now - touched) < tick
+                or abs(now - self._asked) > STORE_SECONDS):
             with self._lock:
-                try:
-                    self._refresh()
+                if self._look(file):
                     self._touched, self._asked = touched, now
-                except sqlite3.OperationalError as error:
-                    if "locked" not in str(error):  # then the old table is good
-                        raise
         return self._tokens.get((known_digest_of if len(secret) <= KNOWN_HEAD_BYTES else digest_of)(secret))
+
+    def _look(self, file):
+        """Bring the table up to date and return whether it is; raise Failure, which is logged once.
+
+        file: the identity of what is there now, None for nothing.
+        """
+        try:
+            if file is None or file != self._file or self._files is not self._store.files:
+                self._reopen()
+            self._refresh()
+        except (Failure, sqlite3.Error) as error:
+            if "locked" in str(error) and self._file:
+                return False    # the old table is good
+            self._file, text = None, str(error)
+            if not isinstance(error, Failure):
+                text = f"the database {self._path} refuses: {error}"
+            if text != self._complaint:
+                LOG.error("no token can be judged, requests are refused: %s", text)
+            self._complaint = text
+            raise Failure(text) from None
+        if self._complaint:
+            LOG.warning("the database %s can be read again", self._path)
+            self._complaint = ""
+        return True
+
+    def _reopen(self):
+        """Read the tokens of the file that is there now; wait while it is locked."""
+        self._file = None
+        self.close()
+        self._db, files = self._store.connect()
+        self._seen = self._generation = None
+        self._refresh()
+        self._db.execute("PRAGMA busy_timeout = 0")
+        self._file, self._files = files[0], files
 
     def spent(self, token, day):
         """Return the tokens of prompts and completions that the account has of a token on a day; raise Failure."""
@@ -1826,7 +1968,7 @@ class TokenTable:
                                         "WHERE user = ? AND name = ? AND hour >= ? AND hour < ?",
                                         (token.user, token.name, day * DAY, (day + 1) * DAY)).fetchone()[0]
         except sqlite3.Error as error:
-            raise Failure(f"the database refuses: {error}") from None
+            raise Failure(f"the database {self._path} refuses: {error}") from None
 
     def _refresh(self):
         version = self._db.execute("PRAGMA data_version").fetchone()
@@ -1843,7 +1985,8 @@ class TokenTable:
             self._db.execute("ROLLBACK")
 
     def close(self):
-        self._db.close()
+        if self._db:
+            self._db.close()
 
 
 # == Accept ===================================================================
@@ -2628,6 +2771,9 @@ class Gateway:
         except Refusal as refusal:
             record.code, record.why = refusal.code, str(refusal)
             client.refuse(refusal)
+        except Failure as error:    # its text, with paths, is for the log: no token was judged
+            record.code, record.why = error.code, str(error)
+            client.refuse(Refusal(error.code))
         except ClientLeft as error:
             record.outcome, record.why = "left", str(error)
             client.abort()
@@ -5989,6 +6135,9 @@ def announce(settings, server, store):
             "raise it (ulimit -n) or lower --max-connections.", sys.stderr)
     if not store.writable:
         say("The database is read-only: a change of tokens counts from the next start.", sys.stderr)
+    if remote_file_system(store.path):
+        LOG.warning("the database %s is on a network or FUSE file system (%s): its changes may be lost, "
+                    "move it to a local disk (--db)", store.path, remote_file_system(store.path))
     if not server.tls and not is_loopback(host):
         say(f"Warning: {host} can be reached from the network, and without TLS tokens travel in clear: "
             "use --tls-cert, or a proxy that speaks HTTPS, and --host 127.0.0.1.", sys.stderr)
@@ -6693,6 +6842,10 @@ def check_database(settings):
                   "" if found.tokens else f"nobody gets in: {PROGRAM} token create USER NAME")
     if os.name == "posix" and found.mode & 0o077:
         yield Verdict(False, f"others on this machine may read the database ({found.mode:o})", f"chmod 600 {path}")
+    kind = remote_file_system(path)
+    if kind:
+        yield Verdict(False, f"the database is on a network or FUSE file system ({kind}): its changes may be lost",
+                      "move it to a local disk and name it with --db")
     if not found.writable:
         yield Verdict(False, "the database is read-only for this user", f"make {path} and its folder writable")
 

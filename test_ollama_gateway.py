@@ -6999,6 +6999,23 @@ class Doctor(GatewayCase, CommandCase):
         self.assertIn("chmod 600", self.told("others on this machine", mark="✗")[1])
         self.assertEqual(stat.S_IMODE(os.stat(self.db).st_mode), 0o644)
 
+    @unittest.skipUnless(sys.platform == "linux", "reads mountinfo")
+    def test_a_network_or_fuse_file_system_is_a_warning_of_doctor_and_serve(self):
+        device = os.stat(self.folder).st_dev
+        line = "36 35 %d:%d / /mnt\\040x rw,noatime master:1 - %%s host:/share rw\n" % (os.major(device), os.minor(device))
+        for kind in ("nfs4", "cifs", "fuse.sshfs"):
+            mounts = self.write("mounts", "1 1 0:999 / / rw - ext4 /dev/x rw\n" + line % kind)
+            with self.subTest(kind), unittest.mock.patch("ollama_gateway.MOUNTS", mounts):
+                self.assertIn("local disk", self.told(f"({kind})", mark="✗")[1])
+                settings = gateway.load_settings({"ollama_url": self.fake.url}, {})
+                with contextlib.redirect_stderr(io.StringIO()), self.assertLogs("ollama_gateway", "WARNING") as logs:
+                    gateway.announce(settings, self.server, self.store)
+                self.assertIn(kind, logs.output[0])
+        with unittest.mock.patch("ollama_gateway.MOUNTS", self.write("mounts", line % "ext4")):
+            self.assertEqual(gateway.remote_file_system(self.db), "")
+        with unittest.mock.patch("ollama_gateway.MOUNTS", self.path("missing")):
+            self.assertEqual(gateway.remote_file_system(self.db), "")
+
     def test_an_old_database_is_told_and_not_upgraded(self):
         old = self.path("old.db")
         with contextlib.closing(sqlite3.connect(old)) as db:
@@ -7251,6 +7268,208 @@ class Trouble(GatewayCase):
         self.assertEqual([found(self.store, secret).name for secret in made], list("012345"))
         with contextlib.closing(sqlite3.connect(self.db)) as db:
             self.assertEqual(db.execute("PRAGMA integrity_check").fetchall(), [("ok",)])
+
+
+class ReplacedDatabase(GatewayCase):
+    """The database's file is replaced, removed or broken under a running gateway."""
+
+    def setUp(self):
+        super().setUp()
+        self.assertStatus(self.ask("GET", "/api/tags"), 200)
+
+    def delete_elsewhere(self):
+        done = run_alone("token", "delete", "ada", "laptop", "--db", self.db)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+
+    def copy(self, name="copy.db"):
+        """Copy the database as a person who backs it up."""
+        with contextlib.closing(sqlite3.connect(self.db)) as db, contextlib.closing(sqlite3.connect(self.path(name))) as copy:
+            db.backup(copy)
+        return self.path(name)
+
+    def other(self, name="other.db"):
+        """Make a database with another token of ada, and return its path and the token."""
+        with contextlib.closing(gateway.open_store(self.path(name), create=True)) as store:
+            return self.path(name), store.create("ada", "new")[1]
+
+    def assertOnlyRefused(self, *words, times=3):
+        """Check that requests are refused because of the database, and that the log gives these words, once."""
+        with self.assertLogs("ollama_gateway", "ERROR") as logs:
+            for _ in range(times):
+                text = self.assertRefused(self.ask("GET", "/api/tags"), 503)
+                self.assertNotIn(self.folder, text)     # the client may be a stranger
+        self.assertEqual(len(logs.output), 1, logs.output)
+        for word in (self.db, *words):
+            self.assertIn(word, logs.output[0])
+
+    def test_a_database_moved_over_it_counts_at_the_next_request(self):
+        path, secret = self.other()
+        client = self.client()
+        self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(secret)), 401)
+        for _ in range(3):
+            self.copy()
+            os.replace(path, self.db)
+            with self.assertLogs("ollama_gateway", "WARNING") as logs:
+                self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(secret)), 200)
+                self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(self.token)), 401)
+            self.assertEqual([self.db in line and "replaced" in line for line in logs.output], [True])
+            self.copy(path)
+            os.replace(self.path("copy.db"), self.db)
+            self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(self.token)), 200)
+
+    def test_a_restored_copy_is_as_it_was_copied(self):
+        """Nothing that was written to the old file since, still in its -wal, gets into the copy."""
+        copy = self.copy()
+        lost = self.store.create("eve", "lost")[1]
+        self.store.delete("ada", "laptop")
+        with contextlib.closing(sqlite3.connect(self.db)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT * FROM state").fetchone()
+            self.store.create("eve", "in the wal")
+            self.assertTrue(os.path.getsize(self.db + "-wal"))
+            os.replace(copy, self.db)
+            self.assertStatus(self.ask("GET", "/api/tags"), 200)
+            self.assertStatus(self.ask("GET", "/api/tags", token=lost), 401)
+        listed = run_alone("token", "list", "--json", "--db", self.db).stdout
+        self.assertEqual({row["user"] for row in json.loads(listed)}, {"ada", "root"})
+
+    def test_what_another_process_reads_after_a_restore_is_the_copy(self):
+        copy = self.copy()
+        self.store.create("eve", "lost")
+        os.replace(copy, self.db)   # no request comes, so that the gateway does not know it yet
+        listed = run_alone("token", "list", "--json", "--db", self.db).stdout
+        self.assertEqual({row["user"] for row in json.loads(listed)}, {"ada", "root"})
+        self.delete_elsewhere()
+        self.assertStatus(self.ask("GET", "/api/tags"), 401)
+
+    def test_a_token_revoked_by_another_process_in_the_new_file_is_refused(self):
+        os.replace(self.copy(), self.db)
+        self.assertStatus(self.ask("GET", "/api/tags"), 200)
+        self.delete_elsewhere()
+        self.assertStatus(self.ask("GET", "/api/tags"), 401)
+
+    def test_two_gateways_go_over_to_the_new_file_together(self):
+        store = self.open_store()
+        settings = gateway.load_settings({"ollama_url": self.fake.url, "db": self.db, "port": "0"}, {})
+        other = self.enter(running(gateway.build_server(settings, store, log=lambda lines: None)))
+        os.replace(self.copy(), self.db)
+        for server in (self.server, other):
+            self.assertStatus(self.ask("GET", "/api/tags", server=server), 200)
+        store.delete("ada", "laptop")
+        self.assertStatus(self.ask("GET", "/api/tags"), 401)
+        secret = self.store.create("bob", "desk")[1]
+        self.assertStatus(self.ask("GET", "/api/tags", token=secret, server=other), 200)
+        self.assertEqual(json.loads(run_alone("token", "list", "--json", "--db", self.db).stdout)[0]["user"], "bob")
+
+    def test_use_that_is_not_stored_yet_goes_to_the_new_file(self):
+        self.store.update("ada", "laptop", tokens_per_day=20)   # each answer costs 13
+        copy = self.copy()
+        self.assertStatus(self.ask("POST", "/api/chat", CHAT), 200)
+        os.replace(copy, self.db)
+        self.assertStatus(self.ask("POST", "/api/chat", CHAT), 200)
+        with contextlib.closing(gateway.open_store(self.db)) as store:
+            eventually(lambda: [row["completion_tokens"] for row in store.usage("user", 0)] in ([5], [10]), "the account's being stored")
+        self.store.update("ada", "laptop", tokens_per_day=1)
+        self.assertStatus(self.ask("POST", "/api/chat", CHAT), 429)
+
+    def test_changes_by_the_admin_api_go_to_the_new_file(self):
+        os.replace(self.copy(), self.db)
+        made = self.ask("POST", "/admin/tokens", {"user": "bob", "name": "desk"}, token=self.admin)
+        self.assertStatus(made, 201)
+        self.assertTrue(all(self.find(made.json()["token"])))
+
+    def test_a_removed_database_refuses_requests_until_it_is_back(self):
+        away = self.path("away.db")
+        os.rename(self.db, away)
+        self.assertOnlyRefused("is gone")
+        with self.assertRaises(gateway.Failure):
+            self.store.create("bob", "desk")
+        self.assertFalse(os.path.exists(self.db), "an empty database would hide what happened")
+        os.rename(away, self.db)
+        with self.assertLogs("ollama_gateway", "WARNING") as logs:
+            self.assertStatus(self.ask("GET", "/api/tags"), 200)
+        self.assertIn("can be read again", logs.output[-1])
+        self.store.delete("ada", "laptop")
+        self.assertStatus(self.ask("GET", "/api/tags"), 401)
+
+    def test_a_file_that_is_no_database_refuses_requests_until_a_good_one_is_there(self):
+        aside, new, newer = self.path("aside.db"), self.path("new.db"), self.copy("newer.db")
+        with contextlib.closing(sqlite3.connect(newer)) as db:
+            db.execute("PRAGMA user_version = 99")
+        os.link(self.db, aside)
+        self.write("new.db", b"This is not a database.\n" * 1000)
+        for path, words in ((new, "not a database"), (newer, "version 99")):
+            with self.subTest(path):
+                os.replace(path, self.db)
+                self.assertOnlyRefused(words)
+        os.replace(aside, self.db)   # the first one, whose -wal was taken away
+        self.assertStatus(self.ask("GET", "/api/tags"), 200)
+        self.delete_elsewhere()
+        self.assertStatus(self.ask("GET", "/api/tags"), 401)
+
+    def test_a_file_that_is_repaired_where_it_is_is_used(self):
+        good = self.copy("good.db")
+        self.write("bad.db", b"This is not a database.\n" * 1000)
+        os.replace(self.path("bad.db"), self.db)
+        self.assertStatus(self.ask("GET", "/api/tags"), 503)
+        shutil.copyfile(good, self.db)
+        eventually(lambda: self.ask("GET", "/api/tags").status == 200, "the trying again")
+
+    def test_an_older_database_is_upgraded(self):
+        with contextlib.closing(sqlite3.connect(self.path("old.db"))) as db:
+            gateway._create_tokens(db, 0)
+            db.execute("INSERT INTO tokens (user, name, digest, hint, created_at) VALUES ('ada', 'old', ?, '', 0)", (gateway.digest_of("old"),))
+            db.execute("PRAGMA user_version = 1")
+            db.commit()
+        os.replace(self.path("old.db"), self.db)
+        self.assertStatus(self.ask("GET", "/me", token="old"), 200)
+
+    def test_errors_of_sqlite_are_503_and_no_fault_of_the_gateway(self):
+        for error in (sqlite3.DatabaseError("database disk image is malformed"), sqlite3.OperationalError("disk I/O error"),
+                      sqlite3.OperationalError("attempt to write a readonly database")):
+            with self.subTest(error), unittest.mock.patch.object(gateway.TokenTable, "_refresh", side_effect=error):
+                self.store.update("ada", "laptop", rpm=1000)
+                self.assertOnlyRefused(str(error))
+            self.assertStatus(self.ask("GET", "/api/tags"), 200)
+
+    @unittest.skipUnless(sys.platform == "linux", "needs a folder that cannot be written, and a look at it")
+    def test_a_read_only_database_that_is_replaced_is_noticed(self):
+        path, secret = self.other()
+        with unittest.mock.patch("os.access", lambda path, mode: mode != os.W_OK):
+            with contextlib.closing(gateway.open_store(self.copy())) as store, contextlib.closing(gateway.TokenTable(store)) as table:
+                self.assertIsNone(table.find(secret))
+                os.replace(path, store.path)
+                self.assertEqual(table.find(secret).name, "new")
+                self.assertIsNone(table.find(self.token))
+
+    def test_a_commit_while_the_database_is_replaced_is_no_success(self):
+        copy = self.copy()
+        with self.assertRaisesRegex(gateway.Failure, "replaced meanwhile"), self.store._access(writing=True) as db:
+            db.execute("UPDATE tokens SET rpm = 1")
+            os.replace(copy, self.db)
+
+    def test_what_was_committed_does_not_stay_in_the_wal(self):
+        self.store.create("bob", "desk")
+        self.assertEqual(os.path.getsize(self.db + "-wal"), 0)
+
+    @unittest.skipIf(os.name == "nt", "Windows has no such permissions")
+    def test_a_wal_that_was_left_behind_becomes_its_owners_alone(self):
+        names = [self.path("x.db" + suffix) for suffix in ("", "-wal", "-shm")]
+        script = f"import os, sqlite3; db = sqlite3.connect({names[0]!r}); db.execute('PRAGMA journal_mode = WAL'); " \
+                 "db.execute('VACUUM'); db.execute('CREATE TABLE x (y)'); db.commit(); db.execute('DROP TABLE x'); db.commit(); os._exit(0)"
+        with contextlib.closing(gateway.open_store(names[0], create=True)):
+            pass
+        subprocess.run([sys.executable, "-c", script], check=True)
+        for name in names:
+            os.chmod(name, 0o644)
+        with contextlib.closing(gateway.open_store(names[0])):
+            self.assertEqual([stat.S_IMODE(os.stat(name).st_mode) for name in names], [0o600] * 3)
+
+    def test_a_mode_that_cannot_be_changed_is_a_warning(self):
+        os.chmod(self.db, 0o644)
+        refused = unittest.mock.patch("os.chmod", side_effect=PermissionError("not permitted"))
+        with refused, self.assertLogs("ollama_gateway", "WARNING") as logs, contextlib.closing(gateway.open_store(self.db)):
+            self.assertIn("not permitted", logs.output[0])
 
 
 class Promises(unittest.TestCase):
