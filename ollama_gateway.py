@@ -1343,7 +1343,7 @@ def is_listed(model, globs):
 
 SQLITE_VERSION = sqlite3.sqlite_version
 OWN_TABLES = {"tokens", "state"}    # of every version
-MOUNTS, REMOTE = "/proc/self/mountinfo", ("nfs", "cifs", "smb", "fuse", "9p")   # where processes share no memory
+MOUNTS, REMOTE = "/proc/self/mountinfo", ("nfs", "cifs", "smb", "fuse", "9p")   # WAL needs memory shared by processes
 REPLACED_COLUMNS = {"id", "user_id", "user", "api_name", "token", "created_at", "expires_at"}
 
 
@@ -1558,7 +1558,7 @@ def _identify(*paths):
 
 
 def _make_private(*paths):
-    """Take the files from all but their owner; SQLite leaves the mode of a -wal or -shm as it finds it."""
+    """Make files accessible to their owner only; SQLite does not change the mode of a -wal or -shm left behind."""
     for path in paths:
         try:
             if os.name == "posix" and os.stat(path).st_mode & 0o077:
@@ -1570,9 +1570,9 @@ def _make_private(*paths):
 
 
 def _empty_wal(db, patience):
-    """Have what was committed in the file itself: a -wal would be applied to any file that is moved over it.
+    """Move what was committed into the database file: SQLite would apply a -wal to any file that replaces it.
 
-    It does not wait for readers: the next writer does it then.
+    Do not wait for readers: the next writer does it then.
     """
     with contextlib.suppress(sqlite3.Error):
         db.execute("PRAGMA busy_timeout = 0")
@@ -1581,22 +1581,23 @@ def _empty_wal(db, patience):
 
 
 def _remove_wal(paths, files):
-    """Remove the -wal and -shm of a replaced database, or SQLite would apply them to its successor.
+    """Remove the -wal and -shm of a replaced database, or SQLite would apply them to the new one.
 
-    The folder's lock keeps two gateways that do so at once from removing what the first of them made anew.
+    The lock of the folder prevents that of two gateways one removes the files which the other has just created.
     """
-    with contextlib.ExitStack() as stack, contextlib.suppress(OSError, ImportError):  # Windows replaces no open file
-        import fcntl
-        folder = os.open(os.path.dirname(paths[0]), os.O_RDONLY)
-        stack.callback(os.close, folder)
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        if files[1:] == _identify(*paths[1:]):
-            for path in paths[1:]:
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, ImportError):     # Windows has no such lock, and replaces no open file
+            import fcntl
+            folder = os.open(os.path.dirname(paths[0]), os.O_RDONLY)
+            stack.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        for path in paths[1:] if files[1:] == _identify(*paths[1:]) else ():
+            with contextlib.suppress(OSError):
                 os.unlink(path)
 
 
 def _open(paths, create, patience):
-    """Return a connection, whether it can write, and the identities of database, -wal and -shm; upgrade an old one.
+    """Open the database, upgrading an old one; return a connection, whether it can write, and the files' identities.
 
     patience: seconds to wait for other writers. Raise Failure, naming the file and what is wrong; then nothing in it
     has been touched.
@@ -1650,7 +1651,7 @@ def token_exists(user, name):
 class TokenStore:
     """The tokens on disk; safe to share between threads, and with other processes.
 
-    The file may be replaced or removed at any time: each access begins with a look at its device and inode.
+    The file may be replaced or removed at any time: each access first compares device and inode.
     """
 
     COLUMNS = ", ".join(Token._fields)
@@ -1659,7 +1660,7 @@ class TokenStore:
     def __init__(self, path, create=False, clock=time.time):
         self.path, self._paths = path, (path, path + "-wal", path + "-shm")
         self._lock, self._clock, self._patience = threading.Lock(), clock, BUSY_SECONDS
-        self._unusable = None   # a new file's identity, what is wrong with it, and when to try it again
+        self._unusable = None   # (identity of a new file that failed to open, error, when to try again)
         self._db, self.writable, self.files = _open(self._paths, create, BUSY_SECONDS)
 
     def __enter__(self):
@@ -1677,13 +1678,13 @@ class TokenStore:
         self._db.execute(f"PRAGMA busy_timeout = {int(seconds * 1000)}")
 
     def connect(self):
-        """Return another connection to the database, and the files it has open; raise Failure if it cannot be used."""
+        """Return another connection, and the identities of the database's files; raise Failure or sqlite3.Error."""
         with self._lock:
             self._follow()
             return _connect(self.path, self.writable, patience=self._patience), self.files
 
     def _follow(self):
-        """Open the new file if the database was replaced; raise Failure while it is missing or cannot be used."""
+        """Reopen the database if it was replaced; raise Failure while it is missing or cannot be used."""
         found = _identify(*self._paths[:len(self.files)])
         file = found[0]
         if file is None:
@@ -1702,7 +1703,7 @@ class TokenStore:
             self._unusable = file, str(error), time.monotonic() + STORE_SECONDS
             raise
         self._unusable = None
-        LOG.warning("the database %s was replaced: what is there now has been opened", self.path)
+        LOG.warning("the database %s was replaced: using the new file", self.path)
 
     @contextlib.contextmanager
     def _access(self, writing=False):
@@ -1710,7 +1711,8 @@ class TokenStore:
         with self._lock:
             self._follow()
             if writing and not self.writable:
-                raise Failure(f"the database {self.path} is read-only: make it and its folder writable to change tokens")
+                raise Failure(f"the database {self.path} is read-only: "
+                              "make it and its folder writable to change tokens")
             try:
                 self._db.execute("BEGIN IMMEDIATE" if writing else "BEGIN")
                 yield self._db
@@ -1723,7 +1725,7 @@ class TokenStore:
             if writing:
                 if _identify(*self._paths) != self.files:
                     raise Failure(f"the database {self.path} was replaced meanwhile: "
-                                  "look whether the change is in it, and repeat it if it is not")
+                                  "check whether the change was saved, and repeat it if not")
                 _empty_wal(self._db, self._patience)
 
     @contextlib.contextmanager
@@ -1896,6 +1898,7 @@ class TokenTable:
     touch, SQLite is asked: `PRAGMA data_version` moves with every commit of another connection, the account's too; only
     then is the generation looked at, and only when that has moved are the tokens read again. Asking for each request
     would have them wait for each other. The connection never waits: while the database is locked, the table stays.
+    If the file is replaced, the table is read from the new one; while it is missing or unreadable, `find` fails.
     """
 
     def __init__(self, store):
@@ -1927,9 +1930,9 @@ class TokenTable:
         return self._tokens.get((known_digest_of if len(secret) <= KNOWN_HEAD_BYTES else digest_of)(secret))
 
     def _look(self, file):
-        """Bring the table up to date and return whether it is; raise Failure, which is logged once.
+        """Update the table and return whether it is up to date; log a failure once, and raise Failure.
 
-        file: the identity of what is there now, None for nothing.
+        file: identity of the present file, None if it is missing.
         """
         try:
             if file is None or file != self._file or self._files is not self._store.files:
@@ -1942,16 +1945,16 @@ class TokenTable:
             if not isinstance(error, Failure):
                 text = f"the database {self._path} refuses: {error}"
             if text != self._complaint:
-                LOG.error("no token can be judged, requests are refused: %s", text)
+                LOG.error("requests are refused, because tokens cannot be checked: %s", text)
             self._complaint = text
             raise Failure(text) from None
         if self._complaint:
-            LOG.warning("the database %s can be read again", self._path)
+            LOG.warning("the database %s is readable again: requests are served", self._path)
             self._complaint = ""
         return True
 
     def _reopen(self):
-        """Read the tokens of the file that is there now; wait while it is locked."""
+        """Connect to the present file and read its tokens; wait while it is locked."""
         self._file = None
         self.close()
         self._db, files = self._store.connect()
@@ -2771,7 +2774,7 @@ class Gateway:
         except Refusal as refusal:
             record.code, record.why = refusal.code, str(refusal)
             client.refuse(refusal)
-        except Failure as error:    # its text, with paths, is for the log: no token was judged
+        except Failure as error:    # the client is not authenticated yet: the log alone names path and cause
             record.code, record.why = error.code, str(error)
             client.refuse(Refusal(error.code))
         except ClientLeft as error:
