@@ -7417,6 +7417,20 @@ class ReplacedDatabase(GatewayCase):
         self.delete_elsewhere()
         self.assertStatus(self.ask("GET", "/api/tags"), 401)
 
+    def test_a_file_that_is_away_between_two_requests_is_followed(self):
+        """Only the account noticed, and the table of tokens still has the first -shm open, which SQLite would share."""
+        os.link(self.db, self.path("aside.db"))
+        self.write("bad.db", b"This is not a database.\n" * 1000)
+        os.replace(self.path("bad.db"), self.db)
+        with self.assertRaises(gateway.Failure):
+            self.store.list()
+        os.replace(self.path("aside.db"), self.db)
+        with self.assertRaises(gateway.Failure):
+            self.store.list()
+        self.delete_elsewhere()
+        self.assertEqual(eventually(lambda: {self.ask("GET", "/api/tags").status} - {503}), {401})
+        self.assertEqual([token.user for token in self.store.list()], ["root"])
+
     def test_a_file_that_is_repaired_where_it_is_is_used(self):
         good = self.copy("good.db")
         self.write("bad.db", b"This is not a database.\n" * 1000)
@@ -7450,6 +7464,11 @@ class ReplacedDatabase(GatewayCase):
                 os.replace(path, store.path)
                 self.assertEqual(table.find(secret).name, "new")
                 self.assertIsNone(table.find(self.token))
+                os.link(store.path, self.path("aside.db"))
+                os.replace(self.write("bad.db", b"This is not a database.\n" * 1000), store.path)
+                self.assertRaises(gateway.Failure, table.find, secret)
+                os.replace(self.path("aside.db"), store.path)
+                self.assertEqual((table.find(secret).name, len(store.list())), ("new", 1))
 
     def test_a_commit_while_the_database_is_replaced_is_no_success(self):
         copy = self.copy()
