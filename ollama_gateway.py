@@ -260,10 +260,20 @@ def model_globs(text):
     return ",".join(globs)
 
 
-def moment(text, direction):
+def utc_day(seconds):
+    """Return the UTC day of Unix seconds, counted from 1970."""
+    return int(seconds) // DAY
+
+
+def day_start(day):
+    """Return the Unix seconds at which a UTC day begins."""
+    return day * DAY
+
+
+def moment(text, direction, now):
     """Read a date, a time, or a duration from now, forward (1) or back (-1), as Unix seconds."""
     if re.fullmatch(r"[0-9.]+[a-z]", text):
-        return possible_instant(max(int(time.time()) + direction * int(duration(text)), 0))
+        return possible_instant(max(int(now) + direction * int(duration(text)), 0))
     try:
         return instant(text)
     except ValueError as error:
@@ -272,17 +282,21 @@ def moment(text, direction):
 
 def expiry(text):
     """Read "30d", a date or a time as Unix seconds to come."""
-    seconds = moment(text, 1)
-    if seconds <= int(time.time()):
+    now = time.time()
+    seconds = moment(text, 1, now)
+    if seconds <= int(now):
         raise ValueError("is in the past")
     return seconds
 
 
-def beginning(text):
-    """Read "7d", a date or a time as the Unix seconds of an hour that is past."""
-    seconds = moment(text, -1)
-    if seconds > int(time.time()):
+def beginning(text, clock=time.time):
+    """Read "7d" as the start of seven UTC days, today's included; "12h", a date or a time as the start of an hour."""
+    now = clock()
+    seconds = moment(text, -1, now)
+    if seconds > int(now):
         raise ValueError("is in the future")
+    if re.fullmatch("[0-9]+[dw]", text):
+        return day_start(utc_day(seconds) + 1)
     return seconds // HOUR * HOUR
 
 
@@ -1826,7 +1840,7 @@ class TokenStore:
         sums = ", ".join(f"sum({column})" for column in MEASURED)
         with self._access() as db:
             rows = db.execute(
-                f"SELECT {', '.join(keys)}, {sums} FROM (SELECT *, hour / {DAY} * {DAY} AS day FROM usage "
+                f"SELECT {', '.join(keys)}, {sums} FROM (SELECT *, hour / {DAY} AS day FROM usage "
                 f"WHERE {'user = ? AND name = ? AND ' if whose else ''}hour >= ?) "
                 f"GROUP BY {', '.join(keys)} ORDER BY {'day' if by == 'day' else f'sum({TOKENS_USED}) DESC, 1'}",
                 (*whose, since)).fetchall()
@@ -1834,7 +1848,7 @@ class TokenStore:
         for row in rows:
             row["seconds"] = round(row["seconds"], 3)
             if by == "day":
-                row["day"] = show_instant(row["day"])[:10]
+                row["day"] = show_instant(day_start(row["day"]))[:10]
         return rows
 
     def export_rows(self):
@@ -1969,7 +1983,7 @@ class TokenTable:
             with self._lock:
                 return self._db.execute(f"SELECT ifnull(sum({TOKENS_USED}), 0) FROM usage "
                                         "WHERE user = ? AND name = ? AND hour >= ? AND hour < ?",
-                                        (token.user, token.name, day * DAY, (day + 1) * DAY)).fetchone()[0]
+                                        (token.user, token.name, day_start(day), day_start(day + 1))).fetchone()[0]
         except sqlite3.Error as error:
             raise Failure(f"the database {self._path} refuses: {error}") from None
 
@@ -3172,7 +3186,7 @@ class Account:
         self._pending = {}      # what is yet to be stored
         self._uses = {}
         self._spent = {}        # {(user, name): (day, tokens, when that was read)}
-        self._hour = 0
+        self._latest = 0        # of the clock
         self._complained = False
 
     def begin(self, record):
@@ -3185,27 +3199,32 @@ class Account:
         with self._lock:
             self._count(record)
 
-    def end(self, records):
-        """Count requests to their end, those of them that began."""
+    def end(self, record):
+        """Count a request to its end, if it began."""
         with self._lock:
-            for record in records:
-                if record in self._running:
-                    self._running.remove(record)
-                    cancelled = record.failure is not None and issubclass(record.failure, ClientLeft)
-                    errors = not cancelled and (record.failure is not None or record.status >= 400)
-                    self._count(record, int(errors), int(cancelled))
+            if record in self._running:
+                self._running.remove(record)
+                cancelled = record.failure is not None and issubclass(record.failure, ClientLeft)
+                errors = not cancelled and (record.failure is not None or record.status >= 400)
+                self._count(record, int(errors), int(cancelled))
 
     def _count(self, record, errors=0, cancelled=0):
         """Add what a request has used since it was last counted."""
-        token, hour = record.token, self._this_hour()
+        token, hour = record.token, int(self.now()) // HOUR * HOUR
         seconds = (record.released or time.monotonic()) - record.admitted if record.admitted else 0.0
-        row, before = (1, errors, cancelled, *record.tokens, seconds), record.counted
+        try:
+            tokens = record.tokens
+        except Exception:   # a fault in the reader of one answer must not keep requests from being counted
+            LOG.exception("request %s: its tokens cannot be read", record.id)
+            tokens = record.counted[3:-1] if record.counted else (None, None)
+            record.tap = types.SimpleNamespace(tokens=tokens)
+        row, before = (1, errors, cancelled, *tokens, seconds), record.counted
         record.counted = row
         if before:
             row = [n if o is None or n is None else n - o for n, o in zip(row, before)]
         self._add((hour, token.user, token.name, record.known_model, record.route), row)
         spent = self._spent.get((token.user, token.name))
-        if spent and spent[0] == hour // DAY:
+        if spent and spent[0] == utc_day(hour):
             self._spent[token.user, token.name] = (spent[0], spent[1] + (row[3] or 0) + (row[4] or 0), spent[2])
 
     def _add(self, key, row):
@@ -3224,18 +3243,21 @@ class Account:
         with self._lock:
             self._uses.update(dict.fromkeys(token_ids, int(self._clock())))
 
-    def _this_hour(self):
-        """Return when the hour of UTC began, which never goes backwards."""
-        self._hour = max(self._hour, int(self._clock()) // HOUR * HOUR)
-        return self._hour
+    def now(self):
+        """Return Unix seconds that stand still while the clock is set back by up to a day: that refills no budget.
 
-    def _today(self):
-        """Return the day of UTC since 1970."""
-        return self._this_hour() // DAY
+        A clock that goes back further is followed: it was wrong before.
+        """
+        now, latest = self._clock(), self._latest
+        self._latest = now if now <= latest - DAY else max(now, latest)
+        if self._latest < latest:
+            LOG.warning("the clock went back from %s to %s: days and budgets go back with it",
+                        show_instant(int(latest)), show_instant(int(now)))
+        return self._latest
 
     def day_left(self):
-        """Return how many seconds are left of the day of UTC."""
-        return (self._today() + 1) * DAY - int(self._clock())
+        """Return how many seconds are left of the UTC day."""
+        return day_start(utc_day(self.now()) + 1) - int(self._clock())
 
     def spent(self, token):
         """Return how many tokens of its day a token with a budget has used; raise Failure if that cannot be read.
@@ -3246,7 +3268,7 @@ class Account:
             return 0
         now, key = self._clock(), (token.user, token.name)
         with self._lock:
-            day = self._today()
+            day = utc_day(self.now())
             known_day, spent, known_at = self._spent.get(key, (None, 0, 0))
             if known_day == day and (abs(now - known_at) < STORE_SECONDS or self._storing.locked()):
                 return spent
@@ -3258,7 +3280,7 @@ class Account:
                     raise
                 return spent
             spent = stored + sum((row[3] or 0) + (row[4] or 0) for where, row in self._pending.items()
-                                 if where[1:3] == key and where[0] >= day * DAY)
+                                 if where[1:3] == key and utc_day(where[0]) == day)
             self._spent[key] = (day, spent, now)
             return spent
 
@@ -3269,7 +3291,7 @@ class Account:
                 if record.known_model:
                     self._count(record)
             if not self._store.writable:
-                today = self._today() * DAY     # budgets still need that
+                today = day_start(utc_day(self.now()))  # budgets still need that
                 self._pending = {key: row for key, row in self._pending.items() if key[0] >= today}
                 return self._uses.clear()
         with self._storing:
@@ -4398,8 +4420,8 @@ class Journal:
 
     def _write_records(self):
         records = [self._records.popleft() for _ in range(len(self._records))]
-        self._account.end(records)
         for record in records:
+            self._account.end(record)
             self._meters.observe(record)
         self._account.used({record.token.id for record in records if record.token})
         if records:
@@ -4775,7 +4797,8 @@ const keep = secret => secret === PATH_SECRET || sessionStorage.setItem(KEY, sec
 const number = value => value === null ? "unknown" : value.toLocaleString("en");
 const minute = time => time.slice(0, 16).replace("T", " ");
 const spent = row => row.prompt_tokens === null ? null : row.prompt_tokens + row.completion_tokens;
-const dayAgo = days => new Date(Date.now() - days * 86400000).toISOString().slice(0, 10);
+let now = Date.now();   // by the gateway's clock, once it has answered
+const dayAgo = days => new Date(now - days * 86400000).toISOString().slice(0, 10);
 
 function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
@@ -4802,6 +4825,7 @@ async function ask(method, path, {body, secret = token(), signal} = {}) {
   const headers = {Authorization: `Bearer ${secret}`, "Content-Type": "application/json"};
   const reply = await fetch(ROOT + path, {method, headers, signal, cache: "no-store", body: JSON.stringify(body)})
     .catch(error => { throw error.name === "AbortError" ? error : new Error("The gateway cannot be reached"); });
+  now = Date.parse(reply.headers.get("Date")) || now;
   if (!reply.ok) throw await refusal(reply);
   return reply;
 }
@@ -5177,9 +5201,9 @@ function usageTable(caption, heading, rows) {
 }
 
 async function loadUsage() {
-  const days = byId("period").value, since = dayAgo(days - 1);
+  const days = byId("period").value;
   const [byDay, byUser, byModel] = await Promise.all(
-    ["day", "user", "model"].map(by => askJSON("GET", `/admin/usage?by=${by}&since=${since}`)));
+    ["day", "user", "model"].map(by => askJSON("GET", `/admin/usage?by=${by}&since=${days}d`)));
   if (days !== byId("period").value || byId("desk").hidden) return;    // nobody waits for this any more
   byId("by-day").replaceChildren(dayChart(byDay, Number(days)));
   byId("by-user").replaceChildren(usageTable("Use by user", "User", byUser));
@@ -5517,12 +5541,12 @@ class Pages:
 
     def me(self, visit):
         """Tell a token what it may, what of that is left, and what it used in the last seven days."""
-        today = int(time.time()) // DAY * DAY
         left = {name: {"limit": most, "remaining": left, "reset": reset}
                 for name, most, left, reset in self._limiter.allowances(visit.token)}
         told = as_json(visit.token)
         del told["last_used_at"], told["expired"]   # it is used now, and is not
-        return json_page(dict(told, left=left, usage=self._store.usage("day", today - 6 * DAY, visit.token)))
+        usage = self._store.usage("day", beginning("7d", self._account.now), visit.token)
+        return json_page(dict(told, left=left, usage=usage))
 
     def metrics(self, _):
         """Tell what Prometheus asks for."""
@@ -5547,7 +5571,7 @@ class Pages:
         if by not in USAGE_BY:
             raise UsageError(f'by: "{by[:40]}" is none of {", ".join(USAGE_BY)}')
         try:
-            return json_page(self._store.usage(by, beginning(since)))
+            return json_page(self._store.usage(by, beginning(since, self._account.now)))
         except ValueError as error:
             raise UsageError(f'since: "{since[:40]}" {error}') from None
 
@@ -6230,7 +6254,7 @@ def add_limits(parser):
 
 def add_usage(parser):
     parser.add_argument("--by", choices=USAGE_BY, help="what a row is of (default: user)")
-    parser.add_argument("--since", metavar="WHEN", help="7d, 12h or 2027-01-31 (default: 7d)")
+    parser.add_argument("--since", metavar="WHEN", help="7d (of UTC, today included), 12h or 2027-01-31 (default: 7d)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print a JSON list")
     form.add_argument("--csv", dest="format", action="store_const", const="csv", help="print CSV")

@@ -5038,9 +5038,66 @@ class AccountByTheClock(Case):
         record.tap = unittest.mock.Mock(tokens=(0, completion))
         (account or self.account).begin(record)
         record.released = record.began
-        (account or self.account).end([record])
+        (account or self.account).end(record)
 
-    def test_a_day_ends_at_midnight_utc_and_never_comes_back(self):
+    def set_clock(self, seconds):
+        """Set the clock and return the warnings that the account logs when it is asked for the budget then."""
+        self.now = seconds
+        with self.assertLogs("ollama_gateway") as logs:
+            gateway.LOG.info("the clock is set")
+            self.account.spent(self.token)
+            self.account.day_left()
+            self.use(0)
+        return logs.output[1:]
+
+    def test_clock_a_year_ahead_and_back_does_not_lock_a_budget(self):
+        self.use(10)
+        today = self.now
+        self.assertEqual(self.set_clock(today + 365 * 86400), [])
+        self.use(10)
+        self.assertEqual(self.account.spent(self.token), 10)
+        warning, = self.set_clock(today)
+        self.assertRegex(warning, r"WARNING.*back from 2025-10-04T23:59:50Z to 2024-10-04T23:59:50Z")
+        self.assertEqual((self.account.spent(self.token), self.account.day_left()), (10, 10))
+        self.assertEqual(self.set_clock(today + 10), [])
+        self.assertEqual((self.account.spent(self.token), self.account.day_left()), (0, 86400))
+
+    def test_clock_back_by_two_hours_across_midnight_refills_no_budget(self):
+        self.use(10)
+        self.now += 3600
+        self.use(9)
+        self.assertEqual(self.set_clock(self.now - 2 * 3600), [])
+        self.assertEqual((self.account.spent(self.token), self.account.day_left()), (9, 86400 + 3600 + 10))
+        self.assertEqual(self.set_clock(self.now + 2 * 3600), [])
+        self.assertEqual(self.account.spent(self.token), 9)
+
+    def test_clock_back_by_two_days_is_followed_with_one_warning(self):
+        self.use(10)
+        self.assertEqual(len(self.set_clock(self.now - 2 * 86400)), 1)
+        self.assertEqual((self.account.spent(self.token), self.account.day_left()), (0, 10))
+        self.use(3)
+        self.account.store()
+        self.assertEqual(self.set_clock(self.now - 3600), [])
+        self.assertEqual([row["completion_tokens"] for row in self.store.usage("day", 0)], [3, 10])
+
+    def test_tokens_of_a_request_that_cannot_be_read_leave_the_other_requests_counted(self):
+        record = gateway.Record("", 0)
+        record.token, record.route, record.known_model, record.status = self.token, "/api/chat", "tiny:latest", 200
+        record.tap = unittest.mock.Mock(tokens=(3, 4))
+        self.account.begin(record)
+        self.account.store()
+        type(record.tap).tokens = unittest.mock.PropertyMock(side_effect=RecursionError("too deep"))
+        with self.assertLogs("ollama_gateway", "ERROR") as logs:
+            for _ in range(2):
+                self.use(5)
+                self.account.store()
+            self.account.end(record)
+            self.account.store()
+        self.assertEqual(len(logs.output), 1)
+        row, = self.store.usage("user", 0)
+        self.assertEqual((row["requests"], row["prompt_tokens"], row["completion_tokens"]), (3, 3, 14))
+
+    def test_budget_day_ends_at_midnight_utc_and_is_not_reopened_by_an_hour_back(self):
         self.use(4)
         self.assertEqual((self.account.spent(self.token), self.account.day_left()), (4, 10))
         self.now += 10
@@ -5131,6 +5188,20 @@ class UsageCommand(CommandCase):
         self.assertEqual((len(days), days), (3, sorted(days)))
         self.assertEqual(self.rows("--since", "1h")[0]["user"], "ada")
         self.assertEqual(len(self.rows("--since", "2020-01-01")), 2)
+
+    def test_since_7d_is_seven_utc_days_with_todays(self):
+        midnight = 20_000 * 86400
+        for text, start in (("7d", midnight - 6 * 86400), ("1d", midnight), ("1w", midnight - 6 * 86400), ("12h", midnight - 3600),
+                            ("24h", midnight - 13 * 3600), ("1.5d", midnight - 25 * 3600), ("2024-10-01", midnight - 3 * 86400)):
+            with self.subTest(text):
+                self.assertEqual(gateway.beginning(text, lambda: midnight + 11 * 3600 + 37 * 60), start)
+
+    def test_usage_by_day_since_7d_has_seven_rows(self):
+        with contextlib.closing(gateway.open_store(self.db)) as store:
+            store.add_usage({(self.hour - hours * 3600, "ada", "laptop", "", "/api/chat"): [1, 0, 0, 1, 1, 1] for hours in range(9 * 24)}, {})
+        days = [row["day"] for row in self.rows("--by", "day", "--since", "7d")]
+        self.assertEqual(days, [gateway.show_instant((self.hour // 86400 - back) * 86400)[:10] for back in range(6, -1, -1)])
+        self.assertEqual([row["day"] for row in self.rows("--by", "day")], days)
 
     def test_csv_is_text_to_a_spreadsheet(self):
         rows = list(csv.reader(io.StringIO(self.succeeds("usage", "--csv"))))
@@ -5395,6 +5466,10 @@ class AdminApi(GatewayCase):
                 self.assertEqual(set(row), {*gateway.USAGE_BY[by], *gateway.MEASURED})
                 self.assertEqual(row["completion_tokens"], len(WORDS))
         self.assertEqual([row["user"] for row in self.call("GET", "/usage")], ["ada"])
+        hour = int(time.time()) // 3600 * 3600
+        self.store.add_usage({(hour - hours * 3600, "ada", "laptop", "", "/api/chat"): [1, 0, 0, 1, 1, 1] for hours in range(9 * 24)}, {})
+        days = [row["day"] for row in self.call("GET", "/usage?by=day&since=7d")]
+        self.assertEqual((len(days), [row["day"] for row in self.ask("GET", "/me").json()["usage"]]), (7, days))
         for query, word in (("by=colour", "colour"), ("since=never", "never"), ("since=2099-01-01", "future"), ("what=x", "what"),
                             ("by=user&by=day", "by"), ("by=", "by"), ("since=%00", "since")):
             with self.subTest(query):
@@ -6733,6 +6808,17 @@ class Browser(GatewayCase):
 
     def test_the_old_secrets_refusal_when_the_new_one_is_known_takes_nobody_off_the_desk(self):
         self.renew_while_looking("rotate", "status")
+
+    def test_days_of_the_charts_are_those_of_the_gateways_clock(self):
+        hour = int(time.time()) // 3600 * 3600
+        self.store.add_usage({(hour - hours * 3600, "ada", "laptop", "", "/api/chat"): [1, 0, 0, 1, 1, 1] for hours in range(9 * 24)}, {})
+        days = [f"{row['day']}: {row['prompt_tokens'] * 2} tokens" for row in self.store.usage("day", 0)[-7:]]
+        for tab, place, load in ((self.docs(), "#me", "askJSON('GET', '/me').then(showMe)"), (self.desk(), "#by-day", "loadUsage()")):
+            with self.subTest(place):
+                tab.evaluate("Date.now = () => 4e12")   # the browser's clock is wrong
+                tab.evaluate(load)
+                self.assertEqual(tab.evaluate(f"[...document.querySelectorAll('{place} svg.days title')].map(title => "
+                                              "title.textContent.split(',')[0])"), days)
 
     def test_whoever_loses_the_right_to_be_here_is_told(self):
         tab = self.desk()
