@@ -60,6 +60,7 @@ import logging
 import math
 import mmap
 import os
+import queue
 import re
 import secrets
 import select
@@ -126,6 +127,9 @@ JOURNAL_SECONDS = 0.01      # how long finished requests gather before they are 
 FINE_TICK = 0.1             # how old a file's time must be, in seconds, to tell its change from a later one,
 COARSE_TICK = 3             # and how old where the file system knows whole seconds only: FAT counts in twos
 STORE_SECONDS = 0.5         # how long the account and tokens' last uses gather before they are stored
+LOG_QUEUE = 1 * MIB         # characters of log lines that wait for a slow log, about 5,000 requests
+LOG_FILE_BYTES, LOG_FILES = 10_000_000, 5   # when a log file is rotated, and how many old ones are kept
+FLUSH_SECONDS = 2           # how long a stop waits for a slow log
 CLOSE_SECONDS = 2           # how long a stopping server waits for its threads to cut what they serve
 AWAY_SECONDS = 2            # how long one that was turned away may take to read why
 FAILED_DELAY = 1.0          # the longest that a failed credential waits for its refusal
@@ -4289,6 +4293,105 @@ def log_line(record):
     return line + f" why={log_value(record.why)}" if record.why else line
 
 
+def write_all(descriptor, data):
+    """Write bytes without a lock of Python's: the exit would wait for one that a blocked write holds."""
+    while data:
+        data = data[os.write(descriptor, data):]
+
+
+class LogFile:
+    """A file for log lines; at LOG_FILE_BYTES it is renamed to FILE.1, FILE.1 to FILE.2, and so on."""
+
+    def __init__(self, path):
+        self._names = [path, *(f"{path}.{number}" for number in range(1, LOG_FILES + 1))]
+        self._stale = False
+        self._open()
+
+    def _open(self):
+        self._descriptor = os.open(self._names[0], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def close(self):
+        os.close(self._descriptor)
+        self._descriptor = None     # the system gives the number to another file
+
+    def reopen(self):
+        """Open the file of that name again before the next write, for another program has renamed the old one."""
+        self._stale = True
+
+    def write(self, data):
+        """Append bytes; raise OSError."""
+        size = 0 if self._descriptor is None else os.fstat(self._descriptor).st_size
+        if size and size + len(data) > LOG_FILE_BYTES:
+            self.close()
+            for old, new in zip(self._names[-2::-1], self._names[::-1]):
+                with contextlib.suppress(OSError):
+                    os.replace(old, new)
+        elif self._stale and self._descriptor is not None:
+            self.close()
+        self._stale = False
+        if self._descriptor is None:
+            self._open()
+        write_all(self._descriptor, data)
+
+
+class LogWriter(logging.Handler):
+    """Writes log lines in the background: a log that blocks or fails delays nobody, and not the exit for long.
+
+    LOG_QUEUE characters may wait; lines beyond are dropped, counted, and reported when writing succeeds again.
+    """
+
+    def __init__(self, name, write, level):
+        super().__init__(level)
+        self.dropped = 0                        # lines, since the start
+        self.name, self._write = name, write    # write takes bytes and raises OSError
+        self._queue = queue.SimpleQueue()       # a signal handler that logs may interrupt its put
+        self._queued = self._written = 0        # characters, since the start
+        self._ending = False
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def format(self, record):
+        """Return a record's lines, each with the time in UTC and the level before it."""
+        seconds, fraction = divmod(record.created, 1)
+        before = f"{show_instant(seconds)[:19]}.{int(fraction * 1000):03d}Z {record.levelname} "
+        return before + super().format(record).replace("\n", "\n" + before) + "\n"
+
+    def emit(self, record):
+        lines = self.format(record)
+        if self._queued - self._written < LOG_QUEUE:
+            self._queued += len(lines)
+            self._queue.put(lines)
+        else:
+            self.dropped += lines.count("\n")
+            if self._queue.empty():
+                self._queue.put("")     # wakes the thread to report this
+
+    def _run(self):
+        reported, failing = 0, False
+        while not (self._ending and self._queue.empty()):
+            lines = "".join([self._queue.get() for _ in range(self._queue.qsize() or 1)])
+            dropped, report = self.dropped, ""
+            if dropped > reported:
+                text = f"dropped {count(dropped - reported, 'log line')}: {self.name} is too slow or cannot be written"
+                report = self.format(logging.makeLogRecord({"levelname": "WARNING", "msg": text}))
+            try:
+                self._write((lines + report).encode("utf-8", "backslashreplace"))
+                reported, failing = dropped, False
+            except OSError as error:
+                with self.lock:
+                    self.dropped += lines.count("\n")
+                if not failing:
+                    LOG.error("log lines are lost: %s cannot be written: %s", self.name, error)
+                failing = True
+            self._written += len(lines)
+
+    def finish(self):
+        """Write what waits, for FLUSH_SECONDS at most."""
+        self._ending = True
+        self._queue.put("")
+        self._thread.join(FLUSH_SECONDS)
+
+
 PREFIX = "ollama_gateway_"
 ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
@@ -4375,6 +4478,8 @@ class Meters:
                 yield from metric_lines(name, "histogram", text, self._histogram(self._buckets[name]))
         for name, (text, tell) in self._gauges.items():
             yield from metric_lines(name, "gauge", text, [("", {}, tell())])
+        dropped = sum(handler.dropped for handler in LOG.handlers if isinstance(handler, LogWriter))
+        yield from metric_lines("log_lines_dropped_total", "counter", "Log lines dropped.", [("", {}, dropped)])
 
     @staticmethod
     def _histogram(series):
@@ -4408,27 +4513,33 @@ class Journal:
             self._stirred.wait(STORE_SECONDS)
             self._closing.wait(JOURNAL_SECONDS)  # gather: a wake-up for each request would cost it more than the line
             self._stirred.clear()
-            try:
-                self._write_records()
-                if time.monotonic() - stored >= STORE_SECONDS:
-                    stored = time.monotonic()
-                    self._account.store()
-            except Exception:  # a fault of ours must not end the writing of all that is to come
-                LOG.exception("the journal met a fault of the gateway")
+            self._write_records()
+            if time.monotonic() - stored >= STORE_SECONDS:
+                stored = time.monotonic()
+                self._attempt(self._account.store)
         self._write_records()
-        self._account.store()
+        self._attempt(self._account.store)
+
+    @staticmethod
+    def _attempt(action, *args):
+        """Return what an action returns; log its failure, which must not lose other records."""
+        try:
+            return action(*args)
+        except Exception:
+            LOG.exception("the journal failed%s", "".join(f" at {arg.id}" for arg in args if isinstance(arg, Record)))
 
     def _write_records(self):
-        records = [self._records.popleft() for _ in range(len(self._records))]
+        records, lines = [self._records.popleft() for _ in range(len(self._records))], []
         for record in records:
-            self._account.end(record)
-            self._meters.observe(record)
-        self._account.used({record.token.id for record in records if record.token})
+            self._attempt(self._account.end, record)
+            self._attempt(self._meters.observe, record)
+            lines.append(self._attempt(log_line, record))
+        self._attempt(self._account.used, {record.token.id for record in records if record.token})
         if records:
-            self._log("\n".join(map(log_line, records)))   # at once: logging takes longer for a line than we do
+            self._attempt(self._log, "\n".join(filter(None, lines)))   # at once: that costs less than line by line
 
     def close(self):
-        """Write what there is and stop."""
+        """Write and store what there is, and stop."""
         self._closing.set()
         self._stirred.set()
         self._thread.join()
@@ -6084,54 +6195,30 @@ def cmd_usage(args):
             f"since {minute(since, '')} UTC in {store.path}")
 
 
-def complain_once(handler):
-    """Return what a log handler does when it cannot write: it says so on stderr, but not for each line again."""
-    lost = []
-
-    def handle_error(_):
-        if not lost:
-            lost.append(True)
-            with contextlib.suppress(OSError):
-                say(f"Log lines are being lost: {sys.exc_info()[1]} ({handler!r})", sys.stderr)
-    return handle_error
-
-
-class LineFormatter(logging.Formatter):
-    """Puts time, in UTC, and level before each line of a message."""
-
-    converter = time.gmtime
-
-    def usesTime(self):  # noqa: N802, logging's name
-        return True
-
-    def formatMessage(self, record):  # noqa: N802, logging's name
-        before = f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{record.msecs:03.0f}Z {record.levelname} "
-        return before + record.message.replace("\n", "\n" + before)
-
-
+@contextlib.contextmanager
 def configure_logging(settings):
-    """Log to stderr and, if the settings name one, to a file that is rotated by size; times are UTC."""
-    handlers = [(logging.StreamHandler(), settings.log_level)]
+    """Log to stderr and, if the settings name one, to a LogFile, which the with block gets; flush both at its end."""
+    file, writers = None, []
     if settings.log_file:
-        from logging.handlers import RotatingFileHandler
         try:
-            os.close(os.open(settings.log_file, os.O_WRONLY | os.O_CREAT, 0o600))
-            file = RotatingFileHandler(settings.log_file, maxBytes=10_000_000, backupCount=5, encoding="utf-8")
+            file = LogFile(settings.log_file)
         except (OSError, ValueError) as error:
             raise Failure(f"cannot write the log file {settings.log_file!a}: "
                           f"{getattr(error, 'strerror', error)}") from None
-        handlers.append((file, settings.log_file_level))
-    formatter = LineFormatter()
+        writers.append(LogWriter(settings.log_file, file.write, settings.log_file_level))
+    if sys.stderr:  # if that was closed from the start, its number is another file's
+        write = functools.partial(write_all, sys.stderr.fileno())
+        writers.append(LogWriter("stderr", write, settings.log_level))
     LOG.propagate = False
-    for old in list(LOG.handlers):
-        LOG.removeHandler(old)
-        old.close()
-    for handler, level in handlers:
-        handler.handleError = complain_once(handler)
-        handler.setLevel(level)
-        handler.setFormatter(formatter)
-        LOG.addHandler(handler)
-    LOG.setLevel(min(level for _, level in handlers))
+    LOG.setLevel(min((writer.level for writer in writers), default=logging.CRITICAL))
+    for writer in writers:
+        LOG.addHandler(writer)
+    try:
+        yield file
+    finally:
+        for writer in writers:
+            writer.finish()
+            LOG.removeHandler(writer)
 
 
 def reload_certificate(context, settings):
@@ -6174,9 +6261,8 @@ def cmd_serve(args):
     """Run the gateway until it is told to stop."""
     settings = load_settings(vars(args), os.environ, args.env_file)
     os.umask(0o077)  # logs and what SQLite puts beside the database are the owner's alone, too
-    configure_logging(settings)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with open_store(settings.db, create=True) as store:
+    with configure_logging(settings), open_store(settings.db, create=True) as store:
         server = build_server(settings, store)
         try:
             server.gateway.health.start(functools.partial(announce, settings, server, store))
@@ -6188,6 +6274,8 @@ def cmd_serve(args):
             with contextlib.suppress(KeyboardInterrupt):  # a second one does not wait
                 server.stop(settings.drain_timeout)
         finally:
+            for number in signal.SIGINT, signal.SIGTERM:
+                signal.signal(number, signal.SIG_IGN)   # what follows takes few seconds, and stores the account
             server.server_close()
 
 
