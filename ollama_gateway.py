@@ -408,7 +408,7 @@ OPTION_GROUPS = {
     ),
     "how much there may be": (
         Option("--max-connections", "GATEWAY_MAX_CONNECTIONS", "1024", positive, "N",
-               "clients connected at once; one more takes the place of the longest idle"),
+               "clients connected at once; one more takes the place of the longest waiting"),
         Option("--max-body", "GATEWAY_MAX_BODY", "100MiB", byte_size, "SIZE",
                "the largest request, but for blobs, which have no limit"),
         Option("--max-spool", "GATEWAY_MAX_SPOOL", "2GiB", byte_size, "SIZE",
@@ -527,6 +527,7 @@ REFUSALS = {
     "unknown_coding": Reason(501, "a Transfer-Encoding other than chunked"),
     "upstream_failed": Reason(502, "Ollama cannot be reached, or talks nonsense"),
     "no_room": Reason(503, "no disk space for the body: try again later"),
+    "no_descriptors": Reason(503, "the gateway is out of file descriptors: try again later"),
     "queue_full": Reason(503, "as many of the user's requests are waiting as may (--max-queue)"),
     "queue_timeout": Reason(503, "the request waited too long for its turn (--queue-timeout)"),
     "uncounted": Reason(503, "what the token used today cannot be read: try again later"),
@@ -736,6 +737,30 @@ def look_up(host, port, flags=0):
     """Return getaddrinfo's addresses for TCP; a name in ASCII without its codec for others, whose import takes 3 ms."""
     return socket.getaddrinfo(host.encode("ascii") if host.isascii() else host, port, type=socket.SOCK_STREAM,
                               flags=flags)
+
+
+def address_of(text):
+    """Return an IP address without its zone, IPv4 as such behind ::ffff: too; raise ValueError."""
+    address = ipaddress.ip_address(text.strip().partition("%")[0])
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def network_of(text):
+    """Return the bytes of an IPv4 address or of an IPv6 address's /64: what one peer controls."""
+    return address_of(text).packed[:8]
+
+
+OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+
+
+def is_out_of_descriptors(error):
+    """Report whether an OSError came from a lack of descriptors; getaddrinfo and tempfile raise another one then."""
+    try:
+        if error.errno not in OUT_OF_DESCRIPTORS:
+            os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as found:
+        error = found
+    return error.errno in OUT_OF_DESCRIPTORS
 
 
 class Poll:
@@ -2018,6 +2043,8 @@ class ClientWire(Wire):
 
     last_request = False    # no further one may follow: the server is stopping
     dismissed = False       # nor may this one go on
+    authenticated = False   # the current request has a valid token
+    stalled = False         # the current request has been kept waiting by its client, or for its bad credential
 
     def on_readable(self):
         """Raise ClientLeft if it hung up, fully or half; a pipelined request is kept for later."""
@@ -2028,11 +2055,13 @@ class ClientWire(Wire):
 
     def until_writable(self, deadline, watched):
         """Wait for a slow reader, unless it has left."""
+        self.stalled = True
         if self.wait(WRITABLE | HUNG_UP, deadline, watched) & HUNG_UP:
             raise ClientLeft("the client hung up")
 
     def pause(self, seconds):
         """Let time pass, unless the client leaves."""
+        self.stalled = True
         deadline = Deadline(seconds)
         with contextlib.suppress(TimeoutError):
             while True:
@@ -2047,69 +2076,94 @@ class ClientWire(Wire):
 
 
 class Connections:
-    """The open connections, counted in one place: who may come in, who waits idle, who has to go."""
+    """Limits the open connections. Each is waiting, for a TLS handshake or a whole request head, or being served.
 
-    def __init__(self, most):
-        self.most, self._open = most, set()
-        self._idle = OrderedDict()      # those that wait for a request, the longest first
+    At the limit a waiting one is evicted, the longest first, else one stalled in a request without a valid token.
+    """
+
+    def __init__(self, most, trusted=()):
+        self.most, self._trusted = most, trusted
+        self._share = max(most // 4, 1)     # of one network, in connections that have sent no whole head yet
+        self._waiting = OrderedDict()       # {wire: its network until its first request, then None}, longest first
+        self._serving = {}                  # {wire: True}, longest first
         self._stopping = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
 
     def __len__(self):
-        return len(self._open)
+        return len(self._waiting) + len(self._serving)
 
-    def admit(self, wire):
-        """Take a connection in, in the place of the longest idle one if there is no other; False if there is none."""
+    def admit(self, wire, address):
+        """Take a new connection in, evicting another one if need be; return False if none can be evicted.
+
+        An address that has its share already makes room itself.
+        """
+        proxied = any(address_of(address) in network for network in self._trusted)
+        network = None if proxied else network_of(address)
         with self._lock:
-            if len(self._open) >= self.most and not self._evict():
+            own = self._new_from(network)
+            if len(own) >= self._share:
+                self._end(own[0])
+            elif len(self) >= self.most and not self.evict():
                 return False
-            self._open.add(wire)
+            self._waiting[wire] = network
             return True
+
+    def _new_from(self, network):
+        if network is None or len(self._waiting) < self._share:
+            return ()
+        return [wire for wire, found in self._waiting.items() if found == network]
 
     def evict(self):
-        """End the longest idle connection; return whether there was one."""
+        """Evict a connection; return whether there was one to evict."""
         with self._lock:
-            return self._evict()
+            stalled = (wire for wire in self._serving if wire.stalled and not wire.authenticated)
+            wire = next(itertools.chain(self._waiting, stalled), None)
+            if wire is not None:
+                self._end(wire)
+            return wire is not None
 
-    def _evict(self):
-        if self._idle:
-            wire, _ = self._idle.popitem(last=False)
-            self._open.discard(wire)
-            wire.shut_down()
-            return True
-        return False
+    def _end(self, wire):
+        self._waiting.pop(wire, None)
+        self._serving.pop(wire, None)
+        wire.shut_down()
 
     def rest(self, wire):
-        """Take note that a connection waits for its next request; return whether it may."""
+        """Note that a connection waits for a request; return False if it must end."""
         with self._lock:
-            if not self._stopping:
-                self._idle[wire] = True
-            return not self._stopping
+            if self._stopping:
+                return False
+            if self._serving.pop(wire, False):
+                self._waiting[wire] = None
+            return wire in self._waiting
 
     def resume(self, wire):
-        """Take note that a request is coming; return False if the connection was ended in the meantime."""
+        """Note that a request's head has come; return False if the connection was evicted before."""
         with self._lock:
-            return self._idle.pop(wire, False)
+            if self._waiting.pop(wire, False) is False:
+                return False
+            wire.authenticated = wire.stalled = False
+            self._serving[wire] = True
+            return True
 
     def leave(self, wire):
         with self._lock:
-            self._idle.pop(wire, None)
-            self._open.discard(wire)
+            self._waiting.pop(wire, None)
+            self._serving.pop(wire, None)
             self._changed.notify_all()
 
     def drain(self, seconds):
         """Let running requests finish for so long, then have them cut so that it shows."""
         with self._lock:
             self._stopping = True
-            for wire in self._open:
+            for wire in self._serving:
                 wire.last_request = True
-            while self._evict():
-                pass
+            for wire in list(self._waiting):
+                self._end(wire)
             for end, patience in (None, seconds), (ClientWire.dismiss, CLOSE_SECONDS), (Wire.shut_down, CLOSE_SECONDS):
-                for wire in self._open if end else ():
+                for wire in self._serving if end else ():
                     end(wire)
-                if self._changed.wait_for(lambda: not self._open, patience):
+                if self._changed.wait_for(lambda: not self._serving, patience):
                     return
 
 
@@ -2198,6 +2252,7 @@ class GatewayServer(http.server.ThreadingHTTPServer):
         self.gateway, self.limits, self.tls = gateway, limits, tls
         self.connections = connections
         self._turned_away = deque()     # (wire, when to close it)
+        self._warning, self._warned = threading.Lock(), -math.inf
         self._ids = map((secrets.token_hex(4) + "%08x").__mod__, itertools.count())
         super().__init__(found[4], handler)
 
@@ -2221,19 +2276,30 @@ class GatewayServer(http.server.ThreadingHTTPServer):
         return f"{'https' if self.tls else 'http'}://{shown}:{port}"
 
     def get_request(self):
-        """Accept a connection; out of descriptors, make room and hold on, for the listener would only ask again."""
+        """Accept a connection; when out of descriptors, evict one and back off: the listener stays readable."""
         try:
             return super().get_request()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            if error.errno in (*OUT_OF_DESCRIPTORS, errno.ENOBUFS, errno.ENOMEM):
+                if error.errno in OUT_OF_DESCRIPTORS:
+                    self.warn_of_descriptors()
                 self.connections.evict()
                 time.sleep(0.05)
             raise
 
+    def warn_of_descriptors(self):
+        """Log, once a minute, that the file descriptors run out."""
+        with self._warning:
+            now = time.monotonic()
+            if now >= self._warned + MINUTE:
+                self._warned = now
+                LOG.warning("out of file descriptors: raise the limit (ulimit -n, or LimitNOFILE= of the systemd "
+                            "unit) or lower --max-connections (now %d)", self.connections.most)
+
     def process_request(self, request, client_address):
         """Give a new connection its thread, or turn it away where it stands."""
         wire = ClientWire(request)
-        if not self.connections.admit(wire):
+        if not self.connections.admit(wire, client_address[0]):
             return self._turn_away(wire)
         try:
             super().process_request(wire, client_address)
@@ -2385,6 +2451,8 @@ def disk_errors():
     try:
         yield
     except OSError as error:
+        if is_out_of_descriptors(error):
+            raise Refusal("no_descriptors") from None
         raise Refusal("no_room", f"the body cannot be kept: {error.strerror}") from None
 
 
@@ -2547,6 +2615,7 @@ class ClientStream:
         self.limit_fields = tuple   # returns those that tell how much of the token's limits is left by then
         self.started = False        # bytes of an answer have gone out: it can be changed no more
         self.finished = False
+        self._head, self._failures = b"", []    # the request's, and instead what went wrong with it
         self._expects = False       # the client waits for 100 Continue before it sends its body
         self._pending = b""         # a head that waits to go out with the first piece
         self._framing = ""          # "chunked", "length", "open" until the connection ends, or "none"
@@ -2556,16 +2625,26 @@ class ClientStream:
 
     # -- in
 
-    def read_request(self):
-        """Read and parse the request's head; raise Refusal."""
+    def receive_head(self):
+        """Wait for the request's head; `read_request` raises what went wrong."""
         try:
-            head = self.wire.read_head(Deadline(self.limits.header_timeout))
+            self._head = self.wire.read_head(Deadline(self.limits.header_timeout))
+        except (Malformed, OSError) as error:
+            self._failures.append(client_failure(error, "the headers took longer than {:g} s",
+                                                 self.limits.header_timeout))
+
+    def read_request(self):
+        """Parse the request's head; raise Refusal."""
+        if self._failures:
+            raise self._failures.pop()
+        head = self._head
+        try:
             parse = parse_known_request if len(head) <= KNOWN_HEAD_BYTES else parse_request
             self.request = request = parse(head)
             self._note(request)
             self.body = request_body_framing(request)
-        except (Malformed, OSError) as error:
-            raise client_failure(error, "the headers took longer than {:g} s", self.limits.header_timeout) from None
+        except Malformed as error:
+            raise Refusal(error.code, str(error)) from None
         self._keep = not request.closes
         if "expect" in request.fields and request.version == "1.1":
             if request.fields["expect"].lower() != "100-continue":
@@ -2715,7 +2794,7 @@ class ClientStream:
 
     def drain(self):
         """Read on, within bounds, what a refused client still sends: a connection closed too soon loses the answer."""
-        deadline, left = Deadline(DRAIN_SECONDS), DRAIN_BYTES
+        deadline, left, self.wire.stalled = Deadline(DRAIN_SECONDS), DRAIN_BYTES, True
         with contextlib.suppress(OSError):
             self.wire.sock.shutdown(socket.SHUT_WR)
             while left > 0:
@@ -2742,20 +2821,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wire.close_notify()
 
     def handle_one_request(self):
-        """Wait for a request and have it served; a connection that says nothing ends without a word."""
+        """Wait for a request and serve it; a connection that sends nothing, or is evicted, ends without an answer."""
         self.close_connection = True
-        if not self.wire.buffer and not self._wait_for_request():
+        connections = self.server.connections
+        if not connections.rest(self.wire) or not (self.wire.buffer or self.wire.fill(Deadline(self.patience))):
             return
         client = ClientStream(self.wire, self.client_address[0], self.server.limits, self.server.next_id())
+        client.receive_head()
+        if not connections.resume(self.wire):
+            return
         self.server.gateway.serve(client)
+        if client.record.code == "no_descriptors":
+            self.server.warn_of_descriptors()
         self.close_connection = not client.reusable
         self.patience = self.server.limits.idle_timeout
         if client.finished and not client.body.complete:
             client.drain()
-
-    def _wait_for_request(self):
-        return (self.server.connections.rest(self.wire) and self.wire.fill(Deadline(self.patience))
-                and self.server.connections.resume(self.wire))
 
 
 # == Conduct ==================================================================
@@ -2807,6 +2888,7 @@ class Gateway:
     def _identify(self, client, request, route):
         """Return the request's token, which may use the route; raise Refusal."""
         token = client.record.token = self._authenticator.identify(request, client.record.peer, client.wire.pause)
+        client.wire.authenticated = True
         client.limit_fields = functools.partial(self._limiter.fields, token, client.record)
         self._router.permit(route, token, request)
         return token
@@ -3056,12 +3138,6 @@ def secret_of(request):
     return secret if secret.isascii() else secret.encode("latin-1").decode("utf-8", "surrogateescape")
 
 
-def address_of(text):
-    """Return an IP address without its zone, IPv4 as such behind ::ffff: too; raise ValueError."""
-    address = ipaddress.ip_address(text.strip().partition("%")[0])
-    return getattr(address, "ipv4_mapped", None) or address
-
-
 class Peers:
     """Tells who asks, where proxies stand before the gateway."""
 
@@ -3090,9 +3166,7 @@ class Failures:
 
     def add(self, peer):
         """Count one more failure of an address, IPv6 by /64, and return how many are not forgiven yet."""
-        address = address_of(peer)
-        peer = address if address.version == 4 else ipaddress.ip_network((address, 64), strict=False)
-        now = self._clock()
+        peer, now = network_of(peer), self._clock()
         with self._lock:
             level, when = self._levels.pop(peer, (0, now))
             level = max(level - (now - when) / FORGIVEN_SECONDS, 0) + 1
@@ -3330,6 +3404,7 @@ class Place:
         began = time.monotonic()
         try:
             self.bell.wait(Deadline(self._patience), wire)
+            self.bell.close()   # before the upstream's descriptor is needed
         except TimeoutError:
             if not self.called:
                 raise Refusal("queue_timeout", f"the server is busy: the request waited {self._patience:g} s for its "
@@ -3369,8 +3444,8 @@ class Turns:
                                             "already (--max-queue): try again later")
             try:
                 place.bell = Bell()
-            except OSError as error:
-                raise Refusal("queue_full", f"the request cannot wait: {error.strerror}") from None
+            except OSError:
+                raise Refusal("no_descriptors") from None
             line.append(place)
             self._waiting[place.user] = line
             return place
@@ -3728,6 +3803,8 @@ class Pool:
                 with UpstreamWire(socket.socket(family, kind, protocol)) as wire:
                     return self._establish(wire, address, deadline.share(len(found) - number), exchange.watched)
             except OSError as error:
+                if error.errno in OUT_OF_DESCRIPTORS:
+                    raise
                 trouble = error
         raise ConnectionError(trouble.strerror or str(trouble))
 
@@ -3911,6 +3988,8 @@ class Upstream:
         except Malformed as error:
             raise Refusal("upstream_failed", f"Ollama does not talk HTTP: {error}") from None
         except OSError as error:
+            if is_out_of_descriptors(error):
+                raise Refusal("no_descriptors") from None
             if is_late(error):
                 raise Refusal("upstream_silent", f"Ollama did not answer: {error}") from None
             raise Refusal("upstream_failed", f"Ollama cannot be reached: {error}") from None
@@ -5790,8 +5869,10 @@ def build_server(settings, store, log=None):
     health = HealthProbe(upstream)
     limits = ConnectionLimits(settings.max_body, settings.header_timeout, settings.idle_timeout,
                               BodyStorage(settings.max_spool))
-    connections = Connections(connections_that_fit(  # each with one upstream or, waiting, a bell and a spooled body
-        settings.max_connections, 4 if settings.max_parallel else 2))
+    # A connection's descriptors at most: its socket, a spooled body, and either the upstream connection or, while it
+    # waits in the queue, the two of its wakeup, which are closed before the upstream connection is opened.
+    connections = Connections(connections_that_fit(settings.max_connections, 4 if settings.max_parallel else 3),
+                              settings.trusted_proxies)
     tokens = TokenTable(store)
     account = Account(store, tokens)
     turns = Turns(settings.max_parallel, settings.max_queue, settings.queue_timeout)

@@ -66,6 +66,11 @@ try:
 except ImportError:   # on Windows
     fcntl = pty = termios = None
 
+try:
+    import resource
+except ImportError:   # on Windows
+    resource = None
+
 import ollama_gateway as gateway
 
 TESTS = os.path.abspath(__file__)
@@ -491,8 +496,8 @@ def bearer(secret):
 class Client:
     """A connection to the gateway that hides nothing of what comes back."""
 
-    def __init__(self, address, tls=None):
-        plain = socket.create_connection(address[:2], GUARD)
+    def __init__(self, address, tls=None, source="127.0.0.1"):
+        plain = socket.create_connection(address[:2], GUARD, source_address=None if ":" in address[0] else (source, 0))
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket = tls.wrap_socket(plain, server_hostname="localhost") if tls else plain
         self.stream = self.socket.makefile("rb")
@@ -6104,19 +6109,6 @@ class Load(GatewayCase):
             client.send(request("GET", "/api/tags", headers=bearer(self.token)))
         self.assertEqual({client.answer().status for client in clients}, {200})
 
-    def test_out_of_descriptors_an_idle_connection_makes_room_and_it_goes_on(self):
-        idle = self.client()
-        self.assertStatus(idle.ask("GET", "/api/tags", headers=bearer(self.token)), 200)
-        accept, failures = socketserver.TCPServer.get_request, [OSError(errno.EMFILE, "Too many open files")] * 3
-
-        def failing(server):
-            if server is self.server and failures:
-                raise failures.pop()
-            return accept(server)
-        with unittest.mock.patch.object(socketserver.TCPServer, "get_request", failing):
-            self.assertStatus(self.ask("GET", "/api/tags"), 200)
-        self.assertEqual((failures, idle.answer()), ([], None))
-
     def test_a_request_in_flight_is_not_idle(self):
         hold, server = self.hold(), self.serve(max_connections="2")
         busy = self.hold_a_stream(server, hold, self.admin)
@@ -6124,6 +6116,77 @@ class Load(GatewayCase):
             self.assertStatus(self.ask_until_there_is_room(server), 200)
         hold.set()
         self.assertEqual(busy.read(busy.begun).ended, "clean")
+
+    def unfinished(self, server, source="127.0.0.1", said=b"G"):
+        """A connection that has sent the beginning of a head."""
+        client = self.enter(Client(server.server_address, source=source))
+        client.send(said)
+        return client
+
+    def assert_evicted(self, *clients):
+        for client in clients:
+            with contextlib.suppress(ConnectionResetError):     # it had sent more than was read
+                self.assertIsNone(client.answer(), "closed without an answer")
+
+    def assert_open(self, *clients):
+        """Complete the clients' heads: they must still be answered."""
+        for client in clients:
+            client.send(b"ET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            self.assertStatus(client.answer(), 200)
+
+    def test_unfinished_heads_keep_no_valid_token_out_and_are_evicted_silently(self):
+        server = self.serve(max_connections="8")
+        clients = [self.unfinished(server, f"127.0.0.{number}") for number in range(2, 10)]
+        used = self.client(server)
+        self.assertStatus(used.ask("GET", "/", headers=[("X-Request-Id", "first")]), 200)
+        used.send(b"G")     # the beginning of its next head
+        for _ in range(8):
+            self.assertStatus(self.client(server).ask("GET", "/api/tags", headers=bearer(self.token)), 200)
+        self.assert_evicted(*clients, used)
+        eventually(lambda: len(self.lines) >= 9)
+        self.assertEqual([log_fields(line)["path"] for line in self.lines], ["/", *["/api/tags"] * 8])
+        metrics = self.ask("GET", "/metrics", token=self.admin, server=server).body.decode()
+        self.assertIn("\nollama_gateway_cancelled_total 0\n", metrics)
+
+    def test_the_longest_waiting_connection_is_evicted_whether_idle_or_unfinished(self):
+        server = self.serve(max_connections="3")
+        unfinished, idle, other = self.unfinished(server, "127.0.0.2"), self.client(server), self.unfinished(server, "127.0.0.3")
+        self.assertStatus(idle.ask("GET", "/"), 200)
+        self.assertStatus(self.ask_until_there_is_room(server), 200)
+        self.assert_evicted(unfinished)
+        self.assertStatus(idle.ask("GET", "/"), 200)
+        self.assert_open(other)
+
+    def test_an_address_has_at_most_a_quarter_of_the_connections_in_unfinished_heads(self):
+        server = self.serve(max_connections="12")
+        idle = [self.client(server) for _ in range(4)]
+        for client in idle:
+            self.assertStatus(client.ask("GET", "/"), 200)
+        other = self.unfinished(server, "127.0.0.3")
+        clients = [self.unfinished(server, "127.0.0.2") for _ in range(5)]
+        self.assert_evicted(*clients[:2])
+        self.assert_open(*clients[2:], other)
+        for client in idle:
+            self.assertStatus(client.ask("GET", "/"), 200)
+
+    def test_the_quarter_does_not_hold_for_a_trusted_proxy(self):
+        server = self.serve(max_connections="8", trusted_proxies="127.0.0.2")
+        self.assert_open(*[self.unfinished(server, "127.0.0.2") for _ in range(8)])
+
+    def test_a_client_that_reads_no_answer_is_evicted_unless_it_has_a_valid_token(self):
+        server = self.serve(max_connections="2")
+        self.fake.replies["/api/chat"] = Reply.stream(*[b"x" * 65536] * 120)
+        valid = self.begin("POST", "/api/chat", CHAT, server=server)
+        self.assertStatus(valid.head(), 200)
+        public = self.client(server)
+        public.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        public.send(request("GET", "/docs") * 500)
+        self.assertStatus(public.head(), 200)
+        eventually(lambda: [wire.stalled for wire in server.connections._serving] == [True, True], "the filling of all buffers")
+        for _ in range(3):
+            self.assertStatus(self.ask_until_there_is_room(server), 200)
+        pieces = iter(lambda: valid.socket.recv(1 << 20)[-5:], b"")     # Client.read would take seconds
+        self.assertIn(b"0\r\n\r\n", pieces, "the answer to the valid token is whole")
 
 
 class FailedCredentials(GatewayCase):
@@ -6321,6 +6384,18 @@ class Tls(GatewayCase):
         hold.set()
         self.assertEqual(busy.read(begun).ended, "clean")
 
+    def test_unfinished_handshakes_keep_no_valid_token_out(self):
+        server = self.serve(max_connections="8", **self.flags)
+        clients = [self.client(server) for _ in range(8)]
+        for client in clients:
+            client.send(b"\x16\x03\x01")     # the beginning of a ClientHello
+        for _ in range(8):
+            client = self.client(server, self.context)
+            self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(self.token)), 200)
+        for client in clients:
+            with contextlib.suppress(ConnectionResetError):
+                self.assertEqual(client.stream.read(1), b"")
+
     def test_who_speaks_no_tls_or_nothing_holds_nobody_up(self):
         silent, plain = self.client(), self.client()
         plain.send(request("GET", "/api/tags", headers=bearer(self.token)))
@@ -6337,8 +6412,8 @@ class Tls(GatewayCase):
 class Serving:
     """A gateway in a process of its own, with what it says."""
 
-    def __init__(self, folder, *argv, **env):
-        self.process = subprocess.Popen([sys.executable, "-X", "dev", GATEWAY, "serve", *argv], cwd=folder, env={**os.environ, **env},
+    def __init__(self, folder, *argv, preexec=None, **env):
+        self.process = subprocess.Popen([sys.executable, "-X", "dev", GATEWAY, "serve", *argv], cwd=folder, env={**os.environ, **env}, preexec_fn=preexec,
                                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.lines = []
         self._reader = threading.Thread(target=self._read)
@@ -6641,6 +6716,123 @@ def chat_line(text, **more):
 
 
 LAST_CHAT_LINE = compact({"message": {"role": "assistant", "content": ""}, "done": True, **COUNTS, "eval_duration": 10 ** 9}) + b"\n"
+
+
+@unittest.skipUnless(hasattr(resource, "prlimit") and os.path.isdir("/proc/self/fd"), "needs Linux")
+class Descriptors(GatewayCase):
+    """The program really runs out of file descriptors: its limit is lowered while it serves."""
+
+    def program(self, *argv, url=None, preexec=None):
+        return self.enter(Serving(self.folder, "--port", "0", "--ollama-url", url or self.fake.url, "--db", self.db, "--metrics-open", *argv,
+                                  preexec=preexec))
+
+    @staticmethod
+    def used(serving):
+        return {int(name) for name in os.listdir(f"/proc/{serving.process.pid}/fd")}
+
+    def leave(self, serving, free):
+        """Lower the process's limit so that it can open so many descriptors more."""
+        used = self.used(serving)
+        limit = max(limit for limit in range(max(used) + free + 2) if limit - sum(number < limit for number in used) == free)
+        resource.prlimit(serving.process.pid, resource.RLIMIT_NOFILE, (limit, resource.prlimit(serving.process.pid, resource.RLIMIT_NOFILE)[1]))
+
+    def lift(self, serving):
+        hard = resource.prlimit(serving.process.pid, resource.RLIMIT_NOFILE)[1]
+        resource.prlimit(serving.process.pid, resource.RLIMIT_NOFILE, (hard, hard))
+
+    def used_client(self, serving):
+        """A connection on which a request has been answered: nothing more has to be opened for it."""
+        client = self.client(serving)
+        self.assertStatus(client.ask("GET", "/me", headers=bearer(self.token)), 200)
+        return client
+
+    def streaming(self, serving, hold):
+        self.fake.replies["/api/chat"] = [Reply.stream(LINE, hold), Reply.stream(LINE)]
+        client = self.begin("POST", "/api/chat", CHAT, server=serving)
+        client.begun = client.read(client.head(), until=LINE)
+        return client
+
+    def assert_starved(self, serving, client, body=CHAT):
+        """Check the refusal, the metrics and the one warning."""
+        for _ in range(3):
+            text = self.assertRefused(client.ask("POST", "/v1/chat/completions", body, bearer(self.token)), 503, "/v1/chat/completions")
+            self.assertEqual(text, gateway.REFUSALS["no_descriptors"].meaning)
+        warnings_ = eventually(lambda: [line for line in serving.lines if "ulimit -n" in line], "the warning")
+        self.assertEqual(len(warnings_), 1, "once a minute")
+        self.assertRegex(warnings_[0], "WARNING.*LimitNOFILE.*--max-connections")
+        self.assertNotIn("Traceback", "".join(serving.lines))
+        self.assertNotIn("upstream_errors_total{", client.ask("GET", "/metrics").body.decode())
+
+    def test_without_one_for_the_upstream_connection_the_answer_is_503_not_502(self):
+        for host in "127.0.0.1", "localhost":
+            with self.subTest(host):
+                hold, serving = self.hold(), self.program(url=self.fake.url.replace("127.0.0.1", host))
+                client, stream = self.used_client(serving), self.streaming(serving, hold)
+                self.leave(serving, 0)
+                self.assert_starved(serving, client)
+                hold.set()
+                self.assertEqual(stream.read(stream.begun).ended, "clean")
+                stream.close()
+                self.assertStatus(client.ask("POST", "/v1/chat/completions", CHAT, bearer(self.token)), 200)
+
+    def test_without_one_for_a_large_body_the_answer_is_503(self):
+        serving, body = self.program(), compact({**CHAT, "images": ["x" * 2_000_000]})
+        for attempt in range(2):
+            client = self.used_client(serving)
+            self.leave(serving, 0)
+            text = self.assertRefused(client.ask("POST", "/api/chat", body, bearer(self.token)), 503)
+            self.assertEqual(text, gateway.REFUSALS["no_descriptors"].meaning)
+            self.lift(serving)
+        self.assertStatus(self.ask("POST", "/api/chat", body, server=serving), 200)
+        self.assertEqual(sum("ulimit -n" in line for line in serving.lines), 1)
+
+    def test_without_two_for_the_queue_the_answer_is_503(self):
+        hold, serving = self.hold(), self.program("--max-parallel", "1")
+        client, stream = self.used_client(serving), self.streaming(serving, hold)
+        self.leave(serving, 1)
+        self.assert_starved(serving, client)
+        hold.set()
+        self.assertEqual(stream.read(stream.begun).ended, "clean")
+        self.assertStatus(client.ask("POST", "/api/chat", CHAT, bearer(self.token)), 200)
+
+    def test_without_one_for_a_new_client_an_idle_connection_makes_room(self):
+        serving = self.program()
+        idle = self.used_client(serving)
+        self.leave(serving, 0)
+        for _ in range(5):      # each in the place of the one before it
+            self.assertStatus(self.client(serving).ask("GET", "/"), 200)
+        self.assertIsNone(idle.answer())
+        self.assertEqual(sum("ulimit -n" in line for line in serving.lines), 1)
+        self.lift(serving)
+        self.assertStatus(self.ask("POST", "/api/chat", CHAT, server=serving), 200)
+
+    def test_a_connection_needs_four_in_the_queue_and_three_upstream(self):
+        hold, serving = [self.hold(), self.hold()], self.program("--max-parallel", "1")
+        stream, before = self.streaming(serving, hold[0]), len(self.used(serving))
+        self.fake.replies["/api/chat"] = Reply.stream(LINE, hold[1])
+        client = self.begin("POST", "/api/chat", compact({**CHAT, "images": ["x" * 2_000_000]}), server=serving)
+        eventually(lambda: len(self.used(serving)) == before + 4, "the wait in the queue")
+        hold[0].set()
+        stream.read(stream.begun)
+        client.read(client.head(), until=LINE)
+        self.assertEqual(len(self.used(serving)), before + 2, "the upstream connection is the stream's")
+        hold[1].set()
+
+    def test_a_rush_under_a_low_hard_limit_is_served_up_to_the_cap(self):
+        limits = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (256, 256))
+        hold, body = self.hold(), compact({**CHAT, "images": ["x" * 1_100_000]})
+        serving = self.program(preexec=limits)
+        self.fake.replies["/api/chat"] = Reply.stream(LINE, hold)
+        fit = (256 - gateway.POOL_SIZE - gateway.SPARE_DESCRIPTORS) // 3
+        self.assertIn(f"Only {fit} connections fit", eventually(lambda: serving.lines[1:] and serving.lines[1]))
+        clients = [self.begin("POST", "/api/chat", body, server=serving) for _ in range(fit)]
+        begun = [client.read(client.head(), until=LINE) for client in clients]
+        self.assertEqual({answer.status for answer in begun}, {200})
+        self.assertIn("too many connections", self.ask("GET", "/", server=serving).json()["error"])
+        hold.set()
+        self.assertEqual({client.read(answer).ended for client, answer in zip(clients, begun)}, {"clean"})
+        eventually(lambda: self.ask("POST", "/api/chat", body, server=serving).status == 200, "room")
+        self.assertFalse([line for line in serving.lines if "ulimit -n" in line][1:])
 
 
 class Prefixed(http.server.BaseHTTPRequestHandler):
