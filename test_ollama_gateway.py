@@ -6413,8 +6413,8 @@ class Serving:
     """A gateway in a process of its own, with what it says."""
 
     def __init__(self, folder, *argv, preexec=None, **env):
-        self.process = subprocess.Popen([sys.executable, "-X", "dev", GATEWAY, "serve", *argv], cwd=folder, env={**os.environ, **env}, preexec_fn=preexec,
-                                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.process = subprocess.Popen([sys.executable, "-X", "dev", GATEWAY, "serve", *argv], cwd=folder, env={**os.environ, **env},
+                                        preexec_fn=preexec, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.lines = []
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
