@@ -821,6 +821,7 @@ class Wire:
     """A non-blocking socket, and what was read from it too early; a wait has a deadline, and may watch another wire."""
 
     waited = False      # `fill` was called since this was last reset
+    is_shut = False     # by another thread
 
     def __init__(self, sock):
         sock.setblocking(False)
@@ -831,6 +832,8 @@ class Wire:
     def secure(self, context, deadline, watched=None, **how):
         """Speak TLS from here on; `how` goes to SSLContext.wrap_socket."""
         self.sock = context.wrap_socket(self.sock, do_handshake_on_connect=False, **how)
+        if self.is_shut:    # meanwhile: shut_down found an empty socket
+            raise ConnectionAbortedError("the connection was shut down")
         while True:
             try:
                 return self.sock.do_handshake()
@@ -914,6 +917,7 @@ class Wire:
 
     def shut_down(self):
         """End the connection from another thread: whoever waits on it wakes up."""
+        self.is_shut = True
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # SSLSocket's own would go on in clear first
 

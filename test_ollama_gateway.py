@@ -6396,6 +6396,16 @@ class Tls(GatewayCase):
             with contextlib.suppress(ConnectionResetError):
                 self.assertEqual(client.stream.read(1), b"")
 
+    def test_a_connection_evicted_while_tls_takes_its_socket_over_is_closed(self):
+        take_over = self.server.tls.wrap_socket
+
+        def wrap_socket(*args, **how):
+            wrapped = take_over(*args, **how)
+            self.server.connections.evict()
+            return wrapped
+        with unittest.mock.patch.object(self.server, "tls", unittest.mock.Mock(wrap_socket=wrap_socket)):
+            self.assertEqual(self.client().stream.read(1), b"")
+
     def test_who_speaks_no_tls_or_nothing_holds_nobody_up(self):
         silent, plain = self.client(), self.client()
         plain.send(request("GET", "/api/tags", headers=bearer(self.token)))
@@ -6596,7 +6606,7 @@ class ServeCommand(Case):
             finally:
                 process.terminate()
         self.assertIn(b"ollama_gateway", first)
-        self.assertRegex(second.decode(), r"Only 104 connections .*ulimit")
+        self.assertRegex(second.decode(), r"Only 69 connections .*ulimit")
 
     def test_a_port_that_is_taken_is_named(self):
         port = str(self.fake.server_address[1])
