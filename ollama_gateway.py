@@ -121,6 +121,9 @@ HEALTH_SECONDS = 5          # between two probes: with PROBE_SECONDS, the state 
 PROBE_BYTES = 1 * MIB       # of an answer to the gateway's own request; a list of 2,500 models
 LIST_BYTES = 16 * MIB       # of a list of models that is cut down to those of a token
 LINE_LIMIT = 8 * MIB        # of a stream's line; Ollama's own client reads no longer ones
+WHOLE_BYTES = 256 * KIB     # of an answer, or of a line, that is decoded as a whole to find its token counts
+ENDING_BYTES = 1 * KIB      # the end of an answer, where Ollama writes the counts
+LEARNING_BYTES = 256 * KIB  # the largest body that teaches how many bytes of text make a token
 MOST_TOKENS = 10 ** 9       # that one request can have cost
 PROBE_SECONDS = 2           # for a health probe's requests, from the look-up of the name to the last byte
 JOURNAL_SECONDS = 0.01      # how long finished requests gather before they are written; all others wait meanwhile
@@ -656,12 +659,21 @@ class Route(NamedTuple):
     streamed: bool = False  # the request's body is passed on unheld
 
 
+class Usage(NamedTuple):
+    """The tokens of a request; None where Ollama reports none."""
+
+    prompt: Optional[int] = 0
+    cached: Optional[int] = None        # of the prompt: read from the model's cache
+    completion: Optional[int] = 0
+    estimated: int = 0                  # of prompt and completion: counted by the gateway, not by Ollama
+
+
 class Record:
     """What will be known of a request when it has ended."""
 
     __slots__ = ("id", "peer", "token", "method", "path", "route", "model", "known_model", "status", "sent", "tap",
-                 "counted", "counted_in", "began", "queued", "admitted", "released", "failure", "answered", "ended",
-                 "outcome", "code", "why")
+                 "estimate", "counted", "counted_in", "began", "queued", "admitted", "released", "failure", "answered",
+                 "ended", "outcome", "code", "why")
 
     def __init__(self, peer, now):
         self.peer, self.began, self.sent, self.queued, self.counted_in = peer, now, 0, 0.0, False
@@ -672,11 +684,15 @@ class Record:
         self.answered = self.ended = None       # when its answer began, and when all was over
         self.outcome = self.code = self.why = None      # "broken" or "left", if it did not end well; the refusal's
         self.counted = None                     # what of it the account has already
+        self.estimate = None                    # tokens of a prompt that Ollama has not counted
 
     @property
     def tokens(self):
-        """Return the tokens of the prompt and of the completion so far; None where Ollama does not tell."""
-        return (0, 0) if self.tap is None else self.tap.tokens
+        """Return the Usage so far."""
+        usage = Usage() if self.tap is None else self.tap.tokens
+        if self.estimate is None:
+            return usage
+        return usage._replace(prompt=self.estimate, estimated=self.estimate + (usage.completion or 0))
 
 
 # == Wire =====================================================================
@@ -1386,6 +1402,33 @@ def is_listed(model, globs):
     return False
 
 
+BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\\"   # a backslash: some escape the slash
+
+
+def is_data(string):
+    """Return whether a long string is base64 data such as an image; a prefix may name its type (RFC 2397)."""
+    return not string[256:].translate(None, BASE64)
+
+
+def prompt_text_bytes(data):
+    """Return the number of bytes in all strings of a JSON body, data such as images left out.
+
+    The body is read in windows: a method of bytes holds the interpreter's lock until it returns.
+    """
+    total, at, within = 0, 0, False     # within a string
+    while at < len(data):
+        window = data[at:at + READ_BYTES]
+        if (len(window) - len(window.rstrip(b"\\"))) % 2:
+            window = window[:-1] or window      # an escape is not cut in two
+        at += len(window)
+        parts = window.replace(b"\\\\", b"..").replace(b'\\"', b"..").split(b'"')
+        strings = parts[0 if within else 1::2]
+        within ^= len(parts) % 2 == 0
+        total += sum(map(len, strings)) - sum(
+            len(string) for string in strings if len(string) > KIB and is_data(string))
+    return total
+
+
 # == Store ====================================================================
 
 SQLITE_VERSION = sqlite3.sqlite_version
@@ -1490,7 +1533,14 @@ def _add_limits_and_usage(db, _):
     db.execute("CREATE INDEX usage_by_hour ON usage (hour)")
 
 
-MIGRATIONS = (_create_tokens, _add_limits_and_usage)    # the n-th makes version n of its predecessor, once
+def _add_cached_and_estimated(db, _):
+    """Version 3: how much of the usage was read from the cache, and how much is an estimate."""
+    db.execute("ALTER TABLE usage ADD COLUMN cached_tokens INTEGER")
+    db.execute("ALTER TABLE usage ADD COLUMN estimated_tokens INTEGER NOT NULL DEFAULT 0")
+
+
+# The n-th makes version n of its predecessor, once.
+MIGRATIONS = (_create_tokens, _add_limits_and_usage, _add_cached_and_estimated)
 
 
 def _scrub(db):
@@ -1678,9 +1728,15 @@ def _open(paths, create, patience):
 
 
 USAGE_KEY = ("hour", "user", "name", "model", "route")
-MEASURED = ("requests", "errors", "cancelled", "prompt_tokens", "completion_tokens", "seconds")
-TOKENS_USED = "ifnull(prompt_tokens, 0) + ifnull(completion_tokens, 0)"
+MEASURED = ("requests", "errors", "cancelled", "prompt_tokens", "cached_tokens", "completion_tokens", "seconds",
+            "estimated_tokens")
+TOKENS_USED = "ifnull(prompt_tokens, 0) - ifnull(cached_tokens, 0) + ifnull(completion_tokens, 0)"   # as tokens_used
 USAGE_BY = {"user": ("user",), "token": ("user", "name"), "model": ("model",), "day": ("day",)}
+
+
+def tokens_used(prompt, cached, completion):
+    """Return the tokens that a budget is charged: a cached prompt costs no computation."""
+    return (prompt or 0) - (cached or 0) + (completion or 0)
 
 
 def check_rights(user, name, admin, models):
@@ -1859,7 +1915,8 @@ class TokenStore:
                         for column in MEASURED)
         with self._access(writing=True) as db:
             db.executemany(f"INSERT INTO usage ({', '.join(USAGE_KEY + MEASURED)}) "
-                           f"VALUES ({', '.join('?' * 11)}) ON CONFLICT ({', '.join(USAGE_KEY)}) DO UPDATE SET {add}",
+                           f"VALUES ({', '.join('?' * len(USAGE_KEY + MEASURED))}) "
+                           f"ON CONFLICT ({', '.join(USAGE_KEY)}) DO UPDATE SET {add}",
                            [(*key, *row) for key, row in rows.items()])
             db.executemany("UPDATE tokens SET last_used_at = ? WHERE id = ? AND ifnull(last_used_at, 0) < ?",
                            [(when, token_id, when) for token_id, when in uses.items()])
@@ -2011,7 +2068,7 @@ class TokenTable:
         self._file, self._files = files[0], files
 
     def spent(self, token, day):
-        """Return the tokens of prompts and completions that the account has of a token on a day; raise Failure."""
+        """Return the tokens that the account has charged a token's budget on a day; raise Failure."""
         try:
             with self._lock:
                 return self._db.execute(f"SELECT ifnull(sum({TOKENS_USED}), 0) FROM usage "
@@ -2852,10 +2909,11 @@ ASK_FOR_USAGE = b',"stream_options":{"include_usage":true}'  # before the object
 class Gateway:
     """Conducts each request through the stages that it is handed."""
 
-    def __init__(self, peers, router, authenticator, limiter, upstream, health, relay, journal, pages):
+    def __init__(self, peers, router, authenticator, limiter, upstream, health, relay, journal, pages, count_prompt):
         self.health = health
         self._peers, self._router, self._authenticator, self._limiter = peers, router, authenticator, limiter
         self._upstream, self._relay, self._journal, self._pages = upstream, relay, journal, pages
+        self._count_prompt = count_prompt
 
     def serve(self, client):
         """Take one request from its head to its record: it is answered once, and written down once."""
@@ -2921,7 +2979,8 @@ class Gateway:
             if asked.usage_at:
                 body.insert(asked.usage_at, ASK_FOR_USAGE)
             token = admission.wait_turn(token, client.wire, judge)
-            with self._upstream.open(route.method, path, request, body, client.record.id, client.wire) as reply:
+            with self._count_prompt(route, client.record, body), \
+                    self._upstream.open(route.method, path, request, body, client.record.id, client.wire) as reply:
                 return self._relay(reply, client, route, asked, token, admission.leave)
 
     def _visit(self, route, visit):
@@ -3295,19 +3354,19 @@ class Account:
         token, hour = record.token, int(self.now()) // HOUR * HOUR
         seconds = (record.released or time.monotonic()) - record.admitted if record.admitted else 0.0
         try:
-            tokens = record.tokens
+            usage = record.tokens
         except Exception:   # a fault in the reader of one answer must not keep requests from being counted
             LOG.exception("request %s: its tokens cannot be read", record.id)
-            tokens = record.counted[3:-1] if record.counted else (None, None)
-            record.tap = types.SimpleNamespace(tokens=tokens)
-        row, before = (1, errors, cancelled, *tokens, seconds), record.counted
+            usage = Usage(*record.counted[3:6], record.counted[7]) if record.counted else Usage(None, None, None)
+            record.tap = types.SimpleNamespace(tokens=usage)
+        row, before = (1, errors, cancelled, *usage[:3], seconds, usage.estimated), record.counted
         record.counted = row
         if before:
             row = [n if o is None or n is None else n - o for n, o in zip(row, before)]
         self._add((hour, token.user, token.name, record.known_model, record.route), row)
         spent = self._spent.get((token.user, token.name))
         if spent and spent[0] == utc_day(hour):
-            self._spent[token.user, token.name] = (spent[0], spent[1] + (row[3] or 0) + (row[4] or 0), spent[2])
+            self._spent[token.user, token.name] = (spent[0], spent[1] + tokens_used(*row[3:6]), spent[2])
 
     def _add(self, key, row):
         old = self._pending.get(key)
@@ -3361,7 +3420,7 @@ class Account:
                 if known_day != day:
                     raise
                 return spent
-            spent = stored + sum((row[3] or 0) + (row[4] or 0) for where, row in self._pending.items()
+            spent = stored + sum(tokens_used(*row[3:6]) for where, row in self._pending.items()
                                  if where[1:3] == key and utc_day(where[0]) == day)
             self._spent[key] = (day, spent, now)
             return spent
@@ -4120,15 +4179,17 @@ def is_here(host):
 
 
 class Tap:
-    """Looks at an answer that passes by for the tokens it cost.
+    """Looks at an answer that passes by for the tokens it cost."""
 
-    tokens: of the prompt and of the completion so far, None where Ollama does not tell.
-    """
-
-    tokens = (None, None)
+    reported = None     # the Usage that Ollama reports
     ended = False       # the last line that matters was seen
     alters = False      # the client gets other bytes than Ollama sent
     held = b""          # what the client is still to get, should no more come
+
+    @property
+    def tokens(self):
+        """Return the Usage so far."""
+        return self.reported or Usage(None, None, None)
 
     def pass_on(self, piece, last):
         """Take a piece and return what the client gets of it."""
@@ -4137,147 +4198,182 @@ class Tap:
 
 TOKEN_COUNTS = (("prompt_eval_count", "eval_count"), ("prompt_tokens", "completion_tokens"),
                 ("input_tokens", "output_tokens"))  # as Ollama, OpenAI and Anthropic call them
+COUNT = re.compile(rb'"(\w+_(?:count|tokens))"\s*:\s*(\d{1,10})(?![\d.eE])')
 
 
-def whole_tokens(told):
-    """Return a number of tokens that can be, for one that was told."""
-    return min(max(told, 0), MOST_TOKENS) if isinstance(told, int) else 0
+def answer_end(data):
+    """Return the members that a long answer ends with, from the token counts on; {} if it ends otherwise.
+
+    Ollama writes the counts last. No text has their keys, for its quotes are escaped, and in an object within another
+    one there is more to follow.
+    """
+    at = max(data.rfind(b'"total_duration"', -ENDING_BYTES), data.rfind(b'"usage"', -ENDING_BYTES))
+    if at < 0 or not COUNT.search(data, at):
+        return {}
+    try:
+        return json.loads("{" + data[at:].decode())
+    except (ValueError, RecursionError):
+        return {}
 
 
-def told_tokens(pairs):
-    """Return the tokens that an answer's object tells of, in any dialect; what it leaves out is 0."""
-    told = dict(pairs)
-    usage = told.get("usage")
-    told = dict(usage) if isinstance(usage, tuple) else told
-    for prompt, completion in TOKEN_COUNTS:
-        if prompt in told or completion in told:
-            return whole_tokens(told.get(prompt)), whole_tokens(told.get(completion))
-    return 0, 0
+def decoded_answer(data, whole=True):
+    """Return the members of an answer or of a line of one, of a long one those with the counts; {} for no object.
+
+    whole: data has no gap.
+    """
+    members = answer_end(data) if len(data) > VALUE_BYTES else {}
+    if members or not whole or len(data) > WHOLE_BYTES:
+        return members or {key.decode(): int(number) for key, number in COUNT.findall(data)}
+    try:
+        members = json.loads(data.decode())     # twice as fast as of bytes
+    except (ValueError, RecursionError):
+        return {}
+    return members if isinstance(members, dict) else {}
+
+
+def whole_tokens(value):
+    """Return a reported number of tokens, within bounds; 0 for what is not one."""
+    return min(max(value, 0), MOST_TOKENS) if isinstance(value, int) else 0
+
+
+def reported_usage(answer):
+    """Return the Usage that a decoded answer reports, in any dialect; None if it has none, or is not the last line.
+
+    A missing count is 0. The prompt includes its cached tokens, as in Ollama's openai/openai.go and responses.go; of
+    Anthropic's input_tokens they are no part (UsageFromMetrics in anthropic/anthropic.go), so they are added.
+    """
+    if answer.get("done") is False:
+        return None
+    response = answer.get("response")       # of an event of /v1/responses
+    answer = response if isinstance(response, dict) else answer
+    usage = answer.get("usage")
+    counts = usage if isinstance(usage, dict) else answer
+    for names in TOKEN_COUNTS:
+        if names[0] in counts or names[1] in counts:
+            break
+    else:
+        empty = answer.get("done") is True or "total_duration" in answer or answer.get("embeddings") == []
+        return Usage() if empty else None
+    prompt, completion = whole_tokens(counts.get(names[0])), whole_tokens(counts.get(names[1]))
+    if answer.get("choices") and not prompt and not completion:
+        return None     # /v1/completions has zeros in every event but the last
+    details = counts.get("prompt_tokens_details", counts.get("input_tokens_details"))
+    cached = (details if isinstance(details, dict) else counts).get("cached_tokens", counts.get(
+        "prompt_eval_cached_count", counts.get("cache_read_input_tokens")))
+    if "cache_read_input_tokens" in counts:
+        prompt += whole_tokens(cached) + whole_tokens(counts.get("cache_creation_input_tokens"))
+    return Usage(prompt, None if cached is None else min(whole_tokens(cached), prompt), completion)
 
 
 class ObjectTap(Tap):
-    """Reads the tokens in an answer that is one JSON object, of any size; in a small one not until somebody asks."""
-
-    NUMBERS = (b'"total_duration":', b'"usage":')   # what an answer ends in, from this key on, in nearly every dialect
-    NUMBERS_BYTES = 512
+    """Reads the tokens in an answer that is one JSON object; of a large one its beginning and its end are kept."""
 
     def __init__(self):
-        self._told, self._small, self._tail = (0, 0), b"", b""
-
-    @property
-    def tokens(self):
-        if self._small:
-            self._told, self._small = self._read(self._small), b""
-        return self._told
+        self._beginning = self._end = b""
 
     def pass_on(self, piece, last):
-        if last and not self._tail and len(piece) <= VALUE_BYTES:
-            self._small = piece     # the journal will ask, behind the request's back
-            return piece
-        self._tail = (self._tail + piece)[-WINDOW_BYTES:]
+        if len(self._beginning) < WHOLE_BYTES:
+            self._beginning += piece
+        else:
+            self._end = (self._end + piece)[-ENDING_BYTES:]
         if last:
-            self._told = self._read(self._tail)
+            self.reported = reported_usage(decoded_answer(self._beginning + self._end, not self._end))
         return piece
-
-    def _read(self, answer):
-        try:
-            return told_tokens(self._last_members(answer) or read_object(answer)[0])
-        except Unreadable:
-            return None, None
-
-    def _last_members(self, answer):
-        """Return the pairs of the numbers that an answer's object ends in, None if it does not; raise Unreadable.
-
-        They are a fifth of a small answer, and a fiftieth of an embedding. No text has such a key, for its quotes are
-        escaped, and in an object within one there is more to follow.
-        """
-        for key in self.NUMBERS:
-            at = answer.rfind(key, -self.NUMBERS_BYTES)
-            if at >= 0:
-                ending = b"{" + answer[at:]
-                pairs, size = read_object(ending)
-                if not ending[size:].strip():
-                    return pairs
-        return None
 
 
 class StreamTap(Tap):
-    """Reads the tokens in a stream of lines: where none tells them, the pieces that went by count.
+    """Reads the tokens in a stream of lines: where none reports them, the pieces that went by count.
 
-    marks: what a line that tells has in it, what each piece has, and how the last line begins, if that is another one.
-    No text has them, for its quotes and line ends are escaped.
+    marks: what a line has in it that may report them, what each piece has, and how the last line may begin, if that is
+    another one. White space may be anywhere. No text has the quoted ones, for its quotes are escaped.
     """
 
     def __init__(self, marks):
-        self._mark, self._piece_mark, self._end_mark = marks
+        self._mark, self._piece_mark, *self._last_lines = marks
         self._line = b""        # one that has not ended yet
-        self._told, self._pieces = (0, 0), 0
+        self._pieces = 0
+        self._recent = deque(maxlen=8)      # whole lines
 
     @property
     def tokens(self):
-        return self._told[0], self._told[1] or self._pieces
+        usage = self.reported or Usage()
+        return usage if usage.completion else usage._replace(completion=self._pieces)
 
     def pass_on(self, piece, last):
         data = self._line + piece if self._line else piece
-        end = len(data) if last else data.rfind(b"\n") + 1
+        end = len(data) if last else data.rfind(b"\n") + 1 or data.rfind(b"\r") + 1
         self.look_at(data[:end])
         self._line = data[end:] if len(data) - end <= LINE_LIMIT else b""
+        if last:
+            self.finish()
         return piece
 
     def look_at(self, lines):
-        """Count the pieces in whole lines, and read the tokens in the line that tells them."""
+        """Count the pieces in whole lines, and read the tokens in the line that reports them."""
         self._pieces += lines.count(self._piece_mark)
+        if lines:
+            self._recent.append(lines)
         if self._mark in lines:
-            for line in lines.split(b"\n"):
-                if self._mark in line:
+            for line in lines.splitlines():
+                if self._mark in line and b'"choices":[{' not in line:   # there /v1/completions has zeros
                     self.read(line)
-        if self._end_mark and (lines.startswith(self._end_mark) or b"\n" + self._end_mark in lines):
-            self.ended = True
+        for start in self._last_lines:
+            if lines.startswith(start) or b"\n" + start in lines:
+                self.ended = True
+
+    def finish(self):
+        """Read the last lines again if the tokens have not been found: JSON may spell a key with escapes."""
+        for line in b"".join(self._recent).splitlines() if self.reported is None else ():
+            self.read(line)
 
     def read(self, line):
-        """Read the tokens that a line tells; of Responses' events they are within the "response"."""
-        start = line.find(b"{")
-        if line.startswith(b'data: {"type":"response.'):
-            start = line.find(b"{", start + 1)
-        with contextlib.suppress(Unreadable):
-            pairs, _ = read_object(line[start:])
-            done = dict(pairs).get("done")
-            if done is not False:       # else a tool's arguments have the mark
-                self._told = told_tokens(pairs)
-                self.ended = done is True
+        """Read the tokens that a line reports."""
+        answer = decoded_answer(line[max(line.find(b"{"), 0):])
+        usage = reported_usage(answer)
+        if usage:
+            self.reported = usage
+            self.ended = self.ended or answer.get("done", b'"done":true' in line) is True
 
 
 class SplicedTap(StreamTap):
-    """Takes the usage out again that a stream of events tells only because the gateway asked for it."""
+    """Takes the usage out again that a stream of events reports only because the gateway asked for it."""
 
     alters = True
     _event = b""        # one that has not ended yet
-    USAGE = re.compile(rb',"usage":(?:null|\{(?:[^{}]|\{[^{}]*\})*\})(?=\}\s*\Z)')
+    END = re.compile(rb"(\n\r?\n|\r\r)")  # of an event
+    USAGE = re.compile(rb',\s*"usage"\s*:\s*(?:null|\{(?:[^{}]|\{[^{}]*\})*\})(?=\s*\}\s*\Z)')
+    NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 
     def pass_on(self, piece, last):
         data = self._event + piece
-        end = len(data) if last or len(data) > LINE_LIMIT else data.rfind(b"\n\n") + 2
-        end = 0 if end == 1 else end    # not found
+        end = max(data.rfind(b"\n\n") + 2, data.rfind(b"\n\r\n") + 3, data.rfind(b"\r\r") + 2)
+        end = len(data) if last or len(data) > LINE_LIMIT else end if end > 2 else 0    # 2: not found
         events, self._event = data[:end], data[end:]
         self.look_at(events)
-        return b"".join(map(self._without_usage, re.split(rb"(?<=\n\n)", events))) if b'"usage":' in events else events
+        if last:
+            self.finish()
+        if b'"usage"' not in events:
+            return events
+        parts = self.END.split(events)      # of each event: what it says, how it ends
+        return b"".join(map(self._without_usage, parts[::2], parts[1::2] + [b""]))
 
     @property
     def held(self):
-        return self._event.partition(b',"usage":')[0]
+        return re.split(rb',\s*"usage"', self._event)[0]
 
-    def _without_usage(self, event):
+    def _without_usage(self, event, end):
         usage = self.USAGE.search(event)
-        if usage and b'"choices":[]' in event:  # the extra event
+        if usage and self.NO_CHOICES.search(event):     # the extra event
             return b""
-        return event[:usage.start()] + event[usage.end():] if usage else event
+        return event[:usage.start()] + event[usage.end():] + end if usage else event + end
 
 
 STREAM_MARKS = {    # by content type and path, where that matters
-    "application/x-ndjson": (b'"done":true', b'"done":false', None),
-    "text/event-stream": (b'"choices":[]', b'data: {"', b"data: [DONE]"),
-    "/v1/messages": (b'"usage":{', b"event: content_block_delta", b"event: message_stop"),
-    "/v1/responses": (b'"usage":{', b".delta\n", b"event: response.completed")}
+    "application/x-ndjson": (b"true", b"false"),    # the values of "done"
+    "text/event-stream": (b'"prompt_tokens"', b'"choices"', b"data: [DONE]"),
+    "/v1/messages": (b'"input_tokens"', b'"content_block_delta"', b"event: message_stop"),
+    "/v1/responses": (b'"input_tokens"', b'.delta"', b"event: response.completed", b"event: response.incomplete",
+                      b"event: response.failed")}
 TELLS_NO_TOKENS = ("/api/embeddings", "/v1/audio/transcriptions")
 
 
@@ -4292,6 +4388,60 @@ def tap_for(reply, route, asked):
         return ObjectTap()
     marks = STREAM_MARKS.get(route.path, STREAM_MARKS[kind])
     return SplicedTap(marks) if asked.usage_at and kind == "text/event-stream" else StreamTap(marks)
+
+
+class TokenRatio:
+    """Estimates tokens by the bytes of a text, by a ratio learnt for each model from what Ollama counts.
+
+    A moving average: with each new prompt, earlier ones weigh a tenth less.
+    """
+
+    BEFORE = (400.0, 100.0)     # bytes and tokens; 4 bytes a token until a model's own are known
+
+    def __init__(self):
+        self._lock, self._sums = threading.Lock(), {}   # {model: (bytes, tokens)}, the one learnt longest ago first
+
+    def learn(self, model, size, tokens):
+        """Take the size and the count of a prompt."""
+        with self._lock:
+            sizes, counts = self._sums.pop(model, self.BEFORE)
+            self._sums[model] = sizes * 0.9 + size, counts * 0.9 + tokens
+            if len(self._sums) > KNOWN_NAMES:
+                del self._sums[next(iter(self._sums))]
+
+    def tokens(self, model, size):
+        """Return how many tokens a model's prompt of this size probably has."""
+        sizes, counts = self._sums.get(model, self.BEFORE)
+        return round(size / min(max(sizes / counts, 1), 8))
+
+
+class PromptCount:
+    """A with block around a request's time upstream, after which its prompt has a count, Ollama's or an estimate."""
+
+    def __init__(self, ratio, route, record, body):
+        self._ratio, self._route, self._record, self._body = ratio, route, record, body
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        tap, token, body = self._record.tap, self._record.token, self._body
+        if self._route.kind != "inference" or self._route.path in TELLS_NO_TOKENS:
+            return
+        with contextlib.suppress(Refusal):      # a disk that fails to give the body back
+            if tap and tap.reported:
+                if tap.reported.prompt and token.tokens_per_day and body.size <= LEARNING_BYTES:
+                    self._learn(body.look(prompt_text_bytes), tap.reported.prompt)
+            elif tap or kind and issubclass(kind, ClientLeft):      # else Ollama did not take the request
+                self._record.estimate = self._ratio.tokens(self._model, body.look(prompt_text_bytes))
+
+    @property
+    def _model(self):
+        return canonical(self._record.model)
+
+    def _learn(self, size, tokens):
+        if size * 2 > self._body.size:      # images are tokens without text
+            self._ratio.learn(self._model, size, tokens)
 
 
 def only_listed(reply, key, globs):
@@ -4369,8 +4519,11 @@ def log_line(record):
             f"path={log_value(record.path)} model={log_value(record.model)} status={record.status or '-'} "
             f"bytes={record.sent} first={first} total={record.ended - record.began:.3f}")
     if record.admitted:
-        prompt, completion = ("-" if tokens is None else tokens for tokens in record.tokens)
+        usage = record.tokens
+        prompt, completion = ("-" if tokens is None else tokens for tokens in (usage.prompt, usage.completion))
         line += f" queued={record.queued:.3f} prompt={prompt} completion={completion}"
+        line += f" cached={usage.cached}" if usage.cached else ""
+        line += f" estimated={usage.estimated}" if usage.estimated else ""
     if record.outcome:
         line += f" outcome={record.outcome}"
     return line + f" why={log_value(record.why)}" if record.why else line
@@ -4490,7 +4643,8 @@ def metric_lines(name, kind, text, samples):
 
 COUNTERS = {
     "requests_total": ("Requests answered.", ("user", "token", "model", "route", "status")),
-    "tokens_total": ("Tokens of prompts and completions that Ollama told of.", ("user", "token", "model", "kind")),
+    "tokens_total": ("Tokens of prompts, those of them that were cached, and of completions.",
+                     ("user", "token", "model", "kind")),
     "cancelled_total": ("Requests whose client left before their end.", ()),
     "rate_limited_total": ("Requests refused for a limit.", ("limit",)),
     "upstream_errors_total": ("Requests that failed because Ollama could not be reached or broke off.", ("code",)),
@@ -4515,13 +4669,12 @@ class Meters:
     def observe(self, record):
         """Count a finished request."""
         user, name = (record.token.user, record.token.name) if record.token else ("", "")
-        model, (prompt, completion) = record.known_model, record.tokens
+        model, usage = record.known_model, record.tokens
         with self._lock:
             self._count("requests_total", user, name, model, record.route, record.status or "none")
-            if prompt:
-                self._count("tokens_total", user, name, model, "prompt", by=prompt)
-            if completion:
-                self._count("tokens_total", user, name, model, "completion", by=completion)
+            for kind in "prompt", "cached", "completion":
+                if getattr(usage, kind):
+                    self._count("tokens_total", user, name, model, kind, by=getattr(usage, kind))
             if record.outcome == "left":
                 self._count("cancelled_total")
             if record.code and REFUSALS[record.code].status == 429:
@@ -4698,7 +4851,7 @@ Token: *named, last_used_at!?, expired!: boolean
 TokenWithSecret: *Token, token!
 Me: *named, left!: Object, usage!: DayUse[]
 used: requests!: integer, errors!: integer, cancelled!: integer, *cost, seconds!: number
-cost: prompt_tokens!?: integer, completion_tokens!?: integer
+cost: prompt_tokens!?: integer, cached_tokens!?: integer, completion_tokens!?: integer, estimated_tokens!: integer
 DayUse: day!, *used
 Use: user, name, model, day, *used
 Status: version!, *gauges, requests!: Running[], upstream!: Object
@@ -4990,7 +5143,7 @@ const token = () => sessionStorage.getItem(KEY) || PATH_SECRET;
 const keep = secret => secret === PATH_SECRET || sessionStorage.setItem(KEY, secret);
 const number = value => value === null ? "unknown" : value.toLocaleString("en");
 const minute = time => time.slice(0, 16).replace("T", " ");
-const spent = row => row.prompt_tokens === null ? null : row.prompt_tokens + row.completion_tokens;
+const spent = row => row.prompt_tokens === null ? null : row.prompt_tokens - row.cached_tokens + row.completion_tokens;
 let now = Date.now();   // by the gateway's clock, once it has answered
 const dayAgo = days => new Date(now - days * 86400000).toISOString().slice(0, 10);
 
@@ -5081,10 +5234,10 @@ const bar = share => drawn("svg", {class: "bar", "aria-hidden": "true"},
 function dayChart(rows, days) {
   const known = new Map(rows.map(row => [row.day, row]));
   const all = Array.from({length: days}, (_, at) => dayAgo(days - 1 - at)).map(
-    day => known.get(day) || {day, requests: 0, prompt_tokens: 0, completion_tokens: 0});
+    day => known.get(day) || {day, requests: 0, prompt_tokens: 0, cached_tokens: 0, completion_tokens: 0});
   const most = Math.max(1, ...all.map(spent)), total = all.reduce((sum, row) => sum + spent(row), 0);
   const column = (row, at) => {
-    const said = row.completion_tokens / most * 100, asked = row.prompt_tokens / most * 100;
+    const said = row.completion_tokens / most * 100, asked = (row.prompt_tokens - row.cached_tokens) / most * 100;
     return drawn("g", {},
       drawn("title", {}, `${row.day}: ${number(spent(row))} tokens, ${number(row.requests)} requests`),
       drawn("rect", {x: at + 0.12, width: 0.76, y: 100 - said, height: said}),
@@ -5390,8 +5543,9 @@ async function watch() {
 
 function usageTable(caption, heading, rows) {
   const most = Math.max(1, ...rows.map(spent));
-  return table(caption, [heading, "Share", "Tokens", "Requests"], rows.map(row => [row[heading.toLowerCase()] || "-",
-    bar(spent(row) / most), number(spent(row)), number(row.requests)]), [2, 3]);
+  return table(caption, [heading, "Share", "Tokens", "Cached", "Requests"],
+    rows.map(row => [row[heading.toLowerCase()] || "-", bar(spent(row) / most), number(spent(row)),
+      number(row.cached_tokens || 0), number(row.requests)]), [2, 3, 4]);
 }
 
 async function loadUsage() {
@@ -5894,6 +6048,7 @@ def build_server(settings, store, log=None):
         upstream=upstream,
         health=health,
         relay=relay,
+        count_prompt=functools.partial(PromptCount, TokenRatio()),
         journal=Journal(account, meters, log or LOG.info),
         pages=Pages(routes, settings.base_path, store, health, account, limiter, meters, gauges))
     try:
@@ -6232,7 +6387,7 @@ def cmd_token_import(args):
 
 
 def tokens_in(row):
-    return (row["prompt_tokens"] or 0) + (row["completion_tokens"] or 0)
+    return tokens_used(row["prompt_tokens"], row["cached_tokens"], row["completion_tokens"])
 
 
 def bars(shares, columns):
@@ -6246,16 +6401,19 @@ def bars(shares, columns):
 
 def usage_table(rows, keys, width):
     """Return the account's rows as a table's lines, with a bar each where the width, 0 for none, leaves room for it."""
-    numbers = [[column.replace("_tokens", "").upper() for column in MEASURED]]
+    shown = [column for column in MEASURED
+             if column not in ("cached_tokens", "estimated_tokens") or any(row[column] for row in rows)]
+    numbers = [[column.replace("_tokens", "").upper() for column in shown]]
     numbers += [["unknown" if row[column] is None else f"{row[column]:.1f}" if column == "seconds" else str(row[column])
-                 for column in MEASURED] for row in rows]
+                 for column in shown] for row in rows]
     widths = [max(map(len, column)) for column in zip(*numbers)]
     names = [[key.upper() for key in keys]] + [[row[key] or "-" for key in keys] for row in rows]
     cells = [[*name, *(cell.rjust(columns) for cell, columns in zip(number, widths))]
              for name, number in zip(names, numbers)]
     room = width - max(map(text_width, table(cells, 0, (), ()))) - 2
     if room < BAR_COLUMNS:
-        return table(cells, width, cells[0][:len(keys)], ("SECONDS", "CANCELLED", "ERRORS", "REQUESTS"))
+        return table(cells, width, cells[0][:len(keys)],
+                     ("ESTIMATED", "SECONDS", "CANCELLED", "ERRORS", "CACHED", "REQUESTS"))
     amounts = [tokens_in(row) for row in rows]
     shares = bars([amount / (max(amounts) or 1) for amount in amounts], min(room, MOST_BAR_COLUMNS))
     return table([cell + [bar] for cell, bar in zip(cells, ["TOKENS", *shares])], width, cells[0][:len(keys)], ())
@@ -6422,7 +6580,8 @@ def add_limits(parser):
     limits.add_argument("--models", metavar="LIST", help="the only models it may use, as llama3*,qwen2.5:7b")
     limits.add_argument("--rpm", metavar="N", help="inference requests in any minute")
     limits.add_argument("--max-parallel", metavar="N", help="inference requests at once")
-    limits.add_argument("--tokens-per-day", metavar="N", help="tokens of prompts and completions in a day of UTC")
+    limits.add_argument("--tokens-per-day", metavar="N",
+                        help="tokens of prompts, cached ones left out, and completions in a day of UTC")
 
 
 def add_usage(parser):

@@ -419,13 +419,20 @@ def sse_talk(kind, whole, part, model, streaming, pause, usage=False):
 def responses_talk(model, streaming, pause):
     """Answer like /v1/responses, as Ollama's source has it: openai/responses.go."""
     whole = {"id": "resp_1", "object": "response", "status": "completed", "model": model, "output": [], "tools": [],
-             "usage": {"input_tokens": 8, "output_tokens": 5, "total_tokens": 13}, "metadata": {"usage": {"input_tokens": 1}}}
+             "usage": {"input_tokens": 8, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 5, "total_tokens": 13},
+             "metadata": {"usage": {"input_tokens": 1}}}
     if not streaming:
         return Reply.json(200, whole, kind="application/json")
     events = [{"type": "response.created", "response": {**whole, "usage": None}}]
     events += [{"type": "response.output_text.delta", "sequence_number": number, "delta": word} for number, word in enumerate(WORDS)]
     events += [{"type": "response.completed", "sequence_number": 9, "response": whole}]
-    return Reply.stream(*[b"event: %s\ndata: %s\n\n" % (event["type"].encode(), compact(event)) for event in events], kind=SSE, pause=pause)
+    return Reply.stream(*map(response_event, events), kind=SSE, pause=pause)
+
+
+def response_event(event):
+    """An event as openai/responses.go writes it: Go maps, whose keys encoding/json sorts at every level."""
+    data = json.dumps(event, separators=(",", ":"), sort_keys=True, ensure_ascii=False).encode()
+    return b"event: %s\ndata: %s\n\n" % (event["type"].encode(), data)
 
 
 def messages_talk(model, streaming, pause):
@@ -1191,6 +1198,25 @@ class Store(Case):
         with contextlib.closing(sqlite3.connect(self.db)) as db:
             self.assertGreater(db.execute("PRAGMA user_version").fetchone()[0], 0)
             self.assertEqual(db.execute("PRAGMA journal_mode").fetchone()[0], "wal")
+
+    def test_a_database_of_version_2_keeps_its_tokens_and_usage(self):
+        hour = 20_000 * 86400
+        with unittest.mock.patch.object(gateway, "MIGRATIONS", gateway.MIGRATIONS[:2]), \
+                contextlib.closing(gateway.open_store(self.db, create=True)) as store:
+            secret = store.create("ada", "laptop", tokens_per_day=1000)[1]
+            exported = store.export_rows()
+        with contextlib.closing(sqlite3.connect(self.db)) as db, db:
+            db.execute("INSERT INTO usage VALUES (?, 'ada', 'laptop', 'tiny:latest', '/api/chat', 4, 2, 1, 30, 60, 5.0)", (hour,))
+            self.assertEqual(db.execute("PRAGMA user_version").fetchone()[0], 2)
+        store = self.open_store()
+        row = {"requests": 4, "errors": 2, "cancelled": 1, "prompt_tokens": 30, "cached_tokens": None, "completion_tokens": 60, "seconds": 5.0,
+               "estimated_tokens": 0}
+        self.assertEqual(store.usage("user", 0), [{"user": "ada", **row}])
+        self.assertEqual(store.export_rows(), exported)
+        with contextlib.closing(gateway.TokenTable(store)) as table:
+            self.assertEqual(table.spent(table.find(secret), 20_000), 90)
+        store.add_usage({(hour, "ada", "laptop", "tiny:latest", "/api/chat"): (1, 0, 0, 10, 4, 5, 1.0, 2)}, {})
+        self.assertEqual([list(row.values()) for row in store.usage("user", 0)], [["ada", 5, 2, 1, 40, 4, 65, 6.0, 2]])
 
 
 class Commands(CommandCase):
@@ -4723,30 +4749,86 @@ RECORDED = (    # route, content type, what a real Ollama answered (0.9.3, short
     ("/api/chat", NDJSON, "".join(
         [CHAT_LINE % text + '"done":false}\n' for text in ("Info", " уча", r'\"done\":true')]
         + [CHAT_LINE % "" + '"done_reason":"length","done":true,"total_duration":21941249,"load_duration":8747656,"prompt_eval_count":8,'
-           '"prompt_eval_duration":2617067,"eval_count":6,"eval_duration":9931259}\n']).encode(), False, (8, 6)),
+           '"prompt_eval_duration":2617067,"eval_count":6,"eval_duration":9931259}\n']).encode(), False, (8, None, 6)),
     ("/api/generate", JSON, b'{"model":"tiny","created_at":"2026-11-23T02:41:34.559073114Z","response":"Infoinding \\"eval_count\\":99 ","done":true,'
      b'"done_reason":"length","context":[1404,29901,22172],"total_duration":19657958,"load_duration":6588271,"prompt_eval_count":8,'
-     b'"prompt_eval_duration":2661894,"eval_count":6,"eval_duration":9804650,"logprobs":[{"token":"x","eval_count":99}]}', False, (8, 6)),
-    ("/api/generate", JSON, b'{"model":"tiny","created_at":"2026-11-23T02:41:34.6Z","response":"","done":true,"done_reason":"load"}', False, (0, 0)),
+     b'"prompt_eval_duration":2661894,"eval_count":6,"eval_duration":9804650,"logprobs":[{"token":"x","eval_count":99}]}', False, (8, None, 6)),
+    ("/api/generate", JSON, b'{"model":"tiny","created_at":"2026-11-23T02:41:34.6Z","response":"","done":true,"done_reason":"load"}', False,
+     (0, None, 0)),
     ("/api/embed", JSON, b'{"model":"tiny-embed","embeddings":[[-0.1646678,-0.10103558]],"total_duration":1203041,"prompt_eval_count":3}', False,
-     (3, 0)),
+     (3, None, 0)),
     ("/v1/embeddings", JSON, b'{"object":"list","data":[{"object":"embedding","embedding":[-0.1],"index":0}],"model":"tiny-embed",'
-     b'"usage":{"prompt_tokens":3,"total_tokens":3}}\n', False, (3, 0)),
+     b'"usage":{"prompt_tokens":3,"total_tokens":3}}\n', False, (3, None, 0)),
     ("/v1/chat/completions", "application/json", b'{"id":"chatcmpl-709","object":"chat.completion","created":1795401704,"model":"tiny","choices":'
      b'[{"index":0,"message":{"role":"assistant","content":"keepAnt\\u003e"},"finish_reason":"length"}],"usage":{"prompt_tokens":8,'
-     b'"completion_tokens":5,"total_tokens":13}}\n', False, (8, 5)),
+     b'"completion_tokens":5,"total_tokens":13}}\n', False, (8, None, 5)),
     *[("/v1/chat/completions", SSE, events(
         CHUNK + '{"index":0,"delta":{"role":"assistant","content":"ном"},"finish_reason":null}]}',
         CHUNK + '{"index":0,"delta":{"role":"assistant","content":"\\"usage\\":{}"},"finish_reason":null}]}',
         CHUNK + '{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":"length"}]}',
-        CHUNK + '],"usage":{"prompt_tokens":8,"completion_tokens":3,"total_tokens":11}}', "[DONE]"), ours, (8, 3)) for ours in (True, False)],
+        CHUNK + '],"usage":{"prompt_tokens":8,"completion_tokens":3,"total_tokens":11}}', "[DONE]"), ours, (8, None, 3)) for ours in (True, False)],
     *[("/v1/completions", SSE, events(
         TEXT_HEAD + '{"text":" tier","index":0,"finish_reason":null}],' + TEXT_TAIL + NO_USAGE + "}",
         TEXT_HEAD + '{"text":"","index":0,"finish_reason":"length"}],' + TEXT_TAIL + NO_USAGE + "}",
-        TEXT_HEAD + "]," + TEXT_TAIL + ',"usage":{"prompt_tokens":8,"completion_tokens":2,"total_tokens":10}}', "[DONE]"), ours, (8, 2))
+        TEXT_HEAD + "]," + TEXT_TAIL + ',"usage":{"prompt_tokens":8,"completion_tokens":2,"total_tokens":10}}', "[DONE]"), ours, (8, None, 2))
       for ours in (True, False)],
 )
-EXTRA_EVENT = re.compile(rb'data: [^\n]*"choices":\[\][^\n]*\n\n')
+
+
+
+def spelled(body, ending=b"\n", data=b"data: ", order=list, **how):
+    """Return a stream with its JSON written by json.dumps(**how), other line ends, and another spelling of SSE's field name."""
+    def line(text):
+        field, brace, value = text.partition(b"{")
+        value = brace and json.dumps(json.loads(brace + value, object_pairs_hook=lambda pairs: dict(order(pairs))), **how).encode()
+        return field.replace(b"data: ", data) + value
+    return ending.join(map(line, body.split(b"\n")))
+
+
+backwards = functools.partial(spelled, order=reversed)
+
+
+def escaped_keys(body):
+    """Return JSON with the first letter of each key as an escape."""
+    return re.sub(rb'([{,] *)"([a-z])(?=\w+" *:)', lambda match: b'%s"\\u%04x' % (match[1], ord(match[2])), body)
+
+
+MESSAGES = b"".join(b"event: %s\ndata: %s\n\n" % (event["type"].encode(), compact(event)) for event in (
+    {"type": "message_start", "message": {"content": [], "usage": {"input_tokens": 7, "output_tokens": 0}}},
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "\n\nevent: message_stop"}},
+    {"type": "message_delta", "delta": {}, "usage": {"input_tokens": 3, "cache_read_input_tokens": 5, "output_tokens": 2}},
+    {"type": "message_stop"}))
+
+
+def responses(kind):
+    """Return a stream of /v1/responses that ends with this event."""
+    usage = {"input_tokens": 8, "input_tokens_details": {"cached_tokens": 5}, "output_tokens": 2, "total_tokens": 10}
+    whole = {"id": "resp_1", "tools": [{"parameters": {"usage": {"input_tokens": 99}}}], "usage": None, "max_output_tokens": 77}
+    return b"".join(map(response_event, (
+        {"type": "response.created", "sequence_number": 0, "response": whole},
+        {"type": "response.output_text.delta", "sequence_number": 1, "delta": '"usage":{"input_tokens":99}'},
+        {"type": kind, "sequence_number": 2, "response": {**whole, "output": [{"text": "x"}], "usage": usage}})))
+
+
+CACHED_LINE = CHAT_LINE % "" + ('"done":true,"total_duration":1,"prompt_eval_count":8,"prompt_eval_cached_count":5,"prompt_eval_duration":2,'
+                                '"eval_count":2,"eval_duration":9}\n')
+NATIVE = (CHAT_LINE % "false" + '"done":false}\n' + CACHED_LINE).encode()
+DETAILED = events(CHUNK + '{"index":0,"delta":{"content":"\\r\\n"}}]}',
+                  CHUNK + '],"usage":{"prompt_tokens":8,"completion_tokens":2,"prompt_tokens_details":{"cached_tokens":5}}}', "[DONE]")
+SPELLED = tuple((path, kind, body, ours, (8, 5, 2)) for path, kind, body, ours in (     # as RECORDED, as newer Ollamas or proxies write it
+    *[("/v1/responses", SSE, spelling(responses(f"response.{end}")), False) for end in ("completed", "incomplete", "failed") for spelling in (
+        bytes, spelled, backwards, functools.partial(spelled, ending=b"\r\n", data=b"data:", separators=(" , ", " : ")))],
+    ("/v1/responses", SSE, spelled(responses("response.completed"), ending=b"\r"), False),
+    *[("/v1/messages", SSE, spelled(MESSAGES, ending), False) for ending in (b"\n", b"\r\n", b"\r")],
+    ("/v1/messages", SSE, escaped_keys(MESSAGES), False),
+    *[("/api/chat", NDJSON, spelling(NATIVE), False) for spelling in (bytes, spelled, backwards, escaped_keys)],
+    *[("/api/chat", JSON, json.dumps(json.loads(CACHED_LINE), **how).encode(), False) for how in ({}, {"indent": 4}, {"sort_keys": True})],
+    ("/api/chat", JSON, escaped_keys(CACHED_LINE.encode()), False),
+    *[("/v1/chat/completions", SSE, spelled(DETAILED, ending, data), ours)
+      for ending in (b"\n", b"\r\n", b"\r") for data in (b"data: ", b"data:") for ours in (True, False)],
+    ("/v1/messages", "application/json", b'{"usage" : {"output_tokens":2,"cache_read_input_tokens":5,"cache_creation_input_tokens":1,'
+     b'"input_tokens":2}, "content":[]}', False)))
+EXTRA_EVENT = re.compile(rb'data: ?[^\r\n]*"choices": ?\[\][^\r\n]*(?:\r\n|\r|\n){2}')
 
 
 class Tapping(unittest.TestCase):
@@ -4757,28 +4839,28 @@ class Tapping(unittest.TestCase):
         return gateway.tap_for(reply, next(route for route in gateway.ROUTES if route.path == path), gateway.Asked("tiny", int(ours)))
 
     def test_recorded_answers_split_at_every_byte(self):
-        for path, kind, body, ours, cost in RECORDED:
+        for path, kind, body, ours, cost in RECORDED + SPELLED:
             expected = EXTRA_EVENT.sub(b"", body).replace(NO_USAGE.encode(), b"") if ours else body
-            for split in range(1, len(body)):
-                with self.subTest(path, ours=ours, split=split):
+            with self.subTest(path, ours=ours, body=body):
+                for split in range(1, len(body)):
                     tap = self.tap(path, kind, ours)
-                    self.assertEqual(tap.pass_on(body[:split], False) + tap.pass_on(body[split:], True), expected)
-                    self.assertEqual(tap.tokens, cost)
+                    self.assertEqual(tap.pass_on(body[:split], False) + tap.pass_on(body[split:], True), expected, split)
+                    self.assertEqual(tap.tokens[:3], cost, split)
 
     def test_recorded_answers_byte_by_byte(self):
-        for path, kind, body, ours, cost in RECORDED:
+        for path, kind, body, ours, cost in RECORDED + SPELLED:
             with self.subTest(path, ours=ours):
                 tap = self.tap(path, kind, ours)
                 for at in range(len(body)):
                     tap.pass_on(body[at:at + 1], at == len(body) - 1)
-                self.assertEqual(tap.tokens, cost)
+                self.assertEqual(tap.tokens[:3], cost)
 
     def test_recorded_answers_at_once(self):
-        for path, kind, body, ours, cost in RECORDED:
+        for path, kind, body, ours, cost in RECORDED + SPELLED:
             with self.subTest(path, ours=ours):
                 tap = self.tap(path, kind, ours)
                 tap.pass_on(body, True)
-                self.assertEqual(tap.tokens, cost)
+                self.assertEqual(tap.tokens[:3], cost)
 
     def test_an_answers_end_is_taken_for_its_numbers_only_if_they_are_its_own(self):
         call = b'{"message":{"tool_calls":[{"function":{"arguments":{"usage":{"prompt_tokens":99},"total_duration":1,"eval_count":77}}}]},'
@@ -4792,15 +4874,15 @@ class Tapping(unittest.TestCase):
                 tap = self.tap("/api/chat", JSON, False)
                 for piece in pieces:
                     tap.pass_on(piece, piece is pieces[-1])
-                self.assertEqual(tap.tokens, cost, pieces)
+                self.assertEqual(tap.tokens[::2], cost, pieces)
 
     def test_a_tools_arguments_are_no_usage(self):
         tap = self.tap("/api/chat", NDJSON, False)
         call = b'{"message":{"tool_calls":[{"function":{"arguments":{"done":true,"response":{"eval_count":99},"eval_count":77}}}]},%s}\n'
         tap.pass_on(call % b'"done":false', False)
-        self.assertEqual((tap.tokens, tap.ended), ((0, 1), False))
+        self.assertEqual((tap.tokens[::2], tap.ended), ((0, 1), False))
         tap.pass_on(call % b'"done":true,"prompt_eval_count":3,"eval_count":4', True)
-        self.assertEqual(tap.tokens, (3, 4))
+        self.assertEqual(tap.tokens[::2], (3, 4))
 
     def test_what_is_held_of_a_broken_stream_is_as_if_nothing_had_been_asked(self):
         tap = self.tap("/v1/completions", SSE, True)
@@ -4812,32 +4894,120 @@ class Tapping(unittest.TestCase):
         tap.pass_on(b'{"model":"tiny-embed","embeddings":[', False)
         for _ in range(2000):
             tap.pass_on(b"[" + b"-0.1646678," * 400 + b"1],", False)
-        tap.pass_on(b'[1]],"prompt_eval_count":7}', True)
-        self.assertEqual(tap.tokens, (7, 0))
+        tap.pass_on(b'[1]],"total_duration":1203041,"load_duration":501230,"prompt_eval_count":7}', True)
+        self.assertEqual(tap.tokens[::2], (7, 0))
 
     def test_a_line_as_long_as_a_context_is_read(self):
         tap = self.tap("/api/generate", NDJSON, False)
         line = b'{"done":true,"context":[' + b"29901," * 130_000 + b'1],"prompt_eval_count":9,"eval_count":2}\n'
         for at in range(0, len(line), 65536):
             tap.pass_on(line[at:at + 65536], False)
-        self.assertEqual(tap.tokens, (9, 2))
+        self.assertEqual(tap.tokens[::2], (9, 2))
         for size in range(600, 900, 7):     # around what is kept of a value, whole and in halves
             line = b'{"done":true , "context" : [' + b"29901," * size + b'1] ,"prompt_eval_count":9,"eval_count":2}'
             for pieces in (line,), (line[:2000], line[2000:]):
                 tap = self.tap("/api/generate", JSON, False)
                 for piece in pieces:
                     tap.pass_on(piece, piece is pieces[-1])
-                self.assertEqual(tap.tokens, (9, 2), (size, len(pieces)))
+                self.assertEqual(tap.tokens[::2], (9, 2), (size, len(pieces)))
+
+    def test_usage_of_answers_too_long_to_be_decoded_as_a_whole(self):
+        logprobs = b',"logprobs":[' + b'{"token":"eval_count","logprob":-0.1},' * 10_000 + b"{}]}"
+        counts = b'"total_duration":1,"prompt_eval_count":9,"eval_count":2,"eval_duration":9'
+        item = b'{"role" : "x", "eval_count":1.5}, '
+        response = responses("response.completed").replace(b'"text":"x"', b'"text":"%s"' % (b"x" * 300_000))
+        for path, kind, answer, cost in (
+                ("/api/chat", JSON, b'{"message":{},"done":true,' + counts + logprobs, (9, 2)),
+                ("/api/chat", JSON, b'{"messages":[' + item * 10_000 + b"{}], " + counts.replace(b":", b" : ") + b"}", (9, 2)),
+                ("/v1/messages", "application/json", b'{"content":[' + item * 10_000
+                 + b'{}],"usage":{"input_tokens":9,"output_tokens":2},"x":{}}', (9, 2)),
+                ("/v1/responses", SSE, response, (8, 2))):
+            for size in len(answer), 10_000:
+                tap = self.tap(path, kind, False)
+                for at in range(0, len(answer), size):
+                    tap.pass_on(answer[at:at + size], at + size >= len(answer))
+                self.assertEqual(tap.tokens[::2], cost, answer[:40])
+
+    def test_events_that_end_in_crlf_are_passed_on_at_once(self):
+        for ending in b"\n\n", b"\r\n\r\n", b"\r\r":
+            tap = self.tap("/v1/chat/completions", SSE, True)
+            event = b'data: {"choices":[{"delta":{"content":"x"}}],"usage":null}' + ending
+            for _ in range(2):
+                self.assertEqual(tap.pass_on(event, False), event.replace(b',"usage":null', b""))
+            self.assertEqual((tap.held, tap.tokens[::2]), (b"", (0, 2)))
+
+    def test_an_early_end_of_each_stream_is_seen(self):
+        for path, kind, body, ours, _ in RECORDED + SPELLED[:1] + SPELLED[3:4]:
+            tap = self.tap(path, kind, ours)
+            tap.pass_on(body, False)
+            self.assertEqual(tap.ended, kind in (NDJSON, SSE), path)
+
+    def test_zero_usage_within_a_stream_is_no_report(self):
+        tap = self.tap("/v1/completions", SSE, True)
+        tap.pass_on(events(TEXT_HEAD + '{"text":" tier"}],' + TEXT_TAIL + NO_USAGE + "}"), False)
+        self.assertEqual((tap.reported, tap.tokens[::2]), (None, (0, 1)))
+
+    def test_missing_counts_are_zero_only_in_a_last_line(self):
+        for answer, reported in (({"done": True, "done_reason": "load"}, True), ({"model": "x", "embeddings": []}, True),
+                                 ({"total_duration": 5}, True), ({"error": "x"}, False), ({"done": False, "eval_count": 3}, False),
+                                 ({"usage": {}}, False), ({}, False)):
+            self.assertEqual(gateway.reported_usage(answer), gateway.Usage() if reported else None, answer)
+
+    def test_cached_tokens_are_never_more_than_the_prompt(self):
+        self.assertEqual(gateway.reported_usage({"done": True, "prompt_eval_count": 5, "prompt_eval_cached_count": 9}), (5, 5, 0, 0))
 
     def test_odd_numbers_are_none(self):
         for value in (b"-5", b"1e9", b'"7"', b"null", b"[1]"):
             tap = self.tap("/api/embed", JSON, False)
             tap.pass_on(b'{"prompt_eval_count":' + value + b"}", True)
-            self.assertEqual(tap.tokens, (0, 0), value)
+            self.assertEqual(tap.tokens[::2], (0, 0), value)
 
     def test_the_gateway_waits_for_no_line_but_where_it_takes_something_out(self):
         for kind, path, ours in ((NDJSON, "/api/chat", False), (SSE, "/v1/chat/completions", False)):
             self.assertEqual(self.tap(path, kind, ours).pass_on(b'data: {"cho', False), b'data: {"cho')
+
+
+class PromptEstimate(Case):
+    """How many tokens a prompt has that Ollama has not counted."""
+
+    IMAGE = base64.b64encode(random.Random(1).randbytes(150_000) if hasattr(random.Random, "randbytes") else bytes(range(256)) * 600).decode()
+
+    def test_prompt_text_bytes_are_those_of_the_strings(self):
+        generator = random.Random(5)
+        for _ in range(60):
+            texts = ["".join(generator.choice(('"', "\\", "a ", "é", "\n", "{", "x" * 50)) for _ in range(generator.randrange(2000)))
+                     for _ in range(generator.randrange(1, 40))]
+            body = json.dumps([{"k": text} for text in texts], ensure_ascii=generator.random() < 0.5).encode()
+            size = sum(len(match) for match in re.findall(rb'"((?:[^"\\]|\\.)*)"', body))
+            self.assertEqual(gateway.prompt_text_bytes(body), size)
+
+    def test_escapes_at_the_edge_of_a_window(self):
+        for run in range(1, 6):
+            for before in range(gateway.READ_BYTES - 8, gateway.READ_BYTES + 1):
+                body = b'"' + b" " * before + b"\\\\" * run + b'\\"' + b'x","y"'
+                self.assertEqual(gateway.prompt_text_bytes(body), before + 2 * run + 2 + 1 + 1)
+        for body in b"", b"\\", b'"\\', b"\\" * 70_001:
+            self.assertLessEqual(gateway.prompt_text_bytes(body), 1)
+
+    def test_images_are_no_text(self):
+        for image in (self.IMAGE, "data:image/png;base64," + self.IMAGE, self.IMAGE.replace("/", "\\/")):
+            for before in 0, gateway.READ_BYTES - 1500:
+                body = b'{"content":"%s","images":["%s"]}' % (b"a b " * (before // 4), image.encode())
+                self.assertLess(abs(gateway.prompt_text_bytes(body) - before), 2500)
+        self.assertEqual(gateway.prompt_text_bytes(b'"%s"' % (b"word " * 10_000)), 50_000)
+
+    def test_the_ratio_is_learnt_by_model_within_bounds(self):
+        ratio = gateway.TokenRatio()
+        self.assertEqual(ratio.tokens("tiny:latest", 400), 100)
+        for _ in range(50):
+            ratio.learn("tiny:latest", 3000, 1000)
+            ratio.learn("terse:latest", 50_000, 10)
+            ratio.learn("wordy:latest", 10, 50_000)
+        for model, tokens in (("tiny:latest", 800), ("terse:latest", 300), ("wordy:latest", 2400), ("other:latest", 600)):
+            self.assertEqual(ratio.tokens(model, 2400), tokens)
+        for number in range(gateway.KNOWN_NAMES):
+            ratio.learn(f"model-{number}", 10, 1)
+        self.assertEqual(ratio.tokens("terse:latest", 2400), 600)
 
 
 class Accounting(GatewayCase):
@@ -4907,6 +5077,7 @@ class Accounting(GatewayCase):
         path, options = "/v1/chat/completions", b',"stream_options":{"include_usage":true}}'
         for label, body in (("a null that Go ignores", b'{"model":"tiny","stream":true,"stream":null}'),
                             ("a long s that Go folds", '{"model":"tiny","ſtream":true}'.encode()),
+                            ("long options", b'{"model":"tiny","stream":true,"stream_options":{"x":"' + b"x" * 5000 + b'"}}'),
                             ("a wish taken back", b'{"model":"tiny","stream":true,"stream_options":{"include_usage":true,'
                              b'"include_u\xc5\xbfage":false}}')):
             with self.subTest(label):
@@ -4914,7 +5085,8 @@ class Accounting(GatewayCase):
                 self.assertStatus(self.ask("POST", path, body), 200)
                 self.assertEqual(self.upstream().body, body[:-1] + options)
         for label, body in (("much behind it", b'{"model":"tiny","stream":true}' + b" " * 100_000),
-                            ("long options", b'{"model":"tiny","stream":true,"stream_options":{"x":"' + b"x" * 5000 + b'"}}')):
+                            ("long options of a large body", b'{"model":"tiny","stream":true,"stream_options":{"x":"'
+                             + b"x" * gateway.DECODED_BYTES + b'"}}')):
             with self.subTest(label):
                 self.assertRefused(self.ask("POST", path, body), 400, path)
 
@@ -4930,25 +5102,87 @@ class Accounting(GatewayCase):
         self.assertEqual(answer.headers["content-length"], str(len(answer.body)))
         self.assertUsed(requests=1, errors=1, prompt_tokens=0, completion_tokens=0)
 
-    def test_a_stream_that_breaks_or_is_left_counts_the_pieces_that_went_by(self):
+    def test_a_stream_that_breaks_or_is_left_counts_its_pieces_and_estimates_its_prompt(self):
         line = b'{"model":"tiny","message":{"role":"assistant","content":"x"},"done":false}\n'
         event = b'data: {"id":"1","choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
         delta = b'event: content_block_delta\ndata: {"type":"content_block_delta"}\n\n'
         start = b'event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":4,"output_tokens":0}}}\n\n'
-        text = b'event: response.output_text.delta\ndata: {}\n\n'
-        for path, kind, pieces, cost in (
-                ("/api/chat", NDJSON, [line] * 3, (0, 3)), ("/v1/chat/completions", SSE, [event] * 3, (0, 3)),
-                ("/v1/messages", SSE, [start, delta, delta], (0, 2)), ("/v1/responses", SSE, [text], (0, 1))):
+        text = response_event({"type": "response.output_text.delta", "delta": "x"})
+        for path, kind, pieces, cost in (   # the prompt: 240 bytes and some of keys, 4 bytes a token
+                ("/api/chat", NDJSON, [line] * 3, (72, 3)), ("/v1/chat/completions", SSE, [event] * 3, (78, 3)),
+                ("/v1/messages", SSE, [start, delta, delta], (72, 2)), ("/v1/responses", SSE, [text], (72, 1))):
             for outcome, ending in (("broken", cut), ("left", until_hangup)):
                 with self.subTest(path, outcome=outcome):
                     self.lines.clear()
                     self.fake.replies[path] = Reply.stream(*pieces, ending, kind=kind)
-                    client = self.begin("POST", path, {**CHAT, "stream": True})
+                    client = self.begin("POST", path, {**CHAT, "prompt": "word " * 48, "stream": True})
                     answer = client.read(client.head(), until=b"".join(pieces))
                     client.read(answer) if outcome == "broken" else client.close()
                     fields = self.logged()
-                    self.assertEqual((fields["outcome"], fields["prompt"], fields["completion"]), (outcome, *map(str, cost)))
-        self.assertUsed(requests=8, errors=4, cancelled=4, completion_tokens=18)
+                    self.assertEqual([fields[name] for name in ("outcome", "prompt", "completion", "estimated")],
+                                     [outcome, *map(str, cost), str(sum(cost))])
+        self.assertUsed(requests=8, errors=4, cancelled=4, prompt_tokens=588, completion_tokens=18, estimated_tokens=606)
+
+    def test_a_hangup_does_not_spare_the_budget_the_prompt(self):
+        token = self.store.create("eve", "phone", tokens_per_day=2000)[1]
+        line = b'{"model":"tiny","message":{"role":"assistant","content":"x"},"done":false}\n'
+        self.fake.replies["/api/chat"] = [Reply.stream(line, until_hangup), Reply.raw(until_hangup)]
+        for first in line, b"":     # before the answer's head, too
+            client = self.begin("POST", "/api/chat", {**CHAT, "prompt": "word " * 800}, token=token)
+            client.read(client.head(), until=first) if first else eventually(lambda: len(self.fake.received) == 2, "the request upstream")
+            client.close()
+            self.assertEqual(self.fake.hangups.get(timeout=GUARD), "/api/chat")
+            eventually(lambda count=2 - bool(first): len([line for line in self.lines if "outcome=left" in line]) == count, "the record")
+        self.assertRefused(self.ask("POST", "/api/chat", CHAT, token=token), 429)
+        row, = eventually(lambda: [row for row in self.usage("user") if row["requests"] == 2], "the account")
+        self.assertEqual((row["cancelled"], row["completion_tokens"], row["estimated_tokens"]), (2, 1, row["prompt_tokens"] + 1))
+        self.assertGreater(row["prompt_tokens"], 2000)
+
+    def test_an_answer_without_counts_is_charged_an_estimate(self):
+        for path, reply in (("/api/chat", Reply.json(200, {"message": {}})), ("/api/chat", Reply.body(200, b"x", Content_Type="text/plain")),
+                            ("/v1/chat/completions", Reply.stream(events(CHUNK + '{"index":0}]}', "[DONE]"), kind=SSE)),
+                            ("/api/generate", Reply.stream(b'{"error":"x"}\n'))):
+            with self.subTest(path):
+                self.lines.clear()
+                self.fake.replies[path] = reply
+                self.ask("POST", path, {**CHAT, "stream": True})
+                self.assertGreaterEqual(int(self.logged()["prompt"]), 10)
+
+    def test_what_ollama_did_not_take_or_does_not_count_is_not_estimated(self):
+        for path, reply in (("/api/chat", Reply.json(500, {"error": "x"})), ("/api/chat", Reply.raw()), ("/api/embeddings", None),
+                            ("/api/chat", Reply.json(200, {"done": True, "done_reason": "load"})), ("/api/tags", None),
+                            ("/api/chat", Reply.stream(b'{"done":true,"eval_count":2}\n'))):
+            with self.subTest(path):
+                self.lines.clear()
+                self.fake.replies[path] = reply
+                self.ask("GET" if path == "/api/tags" else "POST", path, CHAT)
+                fields = self.logged()
+                self.assertIn(fields.get("prompt"), ("0", "-", None))
+                self.assertNotIn("estimated", fields)
+
+    def test_an_estimate_has_the_ratio_of_the_models_own_counts(self):
+        token = self.store.create("eve", "phone", tokens_per_day=10**9)[1]
+        self.fake.replies["/api/chat"] = Reply.json(200, {"done": True, "prompt_eval_count": 2000, "eval_count": 1})
+        for images in (), ["iVBO" * 9000]:
+            for _ in range(30):
+                self.ask("POST", "/api/chat", {**CHAT, "prompt": "word " * 800 if not images else "", "images": images}, token=token)
+        self.lines.clear()
+        self.fake.replies["/api/chat"] = Reply.json(200, {})
+        self.ask("POST", "/api/chat", {**CHAT, "model": "TINY:latest", "prompt": "word " * 800})
+        estimate = int(self.logged()["prompt"])     # half as many tokens as bytes, by now, and images say nothing of texts
+        self.assertTrue(1900 < estimate < 2100, estimate)
+
+    def test_cached_tokens_are_counted_and_not_charged(self):
+        token = self.store.create("eve", "phone", tokens_per_day=100)[1]
+        self.fake.replies["/api/chat"] = Reply.json(200, {"done": True, "prompt_eval_count": 80, "prompt_eval_cached_count": 70, "eval_count": 5})
+        self.ask("POST", "/api/chat", CHAT, token=token)
+        self.assertEqual(self.logged()["cached"], "70")
+        row, = self.usage()
+        self.assertEqual([row[name] for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "estimated_tokens")], [80, 70, 5, 0])
+        told = self.ask("GET", "/me", token=token).json()
+        self.assertEqual((told["left"]["tokens_per_day"]["remaining"], told["usage"][0]["cached_tokens"]), (85, 70))
+        self.assertIn('tokens_total{user="eve",token="phone",model="tiny:latest",kind="cached"} 70',
+                      self.ask("GET", "/metrics", token=self.admin).body.decode())
 
     def test_a_row_is_an_hour_a_user_a_token_a_model_and_a_route(self):
         for model in "tiny", "TINY:latest", "library/tiny", "tiny:7b":
@@ -5040,7 +5274,7 @@ class AccountByTheClock(Case):
     def use(self, completion, account=None):
         record = gateway.Record("", 0)
         record.token, record.route, record.known_model, record.status = self.token, "/api/chat", "tiny:latest", 200
-        record.tap = unittest.mock.Mock(tokens=(0, completion))
+        record.tap = unittest.mock.Mock(tokens=gateway.Usage(completion=completion))
         (account or self.account).begin(record)
         record.released = record.began
         (account or self.account).end(record)
@@ -5088,7 +5322,7 @@ class AccountByTheClock(Case):
     def test_tokens_of_a_request_that_cannot_be_read_leave_the_other_requests_counted(self):
         record = gateway.Record("", 0)
         record.token, record.route, record.known_model, record.status = self.token, "/api/chat", "tiny:latest", 200
-        record.tap = unittest.mock.Mock(tokens=(3, 4))
+        record.tap = unittest.mock.Mock(tokens=gateway.Usage(3, None, 4))
         self.account.begin(record)
         self.account.store()
         type(record.tap).tokens = unittest.mock.PropertyMock(side_effect=RecursionError("too deep"))
@@ -5173,18 +5407,21 @@ class UsageCommand(CommandCase):
         self.hour = int(time.time()) // 3600 * 3600
         with contextlib.closing(gateway.open_store(self.db)) as store:
             store.add_usage({
-                (self.hour, "ada", "laptop", "tiny:latest", "/api/chat"): [3, 1, 0, 30, 60, 4.5],
-                (self.hour, "ada", "phone", "", "/api/chat"): [1, 1, 0, 0, 0, 0.5],
-                (self.hour - 2 * 86400, "=bob", "box", "tiny:latest", "/api/embeddings"): [2, 0, 1, None, None, 1.0],
-                (self.hour - 20 * 86400, "=bob", "box", "big:70b", "/api/chat"): [7, 0, 0, 700, 70, 99.0]}, {})
+                (self.hour, "ada", "laptop", "tiny:latest", "/api/chat"): [3, 1, 0, 30, 10, 60, 4.5, 0],
+                (self.hour, "ada", "phone", "", "/api/chat"): [1, 1, 0, 0, None, 0, 0.5, 0],
+                (self.hour - 2 * 86400, "=bob", "box", "tiny:latest", "/api/embeddings"): [2, 0, 1, None, None, None, 1.0, 0],
+                (self.hour - 20 * 86400, "=bob", "box", "big:70b", "/api/chat"): [7, 0, 0, 700, None, 70, 99.0, 500]}, {})
 
     def rows(self, *flags):
         return json.loads(self.succeeds("usage", "--json", *flags))
 
     def test_it_is_told_by_what_is_asked_for(self):
-        ada = {"requests": 4, "errors": 2, "cancelled": 0, "prompt_tokens": 30, "completion_tokens": 60, "seconds": 5.0}
-        bob = {"requests": 2, "errors": 0, "cancelled": 1, "prompt_tokens": None, "completion_tokens": None, "seconds": 1.0}
+        ada = {"requests": 4, "errors": 2, "cancelled": 0, "prompt_tokens": 30, "cached_tokens": 10, "completion_tokens": 60, "seconds": 5.0,
+               "estimated_tokens": 0}
+        bob = {"requests": 2, "errors": 0, "cancelled": 1, "prompt_tokens": None, "cached_tokens": None, "completion_tokens": None,
+               "seconds": 1.0, "estimated_tokens": 0}
         self.assertEqual(self.rows(), [{"user": "ada", **ada}, {"user": "=bob", **bob}])
+        self.assertEqual(list(self.rows()[0]), ["user", *ada])
         self.assertEqual([(row["user"], row["name"], row["requests"]) for row in self.rows("--by", "token")],
                          [("ada", "laptop", 3), ("=bob", "box", 2), ("ada", "phone", 1)])
         self.assertEqual([(row["model"], row["requests"]) for row in self.rows("--by", "model", "--since", "30d")],
@@ -5203,22 +5440,25 @@ class UsageCommand(CommandCase):
 
     def test_usage_by_day_since_7d_has_seven_rows(self):
         with contextlib.closing(gateway.open_store(self.db)) as store:
-            store.add_usage({(self.hour - hours * 3600, "ada", "laptop", "", "/api/chat"): [1, 0, 0, 1, 1, 1] for hours in range(9 * 24)}, {})
+            store.add_usage({(self.hour - hours * 3600, "ada", "laptop", "", "/api/chat"): [1, 0, 0, 1, 0, 1, 1, 0] for hours in range(9 * 24)}, {})
         days = [row["day"] for row in self.rows("--by", "day", "--since", "7d")]
         self.assertEqual(days, [gateway.show_instant((self.hour // 86400 - back) * 86400)[:10] for back in range(6, -1, -1)])
         self.assertEqual([row["day"] for row in self.rows("--by", "day")], days)
 
     def test_csv_is_text_to_a_spreadsheet(self):
         rows = list(csv.reader(io.StringIO(self.succeeds("usage", "--csv"))))
-        self.assertEqual(rows, [["user", *gateway.MEASURED], ["ada", "4", "2", "0", "30", "60", "5.0"], ["'=bob", "2", "0", "1", "", "", "1.0"]])
+        self.assertEqual(rows, [["user", *gateway.MEASURED], ["ada", "4", "2", "0", "30", "10", "60", "5.0", "0"],
+                                ["'=bob", "2", "0", "1", "", "", "", "1.0", "0"]])
 
     def test_a_table_says_what_is_unknown_and_names_the_database(self):
         out = self.succeeds("usage")
         self.assertIn(self.db, out)
-        self.assertRegex(out, r"=bob +2 +0 +1 +unknown +unknown +1\.0")
-        self.assertRegex(out, r"6 requests, 90 tokens since 20\d\d-\d\d-\d\d \d\d:00 UTC")
+        self.assertRegex(out, r"=bob +2 +0 +1 +unknown +unknown +unknown +1\.0")
+        self.assertRegex(out, r"6 requests, 80 tokens since 20\d\d-\d\d-\d\d \d\d:00 UTC")
         self.assertNotIn("█", out)
         self.assertRegex(self.succeeds("usage", "--by", "model"), "(?m)^- ")
+        self.assertRegex(out, r"PROMPT +CACHED +COMPLETION +SECONDS\n")
+        self.assertRegex(self.succeeds("usage", "--since", "30d"), r"SECONDS +ESTIMATED\n=bob .* 500\n")
 
     def test_a_terminal_that_is_wide_enough_shows_a_bar_a_row(self):
         rows = self.rows("--since", "30d", "--by", "token")
@@ -5472,7 +5712,7 @@ class AdminApi(GatewayCase):
                 self.assertEqual(row["completion_tokens"], len(WORDS))
         self.assertEqual([row["user"] for row in self.call("GET", "/usage")], ["ada"])
         hour = int(time.time()) // 3600 * 3600
-        self.store.add_usage({(hour - hours * 3600, "ada", "laptop", "", "/api/chat"): [1, 0, 0, 1, 1, 1] for hours in range(9 * 24)}, {})
+        self.store.add_usage({(hour - hours * 3600, "ada", "laptop", "", "/api/chat"): [1, 0, 0, 1, 0, 1, 1, 0] for hours in range(9 * 24)}, {})
         days = [row["day"] for row in self.call("GET", "/usage?by=day&since=7d")]
         self.assertEqual((len(days), [row["day"] for row in self.ask("GET", "/me").json()["usage"]]), (7, days))
         for query, word in (("by=colour", "colour"), ("since=never", "never"), ("since=2099-01-01", "future"), ("what=x", "what"),
@@ -6159,9 +6399,10 @@ class Load(GatewayCase):
 
     def test_an_address_has_at_most_a_quarter_of_the_connections_in_unfinished_heads(self):
         server = self.serve(max_connections="12")
-        idle = [self.client(server) for _ in range(4)]
-        for client in idle:
-            self.assertStatus(client.ask("GET", "/"), 200)
+        idle = []
+        for _ in range(4):      # one after the other: none is new any more when the next one comes
+            idle.append(self.client(server))
+            self.assertStatus(idle[-1].ask("GET", "/"), 200)
         other = self.unfinished(server, "127.0.0.3")
         clients = [self.unfinished(server, "127.0.0.2") for _ in range(5)]
         self.assert_evicted(*clients[:2])
@@ -6176,7 +6417,7 @@ class Load(GatewayCase):
     def test_a_client_that_reads_no_answer_is_evicted_unless_it_has_a_valid_token(self):
         server = self.serve(max_connections="2")
         self.fake.replies["/api/chat"] = Reply.stream(*[b"x" * 65536] * 120)
-        valid = self.begin("POST", "/api/chat", CHAT, server=server)
+        valid = self.begin("POST", "/api/chat", CHAT, token=self.admin, server=server)
         self.assertStatus(valid.head(), 200)
         public = self.client(server)
         public.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -6835,7 +7076,8 @@ class Descriptors(GatewayCase):
         self.fake.replies["/api/chat"] = Reply.stream(LINE, hold)
         fit = (256 - gateway.POOL_SIZE - gateway.SPARE_DESCRIPTORS) // 3
         self.assertIn(f"Only {fit} connections fit", eventually(lambda: serving.lines[1:] and serving.lines[1]))
-        clients = [self.begin("POST", "/api/chat", body, server=serving) for _ in range(fit)]
+        tokens = [self.store.create("eve", f"phone {number}")[1] for number in range(fit)]
+        clients = [self.begin("POST", "/api/chat", body, token, serving) for token in tokens]
         begun = [client.read(client.head(), until=LINE) for client in clients]
         self.assertEqual({answer.status for answer in begun}, {200})
         self.assertIn("too many connections", self.ask("GET", "/", server=serving).json()["error"])
@@ -7139,7 +7381,7 @@ class Browser(GatewayCase):
 
     def test_days_of_the_charts_are_those_of_the_gateways_clock(self):
         hour = int(time.time()) // 3600 * 3600
-        self.store.add_usage({(hour - hours * 3600, "ada", "laptop", "", "/api/chat"): [1, 0, 0, 1, 1, 1] for hours in range(9 * 24)}, {})
+        self.store.add_usage({(hour - hours * 3600, "ada", "laptop", "", "/api/chat"): [1, 0, 0, 1, 0, 1, 1, 0] for hours in range(9 * 24)}, {})
         days = [f"{row['day']}: {row['prompt_tokens'] * 2} tokens" for row in self.store.usage("day", 0)[-7:]]
         for tab, place, load in ((self.docs(), "#me", "askJSON('GET', '/me').then(showMe)"), (self.desk(), "#by-day", "loadUsage()")):
             with self.subTest(place):
@@ -7214,6 +7456,13 @@ class Browser(GatewayCase):
         tab.type("Filter", "ROOT adm")
         eventually(lambda: "ada" not in tab.text("#tokens"), "the others' going")
         tab.shows("1 of 2", "#token-count")
+
+    def test_cached_tokens_are_shown_and_not_added(self):
+        self.store.add_usage({(int(time.time()) // 3600 * 3600, "ada", "laptop", "tiny:latest", "/api/chat"): (1, 0, 0, 800, 700, 50, 1.0, 0)}, {})
+        tab = self.desk()
+        tab.shows("150", "#by-user")
+        self.assertRegex(tab.text("#by-user"), r"(?s)Tokens\s+Cached\s+Requests.*ada\s+150\s+700\s+1\b")
+        tab.shows("most in a day: 150", "#by-day")
 
     def test_hostile_names_are_text(self):
         user, name = HOSTILE
