@@ -438,7 +438,7 @@ OPTION_GROUPS = {
         Option("--log-level", "LOG_LEVEL", "INFO", log_level, "LEVEL", "what goes to stderr"),
         Option("--log-file-level", "LOG_FILE_LEVEL", "INFO", log_level, "LEVEL", "what goes to the log file"),
         Option("--log-file", "GATEWAY_LOG_FILE", None, str, "FILE",
-               "a log file, rotated at 10 MB; app.log if LOG_FILE_LEVEL is set"),
+               "a log file, rotated at 10 MB, reopened on SIGHUP; app.log if LOG_FILE_LEVEL is set"),
     ),
 }
 OPTIONS = tuple(option for options in OPTION_GROUPS.values() for option in options)
@@ -2107,6 +2107,13 @@ class ClientWire(Wire):
     authenticated = False   # the current request has a valid token
     stalled = False         # the current request has been kept waiting by its client, or for its bad credential
 
+    def wait(self, events, deadline, watched=None):
+        """Wait as Wire does, but raise Refusal where the end of the stream is only that of `dismiss`."""
+        found = super().wait(events, deadline, watched)
+        if self.dismissed and events & READABLE:  # a read would end TLS, and no answer could be sent
+            raise Refusal("stopping")
+        return found
+
     def on_readable(self):
         """Raise ClientLeft if it hung up, fully or half; a pipelined request is kept for later."""
         if self.dismissed:
@@ -2134,6 +2141,14 @@ class ClientWire(Wire):
         self.dismissed = True
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.sock, socket.SHUT_RD)
+
+    def linger(self):
+        """Discard for a moment what a dismissed client still sends: a reset could cost it its answer."""
+        end = time.monotonic() + CLOSE_SECONDS / 2
+        with contextlib.suppress(OSError):
+            while time.monotonic() < end:
+                if not socket.socket.recv(self.sock, RECEIVE_BYTES):  # nothing now: after SHUT_RD it never blocks
+                    time.sleep(0.02)
 
 
 class Connections:
@@ -2393,13 +2408,18 @@ class GatewayServer(http.server.ThreadingHTTPServer):
             if self.tls:
                 request.secure(self.tls, Deadline(self.limits.header_timeout), server_side=True)
             self.RequestHandlerClass(request, client_address, self)
-        except OSError:
-            pass  # left, or never came to speak: there was no request to answer
+        except (OSError, Refusal):
+            pass  # left, never came to speak, or was dismissed before: there was no request to answer
         except Exception:  # as socketserver has it: a connection's failure is told, and is no other's
             self.handle_error(request, client_address)
         finally:
             self.connections.leave(request)
             request.close()
+
+    def shutdown_request(self, request):
+        """Close a connection that could not be served; one that a signal to stop met here has a thread that does."""
+        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            super().shutdown_request(request)
 
     def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], OSError):  # it left before it was served
@@ -2855,8 +2875,10 @@ class ClientStream:
 
     def drain(self):
         """Read on, within bounds, what a refused client still sends: a connection closed too soon loses the answer."""
+        if self.wire.dismissed:
+            return self.wire.linger()
         deadline, left, self.wire.stalled = Deadline(DRAIN_SECONDS), DRAIN_BYTES, True
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, Refusal):
             self.wire.sock.shutdown(socket.SHUT_WR)
             while left > 0:
                 self.wire.buffer = b""
@@ -4540,33 +4562,34 @@ class LogFile:
 
     def __init__(self, path):
         self._names = [path, *(f"{path}.{number}" for number in range(1, LOG_FILES + 1))]
-        self._stale = False
-        self._open()
+        self._reopened = deque()    # descriptors to use from the next write on
+        self._descriptor = self._open()
 
     def _open(self):
-        self._descriptor = os.open(self._names[0], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        return os.open(self._names[0], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def close(self):
         os.close(self._descriptor)
         self._descriptor = None     # the system gives the number to another file
 
     def reopen(self):
-        """Open the file of that name again before the next write, for another program has renamed the old one."""
-        self._stale = True
+        """Open the file of that name again, for another program has renamed the old one; raise OSError."""
+        self._reopened.append(self._open())
 
     def write(self, data):
         """Append bytes; raise OSError."""
+        while self._reopened:
+            if self._descriptor is not None:
+                self.close()
+            self._descriptor = self._reopened.popleft()
         size = 0 if self._descriptor is None else os.fstat(self._descriptor).st_size
         if size and size + len(data) > LOG_FILE_BYTES:
             self.close()
             for old, new in zip(self._names[-2::-1], self._names[::-1]):
                 with contextlib.suppress(OSError):
                     os.replace(old, new)
-        elif self._stale and self._descriptor is not None:
-            self.close()
-        self._stale = False
         if self._descriptor is None:
-            self._open()
+            self._descriptor = self._open()
         write_all(self._descriptor, data)
 
 
@@ -5981,15 +6004,6 @@ class Pages:
 # == Assembly =================================================================
 
 
-def load_certificate(context, settings):
-    """Read the certificate and its key, again if need be; raise Failure."""
-    try:
-        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
-    except (OSError, ValueError) as error:
-        raise Failure(f"cannot use the certificate {settings.tls_cert} with the key "
-                      f"{settings.tls_key or settings.tls_cert}: {error}") from None
-
-
 def server_tls(settings):
     """Return the TLS context of the settings' certificate, None without one; raise Failure if it cannot be used."""
     if not settings.tls_cert:
@@ -5997,7 +6011,11 @@ def server_tls(settings):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
-    load_certificate(context, settings)
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
+    except (OSError, ValueError) as error:
+        raise Failure(f"cannot use the certificate {settings.tls_cert} with the key "
+                      f"{settings.tls_key or settings.tls_cert}: {error}") from None
     return context
 
 
@@ -6070,8 +6088,15 @@ EXPORT_VERSION = 2          # 1 knew no limits
 DEFUSED = ("=", "+", "-", "@", "\t", "'")  # a spreadsheet takes a cell that starts so for a formula, or for a quote
 
 
-def say(text, file=None):
-    print(text, file=file or sys.stdout, flush=True)
+def say(text):
+    """Print to stdout; raise OSError if it cannot be written."""
+    print(text, flush=True)
+
+
+def report(text):
+    """Print to stderr, if it can be written."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def day(seconds, otherwise):
@@ -6464,13 +6489,29 @@ def configure_logging(settings):
             LOG.removeHandler(writer)
 
 
-def reload_certificate(context, settings):
-    """Take up a renewed certificate; with a bad one the old one stays."""
-    try:
-        load_certificate(context, settings)
-        LOG.info("the certificate %s was read again", settings.tls_cert)
-    except Failure as error:
-        LOG.error("the old certificate stays: %s", error)
+def reload(server, settings, log_file):
+    """Reopen the log file and load the certificate again; one that fails stays as it was."""
+    def load_certificate():
+        server.tls = server_tls(settings)
+    done = []
+    for what, path, renew in (("log file", settings.log_file, log_file and log_file.reopen),
+                              ("certificate", settings.tls_cert, load_certificate)):
+        try:
+            if path:
+                renew()
+                done.append(f"the {what} {path}")
+        except (Failure, OSError) as error:
+            LOG.error("SIGHUP: the old %s stays: %s", what, error)
+    LOG.info("SIGHUP: reloaded %s", " and ".join(done) or "nothing")
+
+
+def reload_on_hangup(server, settings, log_file):
+    """Reload on SIGHUP, where there is one; in a thread, since a blocked stderr must not stop the main one."""
+    def handle(*_):
+        with contextlib.suppress(RuntimeError):  # no thread could be started
+            threading.Thread(target=reload, args=(server, settings, log_file), name="reload", daemon=True).start()
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, handle)
 
 
 def is_loopback(host):
@@ -6486,18 +6527,18 @@ def announce(settings, server, store):
     held = f"{count(tokens, 'token')} in {store.path}"
     if not tokens:
         held = f"nobody gets in without a token: make one with {PROGRAM} token create USER NAME --db {store.path}"
-    say(f"ollama_gateway {VERSION} at {server.url}, before {settings.ollama_url.geturl()}, {state}; {held}", sys.stderr)
+    report(f"ollama_gateway {VERSION} at {server.url}, before {settings.ollama_url.geturl()}, {state}; {held}")
     if server.connections.most < settings.max_connections:
-        say(f"Only {server.connections.most} connections fit the limit of open files, not {settings.max_connections}: "
-            "raise it (ulimit -n) or lower --max-connections.", sys.stderr)
+        report(f"Only {server.connections.most} connections fit the limit of open files, "
+               f"not {settings.max_connections}: raise it (ulimit -n) or lower --max-connections.")
     if not store.writable:
-        say("The database is read-only: a change of tokens counts from the next start.", sys.stderr)
+        report("The database is read-only: a change of tokens counts from the next start.")
     if remote_file_system(store.path):
         LOG.warning("the database %s is on a network or FUSE file system (%s): its changes may be lost, "
                     "move it to a local disk (--db)", store.path, remote_file_system(store.path))
     if not server.tls and not is_loopback(host):
-        say(f"Warning: {host} can be reached from the network, and without TLS tokens travel in clear: "
-            "use --tls-cert, or a proxy that speaks HTTPS, and --host 127.0.0.1.", sys.stderr)
+        report(f"Warning: {host} can be reached from the network, and without TLS tokens travel in clear: "
+               "use --tls-cert, or a proxy that speaks HTTPS, and --host 127.0.0.1.")
 
 
 def cmd_serve(args):
@@ -6505,12 +6546,11 @@ def cmd_serve(args):
     settings = load_settings(vars(args), os.environ, args.env_file)
     os.umask(0o077)  # logs and what SQLite puts beside the database are the owner's alone, too
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with configure_logging(settings), open_store(settings.db, create=True) as store:
+    with configure_logging(settings) as log_file, open_store(settings.db, create=True) as store:
         server = build_server(settings, store)
         try:
+            reload_on_hangup(server, settings, log_file)
             server.gateway.health.start(functools.partial(announce, settings, server, store))
-            if server.tls and hasattr(signal, "SIGHUP"):
-                signal.signal(signal.SIGHUP, lambda *_: reload_certificate(server.tls, settings))
             with Footprint():
                 server.serve_forever()
         except KeyboardInterrupt:
@@ -6542,6 +6582,10 @@ class Parser(argparse.ArgumentParser):
             if isinstance(action.choices, dict):
                 for command in action.choices.values():     # --by's choices are a dict, too, but of no parsers
                     yield from getattr(command, "_flags", tuple)()
+
+    def _print_message(self, message, file=None):
+        """Print help or an error; argparse ignores a stdout that cannot be written."""
+        (say if file is sys.stdout else report)(message.rstrip("\n"))
 
     def error(self, message):
         """Say what is wrong, and what was probably meant."""
@@ -6675,8 +6719,24 @@ def named_key(character):
     return CONTROL_KEYS.get(character, character)
 
 
+@contextlib.contextmanager
+def signal_pipe():
+    """Yield a descriptor that becomes readable when a signal arrives, at any time before or during a wait for it."""
+    readable, writable = os.pipe()
+    os.set_blocking(writable, False)
+    before = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+    try:
+        yield readable
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(readable)
+        os.close(writable)
+
+
 class UnixKeys:
     """The keys of a Unix terminal."""
+
+    _signals = None     # a descriptor; see signal_pipe
 
     def __init__(self):
         self._typed, self._decode = "", codecs.getincrementaldecoder(sys.stdin.encoding)("ignore").decode
@@ -6695,18 +6755,19 @@ class UnixKeys:
             for number in handlers:
                 signal.signal(number, signal.SIG_IGN)  # a second one must not cut the way out short
             raise KeyboardInterrupt
-        for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-            handlers[number] = signal.signal(number, leave)
-        for number in signal.SIGTSTP, signal.SIGQUIT:  # would leave the terminal without echo
-            handlers[number] = signal.signal(number, signal.SIG_IGN)
-        try:
-            termios.tcsetattr(terminal, termios.TCSANOW, mode)
-            yield
-        finally:
-            with contextlib.suppress(termios.error):  # it was closed
-                termios.tcsetattr(terminal, termios.TCSANOW, before)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        with signal_pipe() as self._signals:
+            for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+                handlers[number] = signal.signal(number, leave)
+            for number in signal.SIGTSTP, signal.SIGQUIT:  # would leave the terminal without echo
+                handlers[number] = signal.signal(number, signal.SIG_IGN)
+            try:
+                termios.tcsetattr(terminal, termios.TCSANOW, mode)
+                yield
+            finally:
+                with contextlib.suppress(termios.error):  # it was closed
+                    termios.tcsetattr(terminal, termios.TCSANOW, before)
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
 
     def read(self):
         """Return the next key: a character, the name of a key that has none, or "" for one that nobody asked for."""
@@ -6725,6 +6786,9 @@ class UnixKeys:
     def _receive(self):
         received = b""
         with contextlib.suppress(OSError):  # the terminal was closed
+            # os.read alone would wait for a key if a signal arrived just before it: Python runs handlers in between
+            if self._signals in select.select([sys.stdin, self._signals], (), ())[0]:
+                raise KeyboardInterrupt
             received = os.read(sys.stdin.fileno(), READ_BYTES)
         if not received:
             raise EOFError
@@ -7482,31 +7546,40 @@ def build_parser():
     return parser
 
 
-def main(argv=None):
-    """Run a command; return 0 when it is done, 1 when it could not be done, 2 for a wrong flag, value or setting."""
-    for stream in sys.stdout, sys.stderr:
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
+def run_command(argv):
+    """Run a command; return its exit status."""
     try:
         args = build_parser().parse_args(argv, argparse.Namespace(**UNTYPED))
         return args.run(args) or 0
     except SystemExit as stop:  # argparse has spoken
         return stop.code or 0
-    except UsageError as error:
-        say(f"ollama_gateway: {error}", sys.stderr)
-        return 2
-    except Failure as error:
-        say(f"ollama_gateway: {error}", sys.stderr)
-        return 1
+    except (UsageError, Failure) as error:
+        report(f"ollama_gateway: {error}")
+        return 2 if isinstance(error, UsageError) else 1
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain of it again
         return 1
-    except OSError as error:  # the disk that it prints to is full
-        with contextlib.suppress(OSError):
-            say(f"ollama_gateway: {error}", sys.stderr)
+    except OSError as error:
+        report(f"ollama_gateway: cannot write the output: {error}")
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def main(argv=None):
+    """Run a command; return 0 when it is done, 1 when it could not be done, 2 for a wrong flag, value or setting."""
+    for name in "stdout", "stderr":
+        if getattr(sys, name) is None:  # it is closed: printing must fail, and no other file may get its descriptor
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDONLY), "w"))
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
+    status = run_command(argv)
+    for stream in sys.stdout, sys.stderr:
+        try:
+            stream.flush()
+        except OSError:  # Python would try once more at exit, complain, and end with status 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return status
 
 
 if __name__ == "__main__":

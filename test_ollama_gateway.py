@@ -1314,12 +1314,23 @@ class Commands(CommandCase):
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
     def test_what_cannot_be_printed_is_a_failure(self):
+        """On a full or closed stdout or stderr: one line where it can be said, status 1, and no complaint of Python's at exit."""
         self.create()
-        with open("/dev/full", "w", encoding="utf-8") as full:
-            done = subprocess.run([sys.executable, GATEWAY, "token", "list", "--db", self.db], stdout=full, stderr=subprocess.PIPE, timeout=3 * GUARD)
-        self.assertEqual(done.returncode, 1)
-        self.assertNotIn(b"Traceback", done.stderr)
-        self.assertEqual(len(done.stderr.splitlines()), 1)
+        argvs = ("token", "list", "--db", self.db), ("token", "create", "bob", "desk", "--db", self.db), ("-h",)
+        for redirection, status, lines in ((">/dev/full", 1, 1), (">&-", 1, 1), (">/dev/full 2>&1", 1, 0), (">&- 2>&-", 1, 0)):
+            for argv in argvs:
+                self.assert_printed(argv, redirection, status, lines)
+            self.assert_printed(argvs[-1], redirection, status, lines, PYTHONUNBUFFERED="1")
+        for redirection in "2>/dev/full", "2>&-":
+            self.assert_printed(("token", "list", "--bad"), redirection, 2, 0)
+            self.assert_printed(argvs[0], redirection, 0, 0)
+
+    def assert_printed(self, argv, redirection, status, lines, **environ):
+        env = {**{name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}, **environ}
+        done = subprocess.run(["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, GATEWAY, *argv], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=3 * GUARD, env=env)
+        with self.subTest(argv, redirection=redirection, **environ):
+            self.assertEqual((done.returncode, len(done.stderr.splitlines())), (status, lines), done.stderr)
 
     def test_a_token_that_is_not_there_is_said_to_be_so(self):
         self.create("ada", "laptop")
@@ -1821,6 +1832,38 @@ class Menu(CommandCase):
         finally:
             os.close(master)
             os.close(slave)
+
+    def test_a_signal_just_before_the_wait_for_a_key_is_not_lost(self):
+        """The signal arrives after Python last looked for one: `map` calls C functions alone, so no handler runs in between."""
+        master, slave = pty.openpty()
+        go, done, typed, ended = threading.Lock(), threading.Lock(), threading.Event(), threading.Event()
+
+        def send_signal():
+            go.acquire()
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+            done.release()
+            if not ended.wait(GUARD):
+                typed.set()
+                os.write(master, b"x")
+
+        def late(call, *args):
+            steps = [functools.partial(go.release), functools.partial(done.acquire), functools.partial(call, *args)]
+            return list(map(functools.partial.__call__, steps if go.locked() else steps[2:]))[-1]
+        go.acquire()
+        done.acquire()
+        thread = threading.Thread(target=send_signal)
+        thread.start()
+        with open(master, "wb", buffering=0), open(slave, encoding="utf-8") as stdin, unittest.mock.patch("sys.stdin", stdin), \
+                contextlib.ExitStack() as stack:
+            keys = gateway.UnixKeys()
+            stack.enter_context(keys.held())
+            for module, name in ((os, "read"), (select, "select")):
+                stack.enter_context(unittest.mock.patch.object(module, name, functools.partial(late, getattr(module, name))))
+            with self.assertRaises(KeyboardInterrupt):
+                keys.read()
+            ended.set()
+            thread.join(GUARD)
+        self.assertFalse(typed.is_set(), "it waited for a key")
 
     def test_a_long_list_scrolls_and_digits_find_their_line(self):
         menu = self.menu(*(f"user{number:02}/box" for number in range(1, 61)), rows=10)
@@ -6580,6 +6623,16 @@ class Tls(GatewayCase):
         hold.set()
         self.assertEqual([client.answer().body, client.answer().body], [b"one\n", b"two\n"])
 
+    def test_an_upload_is_answered_503_when_the_server_stops(self):
+        client = self.client(tls=self.context)
+        client.send(request("POST", "/api/chat", None, [*bearer(self.token), ("Content-Length", "9"), ("Expect", "100-continue")]))
+        self.assertEqual(client.head().status, 100)
+        client.send(b"half")
+        threading.Thread(target=self.server.connections.drain, args=(0,)).start()
+        answer = client.answer()
+        client.socket.sendall(b" more")     # not reset
+        self.assertIn("stop", self.assertRefused(answer, 503))
+
     def test_a_broken_stream_does_not_end_cleanly(self):
         self.fake.replies["/api/chat"] = Reply.stream(LINE, cut)
         answer = self.begin("POST", "/api/chat", CHAT, tls=self.context).answer()
@@ -6915,6 +6968,69 @@ class ServeCommand(Case):
         with Client(serving.server_address, ssl.create_default_context(cafile=cert)) as client:
             self.assertEqual(client.ask("GET", "/api/tags", headers=bearer(secret)).status, 200)
 
+    @unittest.skipUnless(shutil.which("openssl"), "needs the openssl command to make a certificate")
+    def test_sighup_with_a_wrong_or_missing_key_keeps_the_old_certificate(self):
+        cert, key = certificate(self.folder, "first")
+        new_cert, new_key = certificate(self.folder, "second")
+        serving = self.serving("--tls-cert", cert, "--tls-key", key)
+        first = ssl.get_server_certificate(serving.server_address)
+        os.replace(new_cert, cert)
+        for number, spoil in enumerate((lambda: None, lambda: os.remove(key)), 1):
+            spoil()
+            serving.process.send_signal(signal.SIGHUP)
+            eventually(lambda number=number: sum("old certificate stays" in line for line in serving.lines) == number, "the refusal")
+            self.assertEqual(ssl.get_server_certificate(serving.server_address), first)
+        os.replace(new_key, key)
+        serving.process.send_signal(signal.SIGHUP)
+        eventually(lambda: ssl.get_server_certificate(serving.server_address) != first, "the new certificate")
+
+    def test_sighup_reopens_the_log_file_and_cuts_no_stream(self):
+        secret, hold, log = self.make_token(), self.hold(), self.path("gateway.log")
+        self.fake.replies["/api/chat"] = Reply.stream(LINE, hold, LINE)
+        serving = self.serving("--log-file", log)
+        with Client(serving.server_address) as streaming, Client(serving.server_address) as other:
+            streaming.send(request("POST", "/api/chat", CHAT, bearer(secret)))
+            answer = streaming.read(streaming.head(), until=LINE)
+            os.rename(log, log + ".1")
+            serving.process.send_signal(signal.SIGHUP)
+            eventually(lambda: os.path.exists(log) and f"SIGHUP: reloaded the log file {log}".encode() in self.read("gateway.log"), "the new file")
+            self.assertEqual(stat.S_IMODE(os.stat(log).st_mode), 0o600)
+            self.assertEqual(other.ask("GET", "/api/tags", headers=bearer(secret)).status, 200)
+            eventually(lambda: b"path=/api/tags" in self.read("gateway.log"), "the line in the new file")
+            os.rename(log, log + ".2")
+            os.mkdir(log)
+            serving.process.send_signal(signal.SIGHUP)
+            eventually(lambda: b"the old log file stays" in self.read("gateway.log.2"), "the refusal, in the old file")
+            hold.set()
+            self.assertEqual((streaming.read(answer).body, answer.ended), (LINE + LINE, "clean"))
+        self.assertEqual(serving.stop(), 0)
+        self.assertIn(b"path=/api/chat", self.read("gateway.log.2"))
+
+    def test_sighup_with_nothing_to_reload_is_logged_and_ends_nothing(self):
+        serving = self.serving()
+        with Client(serving.server_address) as client:
+            serving.process.send_signal(signal.SIGHUP)
+            eventually(lambda: any("SIGHUP: reloaded nothing" in line for line in serving.lines), "the log line")
+            self.assertEqual(client.ask("GET", "/").status, 200)
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    def test_it_starts_and_logs_where_stderr_cannot_be_written(self):
+        secret = self.make_token()
+        for redirection in "2>/dev/full", "2>&-", ">&- 2>&-":
+            with self.subTest(redirection), socket.create_server(("127.0.0.1", 0)) as free:
+                address, log = free.getsockname(), f"{len(redirection)}.log"
+                free.close()
+                command = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, GATEWAY, "serve", "--port", str(address[1]),
+                           "--ollama-url", self.fake.url, "--log-file", log]
+                with subprocess.Popen(command, cwd=self.folder, stdout=subprocess.DEVNULL) as process:
+                    try:
+                        with eventually(lambda address=address: connected(address), "the start") as client:
+                            self.assertEqual(client.ask("GET", "/api/tags", headers=bearer(secret)).status, 200)
+                    finally:
+                        process.terminate()
+                    self.assertEqual(process.wait(GUARD), 0)
+                self.assertIn(b"path=/api/tags", self.read(log))
+
     def test_a_certificate_that_cannot_be_read_is_told(self):
         for content in (None, "no certificate"):
             with self.subTest(content):
@@ -6950,6 +7066,12 @@ def popen_as(popen, program, argv, **kwargs):
     """Run this in place of the gateway's file."""
     at = argv.index(GATEWAY)
     return popen([*argv[:at], *program, *argv[at + 1:]], **kwargs)
+
+
+def connected(address):
+    """A client, None while nobody listens there."""
+    with contextlib.suppress(ConnectionRefusedError):
+        return Client(address)
 
 
 def popen_with(prefix, popen, argv, **kwargs):
@@ -7879,6 +8001,36 @@ class Stopping(Case):
                     self.assertRegex(answer.body[len(LINE):], rb'\A\{"error": ".*stop.*"\}\n\Z')
                 self.assertEqual(self.serving.wait(), 0)
                 self.assertEqual(self.fake.hangups.get(timeout=GUARD), "/api/chat")
+
+    def test_an_upload_that_takes_too_long_is_answered_503_stopping(self):
+        admin = self.open_store().create("root", "box", admin=True)[1]
+        for path, goes_on in (("/api/chat", False), ("/api/chat", True), (f"/api/blobs/{DIGEST}", False)):
+            with self.subTest(path, goes_on=goes_on):
+                serving = self.enter(Serving(self.folder, "--port", "0", "--ollama-url", self.fake.url, "--db", self.db, "--drain-timeout", "0.2s"))
+                client = self.enter(Client(serving.server_address))
+                client.send(request("POST", path, None, [*bearer(admin), ("Content-Length", "50000000"), ("Expect", "100-continue")]))
+                self.assertEqual(client.head().status, 100)
+                client.send(b"x" * 100_000)
+                serving.process.send_signal(signal.SIGTERM)
+                if goes_on:
+                    eventually(lambda client=client: client.send(b"x" * 1000) or select.select([client.socket], (), (), 0)[0], "the answer")
+                answer = client.answer()
+                self.assertEqual((answer.status, answer.headers["connection"], serving.wait()), (503, "close", 0))
+                self.assertIn("stop", answer.json()["error"])
+        self.assertNotIn("POST", [seen.method for seen in self.fake.received])
+
+    def test_a_request_that_begins_when_the_signal_arrives_is_served(self):
+        def begin(server, *args, begin=socketserver.ThreadingMixIn.process_request):
+            begin(server, *args)
+            raise KeyboardInterrupt
+        settings = gateway.load_settings({"ollama_url": self.fake.url, "db": self.db, "host": "127.0.0.1", "port": "0"}, {})
+        with contextlib.closing(gateway.open_store(self.db)) as store:
+            server = gateway.build_server(settings, store)
+            with Client(server.server_address) as client:
+                with unittest.mock.patch.object(socketserver.ThreadingMixIn, "process_request", begin), self.assertRaises(KeyboardInterrupt):
+                    server.handle_request()
+                self.assertEqual(client.ask("GET", "/").body, b"Ollama is running")
+            server.server_close()
 
     def test_a_second_signal_does_not_wait(self):
         busy, answer = self.begin_and_stop("10m")
