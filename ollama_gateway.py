@@ -59,6 +59,7 @@ import json
 import logging
 import math
 import mmap
+import operator
 import os
 import queue
 import re
@@ -78,7 +79,7 @@ import urllib.parse
 import urllib.request
 from collections import Counter, OrderedDict, deque
 from datetime import datetime, timedelta, timezone
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 LOG = logging.getLogger(__name__)  # `serve` alone gives it handlers
 
@@ -127,8 +128,8 @@ LEARNING_BYTES = 256 * KIB  # the largest body that teaches how many bytes of te
 MOST_TOKENS = 10 ** 9       # that one request can have cost
 PROBE_SECONDS = 2           # for a health probe's requests, from the look-up of the name to the last byte
 JOURNAL_SECONDS = 0.01      # how long finished requests gather before they are written; all others wait meanwhile
-FINE_TICK = 0.1             # how old a file's time must be, in seconds, to tell its change from a later one,
-COARSE_TICK = 3             # and how old where the file system knows whole seconds only: FAT counts in twos
+FINE_TICK = 0.02            # how old a file's time must be, in seconds, to tell its change from a later one; twice a tick
+COARSE_TICK = 3             # the same where the file system knows whole seconds only: FAT counts in twos
 STORE_SECONDS = 0.5         # how long the account and tokens' last uses gather before they are stored
 LOG_QUEUE = 1 * MIB         # characters of log lines that wait for a slow log, about 5,000 requests
 LOG_FILE_BYTES, LOG_FILES = 10_000_000, 5   # when a log file is rotated, and how many old ones are kept
@@ -140,7 +141,6 @@ RETRY_SECONDS = 5           # when a client that met 429 or 503 may try again
 BUSY_SECONDS = 20           # how long a command waits for the database's other writers
 
 BACKLOG = 1024              # connections that arrive at once; the system's own maximum applies
-STARTED_SECONDS = 0.5       # when the start is over, and nobody waits for it any more
 SETTLING_SECONDS = 5        # how often it is seen to that the process has the least used core
 TURNED_AWAY = 64            # of those beyond the cap, how many are kept until they have read why
 SPARE_DESCRIPTORS = 64      # for the database, logs, spooled bodies, and connections that are on their way out
@@ -187,7 +187,7 @@ def duration(text):
     """Read "90s", "15m", "12h", "30d" or "8w" as seconds."""
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhdw])", text)
     if not match or not float(match[1]):
-        raise ValueError("is no duration like 90s, 15m, 12h, 30d or 8w")
+        raise ValueError("is not a duration like 90s, 15m, 12h, 30d or 8w")
     return float(match[1]) * SECONDS_IN[match[2]]
 
 
@@ -202,7 +202,7 @@ INSTANT = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d):(\d\d)(?:\.\d+)
 def possible_instant(seconds):
     """Return Unix seconds as they are; raise ValueError for those that no date can be written for."""
     if not 0 <= seconds <= LAST_SECOND:
-        raise ValueError("is no time from 1970 to 9999")
+        raise ValueError("is not a time from 1970 to 9999")
     return seconds
 
 
@@ -211,11 +211,11 @@ def instant(text, naive_is_utc=False):
     match = INSTANT.fullmatch(text)
     zone = match and match[7]
     if not match or match[4] and not zone and not naive_is_utc:
-        raise ValueError("is no date like 2027-01-31 and no time like 2027-01-31T18:00:00Z")
+        raise ValueError("is not a date like 2027-01-31 or a time like 2027-01-31T18:00:00Z")
     try:
         moment = datetime(*(int(part or 0) for part in match.groups()[:6]), tzinfo=timezone.utc)
     except ValueError as error:
-        raise ValueError(f"is no time: {error}") from None
+        raise ValueError(f"is not a valid time: {error}") from None
     offset = timedelta()
     if zone and zone != "Z":
         offset = timedelta(hours=int(zone[1:3]), minutes=int(zone[-2:])) * (-1 if zone[0] == "-" else 1)
@@ -237,24 +237,24 @@ def boolean(text):
         return True
     if text.lower() in ("0", "false", "no", "off"):
         return False
-    raise ValueError("is neither on nor off")
+    raise ValueError("is not on or off")
 
 
 def port_number(text):
     if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
-        raise ValueError("is no port: 0 to 65535")
+        raise ValueError("is not a port number (0 to 65535)")
     return int(text)
 
 
 def positive(text):
     if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
-        raise ValueError("is no whole number from 1 to 999999999")
+        raise ValueError("is not a whole number from 1 to 999999999")
     return int(text)
 
 
 def whole(text):
     if not re.fullmatch("[0-9]{1,9}", text):
-        raise ValueError("is no whole number from 0 to 999999999")
+        raise ValueError("is not a whole number from 0 to 999999999")
     return int(text)
 
 
@@ -263,7 +263,7 @@ def model_globs(text):
     globs = [part.strip().lower() for part in text.split(",") if part.strip()]
     if not globs or "none" in globs or not all(re.fullmatch(r"[a-z0-9._:/*?-]{1,200}", glob) for glob in globs) \
             or any(glob.rpartition("/")[2].count(":") > 1 for glob in globs):
-        raise ValueError("is no list of models like llama3*,qwen2.5:7b: letters, digits, and any of . _ : / - * ?")
+        raise ValueError("is not a list of models like llama3*,qwen2.5:7b (letters, digits and . _ : / - * ?)")
     return ",".join(globs)
 
 
@@ -284,7 +284,7 @@ def moment(text, direction, now):
     try:
         return instant(text)
     except ValueError as error:
-        raise ValueError(f"{error}, nor a duration like 30d") from None
+        raise ValueError(f"{error}, or a duration like 30d") from None
 
 
 def expiry(text):
@@ -307,24 +307,11 @@ def beginning(text, clock=time.time):
     return seconds // HOUR * HOUR
 
 
-GRANTS = {"expires_at": expiry, "models": model_globs, "rpm": positive, "max_parallel": positive,
-          "tokens_per_day": positive}   # what a token is given, and how it is read
-
-
-def read_grant(column, text):
-    """Read one of GRANTS, "none" as None; raise ValueError."""
-    try:
-        return None if text == "none" else GRANTS[column](text)
-    except ValueError as error:
-        nor = ', nor "none"' if str(error).startswith("is no ") else ""
-        raise ValueError(f"{error}{nor}") from None
-
-
 def byte_size(text):
     """Read "100MiB", "64K" or a number of bytes; K, M and G count in 1024."""
     match = re.fullmatch("([0-9]{1,12}) ?(?:([KMG])(?:i?B)?|B)?", text, re.IGNORECASE)
     if not match or not int(match[1]):
-        raise ValueError("is no size like 100MiB")
+        raise ValueError("is not a size like 100MiB")
     return int(match[1]) * KIB ** " KMG".index((match[2] or " ").upper())
 
 
@@ -333,19 +320,19 @@ def networks(text):
     try:
         return tuple(ipaddress.ip_network(part.strip()) for part in text.split(",") if part.strip())
     except ValueError as error:
-        raise ValueError(f"is no list of addresses or networks: {error}") from None
+        raise ValueError(f"is not a list of addresses or networks: {error}") from None
 
 
 def log_level(text):
     levels = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "WARN": 30, "ERROR": 40, "CRITICAL": 50}
     if text.upper() not in levels:
-        raise ValueError("is no level: DEBUG, INFO, WARNING, ERROR or CRITICAL")
+        raise ValueError("is not a log level (DEBUG, INFO, WARNING, ERROR or CRITICAL)")
     return levels[text.upper()]
 
 
 def upstream_url(text):
     """Read an http or https URL, a path prefix allowed, into urllib.parse's parts."""
-    wrong = ValueError("is no upstream like http://localhost:11434")
+    wrong = ValueError("is not a URL like http://localhost:11434")
     try:
         parts = urllib.parse.urlsplit(text.rstrip("/"))
         parts.port  # raises for a port out of range
@@ -361,7 +348,7 @@ def base_path(text):
     """Read where /api is to be found, as "/path" or, for the root, ""."""
     path = text.strip("/")
     if path and not re.fullmatch(r"[A-Za-z0-9_~-][A-Za-z0-9._~-]*(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*", path):
-        raise ValueError("is no path of letters, digits, '.', '_', '~' and '-'")
+        raise ValueError("is not a path of letters, digits, '.', '_', '~' and '-'")
     if path.split("/")[0] in ("v1", "t", "docs", "openapi.json", "admin", "health", "me", "metrics"):
         raise ValueError("starts with a path that the gateway has another use for")
     return "/" + path if path else ""
@@ -372,7 +359,7 @@ def origins(text):
     found = tuple(part.strip() for part in text.split(",") if part.strip())
     for origin in found:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+|null", origin):
-            raise ValueError(f"names {origin}, which is no origin like https://chat.example.com")
+            raise ValueError(f"contains {origin}, which is not an origin like https://chat.example.com")
     return found
 
 
@@ -392,51 +379,51 @@ class Option(NamedTuple):
 
 
 OPTION_GROUPS = {
-    "what it guards, and where": (
+    "network": (
         Option("--ollama-url", "OLLAMA_BASE_URL", "http://localhost:11434", upstream_url, "URL", "the Ollama to guard"),
-        Option("--base-path", "BASE_PATH", "/api", base_path, "PATH", "where clients find Ollama's /api"),
+        Option("--base-path", "BASE_PATH", "/api", base_path, "PATH", "path at which clients find Ollama's /api"),
         Option("--db", "TOKEN_DB_PATH", "tokens.db", str, "FILE", "the database of tokens"),
         Option("--host", "GATEWAY_HOST", "127.0.0.1", str, "ADDRESS", "the address to listen on; :: for all"),
         Option("--port", "GATEWAY_PORT", "8000", port_number, "PORT", "the port to listen on"),
         Option("--tls-cert", "GATEWAY_TLS_CERT", None, str, "FILE", "serve HTTPS with this certificate chain"),
         Option("--tls-key", "GATEWAY_TLS_KEY", None, str, "FILE", "its private key, if not in the same file"),
     ),
-    "who may come in, and to what": (
-        Option("--cors-origins", "GATEWAY_CORS_ORIGINS", "", origins, "LIST", "web pages that may call: origins, or *"),
+    "access": (
+        Option("--cors-origins", "GATEWAY_CORS_ORIGINS", "", origins, "LIST", "origins of web pages that may use the gateway, or *"),
         Option("--path-tokens", "GATEWAY_PATH_TOKENS", "off", boolean, "", "accept /t/SECRET before any path"),
         Option("--trusted-proxies", "GATEWAY_TRUSTED_PROXIES", "", networks, "LIST",
-               "addresses or networks whose X-Forwarded-For tells who asks"),
-        Option("--metrics-open", "GATEWAY_METRICS_OPEN", "off", boolean, "", "show /metrics without an admin token"),
-        Option("--no-admin-api", "GATEWAY_NO_ADMIN_API", "off", boolean, "", "serve neither /admin nor its API"),
+               "addresses or networks of proxies whose X-Forwarded-For is trusted"),
+        Option("--metrics-open", "GATEWAY_METRICS_OPEN", "off", boolean, "", "serve /metrics without a token"),
+        Option("--no-admin-api", "GATEWAY_NO_ADMIN_API", "off", boolean, "", "do not serve /admin and its API"),
     ),
-    "how much there may be": (
+    "limits": (
         Option("--max-connections", "GATEWAY_MAX_CONNECTIONS", "1024", positive, "N",
-               "clients connected at once; one more takes the place of the longest waiting"),
+               "clients connected at once; one more replaces the one that waits longest"),
         Option("--max-body", "GATEWAY_MAX_BODY", "100MiB", byte_size, "SIZE",
-               "the largest request, but for blobs, which have no limit"),
+               "largest request body; blobs have no limit"),
         Option("--max-spool", "GATEWAY_MAX_SPOOL", "2GiB", byte_size, "SIZE",
                "disk space for all request bodies together; one over 1 MiB waits in a temporary file"),
         Option("--max-parallel", "GATEWAY_MAX_PARALLEL", "0", whole, "N",
-               "inference requests that are upstream at once, 0 for any number; the others wait for their turn"),
-        Option("--max-queue", "GATEWAY_MAX_QUEUE", "128", positive, "N", "requests of one user that may wait"),
+               "inference requests that Ollama gets at once, the others wait; 0 is no limit"),
+        Option("--max-queue", "GATEWAY_MAX_QUEUE", "128", positive, "N", "requests of one user that may wait in the queue"),
     ),
-    "how long it waits": (
-        Option("--queue-timeout", "GATEWAY_QUEUE_TIMEOUT", "60s", timeout, "TIME", "for a request's turn to come"),
+    "timeouts": (
+        Option("--queue-timeout", "GATEWAY_QUEUE_TIMEOUT", "60s", timeout, "TIME", "longest wait of a request in the queue"),
         Option("--connect-timeout", "GATEWAY_CONNECT_TIMEOUT", "5s", timeout, "TIME",
-               "to connect to Ollama, from the look-up of its name"),
+               "to connect to Ollama, name look-up included"),
         Option("--first-byte-timeout", "GATEWAY_FIRST_BYTE_TIMEOUT", "600s", timeout, "TIME",
-               "for Ollama's answer to begin: a model loads, queues, thinks"),
-        Option("--stall-timeout", "GATEWAY_STALL_TIMEOUT", "300s", timeout, "TIME", "for the next piece of an answer"),
+               "for the first byte of an answer: a model may load, queue and think"),
+        Option("--stall-timeout", "GATEWAY_STALL_TIMEOUT", "300s", timeout, "TIME", "for the next byte of an answer"),
         Option("--header-timeout", "GATEWAY_HEADER_TIMEOUT", "15s", timeout, "TIME",
-               "for a whole request head, and for a TLS handshake"),
+               "for a whole request head, or a TLS handshake"),
         Option("--idle-timeout", "GATEWAY_IDLE_TIMEOUT", "75s", timeout, "TIME",
-               "for the next request on an open connection"),
+               "for the next request on a connection"),
         Option("--drain-timeout", "GATEWAY_DRAIN_TIMEOUT", "30s", timeout, "TIME",
-               "for running requests to finish when the gateway is told to stop"),
+               "for running requests to finish at a stop"),
     ),
-    "what it logs": (
-        Option("--log-level", "LOG_LEVEL", "INFO", log_level, "LEVEL", "what goes to stderr"),
-        Option("--log-file-level", "LOG_FILE_LEVEL", "INFO", log_level, "LEVEL", "what goes to the log file"),
+    "logging": (
+        Option("--log-level", "LOG_LEVEL", "INFO", log_level, "LEVEL", "level of the log on stderr"),
+        Option("--log-file-level", "LOG_FILE_LEVEL", "INFO", log_level, "LEVEL", "level of the log file"),
         Option("--log-file", "GATEWAY_LOG_FILE", None, str, "FILE",
                "a log file, rotated at 10 MB, reopened on SIGHUP; app.log if LOG_FILE_LEVEL is set"),
     ),
@@ -596,7 +583,46 @@ class Token(NamedTuple):
     tokens_per_day: Optional[int]   # of prompts and completions, in a day of UTC
 
 
-LIMITED = ("models", "rpm", "max_parallel", "tokens_per_day")    # what of a token limits it
+class Limit(NamedTuple):
+    """A limit of a token; flags, admin API, export, list, menu, pages, OpenAPI and messages iterate LIMITS."""
+
+    column: str         # in the database and in JSON
+    read: Callable      # returns the value of a text; raises ValueError
+    metavar: str
+    help: str           # of the flag
+    heading: str        # in `token list`
+    label: str          # in the menu and on the pages
+    example: str        # of a value that is not a number
+    phrase: str         # a value in a sentence
+    json_type: str
+    refusal: str        # of a request beyond it: one of REFUSALS
+
+    @property
+    def flag(self):
+        return "--" + self.column.replace("_", "-")
+
+
+LIMITS = (
+    Limit("models", model_globs, "LIST", "the only models it may use, as llama3*,qwen2.5:7b", "MODELS", "Models",
+          "llama3*,qwen2.5:7b", "models {}", "string[]", "forbidden"),
+    Limit("rpm", positive, "N", "inference requests in any minute", "RPM", "Requests a minute",
+          "", "{} a minute", "integer", "rate_limited"),
+    Limit("max_parallel", positive, "N", "inference requests at once", "PARALLEL", "Requests at once",
+          "", "{} at once", "integer", "too_many_at_once"),
+    Limit("tokens_per_day", positive, "N", "tokens of prompts and completions in a day of UTC", "A DAY", "Tokens a day",
+          "", "{} tokens a day", "integer", "budget_spent"),
+)
+LIMIT_OF = {limit.column: limit for limit in LIMITS}
+SETTABLE = {"expires_at": expiry, **{limit.column: limit.read for limit in LIMITS}}     # columns of a token
+
+
+def read_column(column, text):
+    """Return the value of a text for one of SETTABLE, None for "none"; raise ValueError."""
+    try:
+        return None if text == "none" else SETTABLE[column](text)
+    except ValueError as error:
+        alternative = ', or "none"' if str(error).startswith("is not a") else ""
+        raise ValueError(f"{error}{alternative}") from None
 
 
 def is_expired(token):
@@ -604,12 +630,14 @@ def is_expired(token):
 
 
 def as_json(token):
-    """Return what there is to show of a token, ready for JSON."""
-    told = {"id": token.id, "user": token.user, "name": token.name, "hint": token.hint,
-            "created_at": show_instant(token.created_at), "expires_at": show_instant(token.expires_at),
-            "last_used_at": show_instant(token.last_used_at), "expired": is_expired(token), "admin": bool(token.admin)}
-    return dict(told, models=token.models.split(",") if token.models else None, rpm=token.rpm,
-                max_parallel=token.max_parallel, tokens_per_day=token.tokens_per_day)
+    """Return a token's columns, ready for JSON."""
+    shown = {"id": token.id, "user": token.user, "name": token.name, "hint": token.hint,
+             "created_at": show_instant(token.created_at), "expires_at": show_instant(token.expires_at),
+             "last_used_at": show_instant(token.last_used_at), "expired": is_expired(token), "admin": bool(token.admin)}
+    for limit in LIMITS:
+        value = getattr(token, limit.column)
+        shown[limit.column] = value.split(",") if value and limit.json_type == "string[]" else value
+    return shown
 
 
 class Request(NamedTuple):
@@ -1082,7 +1110,7 @@ class ChunkedBody:
             return data
         for name, _ in parse_fields(data[:end]):
             if name.lower() in FORBIDDEN_TRAILERS:
-                raise Malformed(f"{name} is no trailer")
+                raise Malformed(f"{name} is not allowed in trailers")
         self.complete = True
         return data[end + 2:]
 
@@ -1321,12 +1349,12 @@ def form_parts(content_type, data):
     """
     form = FORM.fullmatch(content_type)
     if not form:
-        raise Unreadable("it is no multipart/form-data with a plain boundary")
+        raise Unreadable("it is not multipart/form-data with a plain boundary")
     delimiter = b"--" + (form[1] or form[2]).encode("latin-1")
     found = [(at, at + len(delimiter)) for at in itertools.islice(find_all(data, delimiter), FORM_PARTS + 2)]
     if not found or data[:found[0][0]] not in (b"", b"\r\n") or len(found) > FORM_PARTS + 1 \
             or data[found[-1][1]:found[-1][1] + 5] not in (b"--", b"--\r\n"):
-        raise Unreadable("it is no form, or has too many parts")
+        raise Unreadable("it is not a form, or has too many parts")
     for (_, start), (end, _) in zip(found, found[1:]):
         head_end = data.find(b"\r\n\r\n", start, min(end, start + WINDOW_BYTES))
         if data[start:start + 2] != b"\r\n" or data[end - 2:end] != b"\r\n" or not start < head_end <= end - 4 - 2:
@@ -1353,7 +1381,7 @@ def asked_in_form(data, content_type):
     try:
         return Asked(models[0].decode() if models else "")
     except UnicodeDecodeError:
-        raise Unreadable("it is no UTF-8") from None
+        raise Unreadable("it is not UTF-8") from None
 
 
 NAME_PART = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,79}", re.ASCII)
@@ -1386,10 +1414,10 @@ def canonical(model):
     return (spellings(model) or ("",))[0]
 
 
-@functools.lru_cache(KNOWN_NAMES)
 def is_on_account(model):
     """Tell whether a model's name makes Ollama run it on its owner's ollama.com account."""
-    return ON_ACCOUNT.search(model.strip().lower()) is not None
+    model = model.lower()
+    return "cloud" in model and ON_ACCOUNT.search(model.strip()) is not None
 
 
 def is_listed(model, globs):
@@ -1442,7 +1470,7 @@ def digest_of(secret):
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-# A token's requests have the same secret: not asking OpenSSL again is a twentieth of what a small answer costs.
+# In a running server a digest takes 4 us, a twenty-fifth of a small answer's CPU; alone in a loop it takes 0.5 us.
 known_digest_of = functools.lru_cache(KNOWN_HEADS)(digest_of)
 
 
@@ -1758,7 +1786,7 @@ class TokenStore:
     """
 
     COLUMNS = ", ".join(Token._fields)
-    EXPORTED = ("user", "name", "digest", "hint", "created_at", "expires_at", "last_used_at", "admin", *LIMITED)
+    EXPORTED = ("user", "name", "digest", "hint", "created_at", "expires_at", "last_used_at", "admin", *LIMIT_OF)
 
     def __init__(self, path, create=False, clock=time.time):
         self.path, self._paths = path, (path, path + "-wal", path + "-shm")
@@ -1849,7 +1877,7 @@ class TokenStore:
     def create(self, user, name, expires_at=None, admin=False, **limits):
         """Make a token; return it and its secret, which nothing but the answer will ever hold.
 
-        limits: by the names of LIMITED.
+        limits: by the columns of LIMITS.
         """
         check_name("user", user), check_name("name", name)
         secret = SECRET_PREFIX + secrets.token_urlsafe(32)
@@ -2104,7 +2132,7 @@ class ClientWire(Wire):
 
     last_request = False    # no further one may follow: the server is stopping
     dismissed = False       # nor may this one go on
-    authenticated = False   # the current request has a valid token
+    token_id = None         # of the current request, once that is authenticated
     stalled = False         # the current request has been kept waiting by its client, or for its bad credential
 
     def wait(self, events, deadline, watched=None):
@@ -2193,7 +2221,7 @@ class Connections:
     def evict(self):
         """Evict a connection; return whether there was one to evict."""
         with self._lock:
-            stalled = (wire for wire in self._serving if wire.stalled and not wire.authenticated)
+            stalled = (wire for wire in self._serving if wire.stalled and wire.token_id is None)
             wire = next(itertools.chain(self._waiting, stalled), None)
             if wire is not None:
                 self._end(wire)
@@ -2218,9 +2246,18 @@ class Connections:
         with self._lock:
             if self._waiting.pop(wire, False) is False:
                 return False
-            wire.authenticated = wire.stalled = False
+            wire.token_id, wire.stalled = None, False
             self._serving[wire] = True
             return True
+
+    def authenticate(self, wire, token_id):
+        """Note whose request a connection serves; raise Refusal if that token has a quarter of all connections."""
+        if len(self._serving) > self._share:
+            with self._lock:
+                if sum(other.token_id == token_id for other in self._serving) >= self._share:
+                    raise Refusal("too_many_at_once", f"this token may have {count(self._share, 'request')} open, a "
+                                                      "quarter of --max-connections: try again later")
+        wire.token_id = token_id
 
     def leave(self, wire):
         with self._lock:
@@ -2244,7 +2281,7 @@ class Connections:
 
 
 class Footprint:
-    """Keeps the process, for a with block, on one core, the one that others use least, and its memory in one piece.
+    """Keeps the process, for a with block, on one core, the one that others use least.
 
     Its threads run one at a time whatever the number of cores, for they share the interpreter's lock, and over several
     cores each hand-over of that lock is a wake-up from one to the other: with 8 connections a small answer took 190 us
@@ -2266,18 +2303,8 @@ class Footprint:
 
     def _run(self):
         self._choose_core()
-        if self._stop.wait(STARTED_SECONDS):
-            return
-        self._share_memory()
         while not self._stop.wait(SETTLING_SECONDS):
             self._choose_core()
-
-    @staticmethod
-    def _share_memory():
-        """Have glibc keep what threads free in one heap for all, not in one for each few: 3 of 50 MB after a burst."""
-        with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
-            import ctypes
-            ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX, malloc.h
 
     def _choose_core(self):
         """Move if another core was left idle while others used this one."""
@@ -2491,7 +2518,7 @@ def parse_request(head):
     if absolute and absolute[1].lower() == host.lower():
         target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
     if not target.startswith("/") or "#" in target:
-        raise Malformed("the request's target is no path")
+        raise Malformed("the request target is not a path")
     path, mark, query = target.partition("?")
     named = list_members(fields.get("connection", ""))
     return Request(method, path, mark + query, version, fields, frozenset(repeated),
@@ -2928,11 +2955,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 ASK_FOR_USAGE = b',"stream_options":{"include_usage":true}'  # before the object's end: of equal keys the last wins
 
 
+NOTHING_TO_COUNT = contextlib.nullcontext()
+
+
 class Gateway:
     """Conducts each request through the stages that it is handed."""
 
-    def __init__(self, peers, router, authenticator, limiter, upstream, health, relay, journal, pages, count_prompt):
-        self.health = health
+    def __init__(self, peers, router, authenticator, limiter, upstream, health, relay, journal, pages, count_prompt,
+                 connections):
+        self.health, self._connections = health, connections
         self._peers, self._router, self._authenticator, self._limiter = peers, router, authenticator, limiter
         self._upstream, self._relay, self._journal, self._pages = upstream, relay, journal, pages
         self._count_prompt = count_prompt
@@ -2949,6 +2980,7 @@ class Gateway:
             if route.access == "public":
                 return client.answer(*self._visit(route, Visit(request, path, None, b"")))
             token = self._identify(client, request, route)
+            self._connections.authenticate(client.wire, token.id)
             with self._limiter.admit(route, token, record) as admission:
                 if route.kind == "page":
                     return client.answer(*self._page(client, request, route, path, token))
@@ -2972,7 +3004,6 @@ class Gateway:
     def _identify(self, client, request, route):
         """Return the request's token, which may use the route; raise Refusal."""
         token = client.record.token = self._authenticator.identify(request, client.record.peer, client.wire.pause)
-        client.wire.authenticated = True
         client.limit_fields = functools.partial(self._limiter.fields, token, client.record)
         self._router.permit(route, token, request)
         return token
@@ -2991,7 +3022,7 @@ class Gateway:
             self._router.permit_model(route, asked, token)
             return token
 
-        asked, client.wire.waited = Asked(), False
+        asked, client.wire.waited = None, False
         with LiveBody(client, judge) if route.streamed else client.take_body() as body:
             if client.wire.waited:
                 token = self._identify(client, request, route)
@@ -3001,7 +3032,7 @@ class Gateway:
             if asked.usage_at:
                 body.insert(asked.usage_at, ASK_FOR_USAGE)
             token = admission.wait_turn(token, client.wire, judge)
-            with self._count_prompt(route, client.record, body), \
+            with self._count_prompt(client.record, body) if route.kind == "inference" else NOTHING_TO_COUNT, \
                     self._upstream.open(route.method, path, request, body, client.record.id, client.wire) as reply:
                 return self._relay(reply, client, route, asked, token, admission.leave)
 
@@ -3315,9 +3346,9 @@ class Allowance(NamedTuple):
         if self.name == "tokens_per_day":  # SDKs would sleep until midnight, without a word
             raise Refusal("budget_spent", f"this token's {self.most} tokens a day are used up: try again after "
                                           "00:00 UTC", [("X-Should-Retry", "false")], self.reset)
-        code, what = ("rate_limited", "a minute") if self.name == "rpm" else ("too_many_at_once", "at once")
-        raise Refusal(code, f"this token may have {count(self.most, 'request')} {what}: try again in {self.reset} s",
-                      retry_after=self.reset)
+        limit = LIMIT_OF[self.name]
+        raise Refusal(limit.refusal, f"this token may have {limit.phrase.format(count(self.most, 'request'))}: "
+                                     f"try again in {self.reset} s", retry_after=self.reset)
 
 
 def is_limited(token):
@@ -3325,12 +3356,12 @@ def is_limited(token):
 
 
 class Standing:
-    """A token's open requests, those of them for inference, and when it began such within the last minute."""
+    """A token's running requests, and when it began such within the last minute."""
 
-    __slots__ = ("open", "running", "recent")
+    __slots__ = ("running", "recent")
 
     def __init__(self):
-        self.open, self.running, self.recent = 0, 0, deque()
+        self.running, self.recent = 0, deque()
 
 
 class Account:
@@ -3572,8 +3603,10 @@ class Admission:
     `leave` may end it early. Entering raises Refusal.
     """
 
-    def __init__(self, limiter, token, record, is_inference):
-        self._limiter, self._record, self.is_inference = limiter, record, is_inference
+    __slots__ = ("_limiter", "_record", "token", "began", "place", "_open")
+
+    def __init__(self, limiter, token, record):
+        self._limiter, self._record = limiter, record
         self.token = token      # the one whose counters were changed
         self.began = None       # the time at which the token's rate counts it
         self.place = None       # in the queue, and upstream
@@ -3589,10 +3622,10 @@ class Admission:
 
         Raises Refusal when it waits too long, or its limits are reached now that its body is there or its turn has come.
         """
-        if not self.is_inference:
-            return token
         record = self._record
-        self.place = self._limiter.line_up(self, token, record)
+        if is_limited(token):
+            self._limiter.check_again(self, token)
+        self.place = self._limiter.line_up(token, record)
         record.queued = self.place.wait(wire)
         if record.queued:
             token = judge()
@@ -3610,47 +3643,60 @@ class Admission:
             self._limiter.leave(self, self._record)
 
 
+class NoAdmission:
+    """The Admission of a request that is not for inference: it has no limits and does not wait."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """There is nothing to give back."""
+
+    leave = __exit__
+
+    @staticmethod
+    def wait_turn(token, *_):
+        return token
+
+
+NO_ADMISSION = NoAdmission()
+
+
 class Limiter:
-    """Holds each token to its limits, and lets inference requests go upstream in turn.
+    """Holds each token to its limits, and lets inference requests go upstream in turn."""
 
-    most_open: how many requests of any kind a token may have at once, so that it cannot take all connections.
-    """
-
-    def __init__(self, turns, account, clock=time.monotonic, most_open=sys.maxsize):
-        self._turns, self._account, self._most_open, self._clock = turns, account, most_open, clock
+    def __init__(self, turns, account, clock=time.monotonic):
+        self._turns, self._account, self._clock = turns, account, clock
         self._lock, self._standings = threading.Lock(), {}      # {token id: Standing}
 
     def admit(self, route, token, record):
         """Return the Admission of a request."""
-        return Admission(self, token, record, route.kind == "inference")
+        return Admission(self, token, record) if route.kind == "inference" else NO_ADMISSION
 
     def enter(self, admission):
         """Count a request, before its body is read; raise Refusal if it exceeds a limit."""
         token = admission.token
-        budget = self._budget(token) if admission.is_inference else []
+        budget = self._budget(token)
         with self._lock:
             standing = self._standings.get(token.id)
             if standing is None:
                 standing = self._standings[token.id] = Standing()
-            if standing.open >= self._most_open:
-                raise Refusal("too_many_at_once", f"this token may have {count(self._most_open, 'request')} open, "
-                                                  "a quarter of --max-connections: try again later")
-            if admission.is_inference:
-                if is_limited(token):
-                    self._refuse_beyond(self._rates(token, standing) + budget)
-                standing.running += 1
-                if token.rpm:
-                    admission.began = self._clock()
-                    standing.recent.append(admission.began)
-            standing.open += 1
+            if is_limited(token):
+                self._refuse_beyond(self._rates(token, standing) + budget)
+            standing.running += 1
+            if token.rpm:
+                admission.began = self._clock()
+                standing.recent.append(admission.began)
 
-    def line_up(self, admission, token, record):
-        """Return a request's place in the queue, now that its body is there; raise Refusal if it exceeds a limit."""
-        if is_limited(token):
-            budget = self._budget(token)
-            with self._lock:
-                own = 0 if admission.began is None else 1
-                self._refuse_beyond(self._rates(token, self._standings[admission.token.id], 1, own) + budget)
+    def check_again(self, admission, token):
+        """Raise Refusal if a request, now that its body is there, exceeds a limit of its token."""
+        budget = self._budget(token)
+        with self._lock:
+            own = 0 if admission.began is None else 1
+            self._refuse_beyond(self._rates(token, self._standings[admission.token.id], 1, own) + budget)
+
+    def line_up(self, token, record):
+        """Return a request's place in the queue; raise Refusal if that is full."""
         place = self._turns.line_up(token.user)
         self._account.begin(record)
         return place
@@ -3668,13 +3714,11 @@ class Limiter:
             self._turns.leave(admission.place)
         with self._lock:
             standing = self._standings[admission.token.id]
-            standing.open -= 1
-            if admission.is_inference:
-                standing.running -= 1
-                if admission.place is None and admission.began is not None:
-                    with contextlib.suppress(ValueError):   # a minute has passed
-                        standing.recent.remove(admission.began)
-            if not standing.open and not standing.recent:
+            standing.running -= 1
+            if admission.place is None and admission.began is not None:
+                with contextlib.suppress(ValueError):   # a minute has passed
+                    standing.recent.remove(admission.began)
+            if not standing.running and not standing.recent:
                 del self._standings[admission.token.id]
 
     @staticmethod
@@ -4223,27 +4267,25 @@ TOKEN_COUNTS = (("prompt_eval_count", "eval_count"), ("prompt_tokens", "completi
 COUNT = re.compile(rb'"(\w+_(?:count|tokens))"\s*:\s*(\d{1,10})(?![\d.eE])')
 
 
-def answer_end(data):
-    """Return the members that a long answer ends with, from the token counts on; {} if it ends otherwise.
+def counts_at_end(data):
+    """Return the token counts that an answer, or a line of one, ends with; {} if it ends otherwise.
 
-    Ollama writes the counts last. No text has their keys, for its quotes are escaped, and in an object within another
-    one there is more to follow.
+    Ollama writes them last. No text has their keys, for its quotes are escaped; if they are those of a nested object,
+    more brackets follow.
     """
     at = max(data.rfind(b'"total_duration"', -ENDING_BYTES), data.rfind(b'"usage"', -ENDING_BYTES))
-    if at < 0 or not COUNT.search(data, at):
+    end = data[at:] if at >= 0 else b""
+    if b"[" in end or end.count(b"}") - end.count(b"{") != 1:
         return {}
-    try:
-        return json.loads("{" + data[at:].decode())
-    except (ValueError, RecursionError):
-        return {}
+    return {key.decode(): int(number) for key, number in COUNT.findall(end)}
 
 
 def decoded_answer(data, whole=True):
-    """Return the members of an answer or of a line of one, of a long one those with the counts; {} for no object.
+    """Return the members of an answer, or of a line of one, or only the token counts; {} for neither.
 
     whole: data has no gap.
     """
-    members = answer_end(data) if len(data) > VALUE_BYTES else {}
+    members = counts_at_end(data)
     if members or not whole or len(data) > WHOLE_BYTES:
         return members or {key.decode(): int(number) for key, number in COUNT.findall(data)}
     try:
@@ -4292,14 +4334,22 @@ class ObjectTap(Tap):
 
     def __init__(self):
         self._beginning = self._end = b""
+        self._unread, self._reported = False, None
+
+    @property
+    def reported(self):
+        """Return the Usage; it is read when it is first needed, mostly in the background."""
+        if self._unread:
+            self._unread = False
+            self._reported = reported_usage(decoded_answer(self._beginning + self._end, not self._end))
+        return self._reported
 
     def pass_on(self, piece, last):
         if len(self._beginning) < WHOLE_BYTES:
             self._beginning += piece
         else:
             self._end = (self._end + piece)[-ENDING_BYTES:]
-        if last:
-            self.reported = reported_usage(decoded_answer(self._beginning + self._end, not self._end))
+        self._unread = last
         return piece
 
 
@@ -4440,16 +4490,20 @@ class TokenRatio:
 class PromptCount:
     """A with block around a request's time upstream, after which its prompt has a count, Ollama's or an estimate."""
 
-    def __init__(self, ratio, route, record, body):
-        self._ratio, self._route, self._record, self._body = ratio, route, record, body
+    __slots__ = ("_ratio", "_record", "_body")
+
+    def __init__(self, ratio, record, body):
+        self._ratio, self._record, self._body = ratio, record, body
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
         tap, token, body = self._record.tap, self._record.token, self._body
-        if self._route.kind != "inference" or self._route.path in TELLS_NO_TOKENS:
+        if self._record.route in TELLS_NO_TOKENS:
             return
+        if kind is None and not token.tokens_per_day and isinstance(tap, ObjectTap):
+            return  # whole, and no budget depends on it: it is read in the background
         with contextlib.suppress(Refusal):      # a disk that fails to give the body back
             if tap and tap.reported:
                 if tap.reported.prompt and token.tokens_per_day and body.size <= LEARNING_BYTES:
@@ -4526,7 +4580,6 @@ def relay(reply, client, route, asked, token, leave):
 PLAIN = re.compile(r"[!#-<>-\[\]-~]+")
 
 
-@functools.lru_cache(KNOWN_NAMES)
 def log_value(value):
     """Return a value for a log line: as it is if it is plain, else quoted, control characters escaped."""
     text = "-" if value in (None, "") else str(value)
@@ -4672,7 +4725,7 @@ COUNTERS = {
     "rate_limited_total": ("Requests refused for a limit.", ("limit",)),
     "upstream_errors_total": ("Requests that failed because Ollama could not be reached or broke off.", ("code",)),
 }
-LIMIT_OF = {"rate_limited": "rpm", "too_many_at_once": "max_parallel", "budget_spent": "tokens_per_day"}
+LIMIT_OF_REFUSAL = {limit.refusal: limit.column for limit in LIMITS}
 HISTOGRAMS = {
     "first_byte_seconds": "Time from an inference request's head to its answer's first byte.",
     "queue_wait_seconds": "Time that an inference request waited for its turn.",
@@ -4701,7 +4754,7 @@ class Meters:
             if record.outcome == "left":
                 self._count("cancelled_total")
             if record.code and REFUSALS[record.code].status == 429:
-                self._count("rate_limited_total", LIMIT_OF.get(record.code, "failed_credentials"))
+                self._count("rate_limited_total", LIMIT_OF_REFUSAL.get(record.code, "failed_credentials"))
             if record.code in ("upstream_failed", "upstream_silent"):
                 self._count("upstream_errors_total", record.code)
             if record.admitted:
@@ -4862,14 +4915,13 @@ DELETE /api/user/keys/{key} | remove a key from the host's ollama.com account
 POST   /api/experimental/web_search | search the web with the host's account
 POST   /api/experimental/web_fetch | fetch a page with the host's account
 """
-SCHEMAS = """
+SCHEMAS = f"""
 Object:
 Health: status!, upstream!, version!
-granted: admin: boolean, expires_at?, models: any, rpm?: integer, max_parallel?: integer, tokens_per_day?: integer
-TokenChanges: *granted
-NewToken: user!, name!, *granted
+TokenChanges: admin: boolean, expires_at?, {", ".join(f"{column}: any" for column in LIMIT_OF)}
+NewToken: user!, name!, *TokenChanges
 named: id!: integer, user!, name!, hint!, created_at!, expires_at!?, admin!: boolean, *limits
-limits: models!?: string[], rpm!?: integer, max_parallel!?: integer, tokens_per_day!?: integer
+limits: {", ".join(f"{limit.column}!?: {limit.json_type}" for limit in LIMITS)}
 Token: *named, last_used_at!?, expired!: boolean
 TokenWithSecret: *Token, token!
 Me: *named, left!: Object, usage!: DayUse[]
@@ -5159,6 +5211,7 @@ const KEY = "ollama_gateway.token";
 // All is asked for below where the page is seen, behind a proxy's prefix too; a secret in the path goes as a header.
 const [, ROOT, PATH_SECRET] = location.pathname.match(/^(.*?)(?:\/t\/([^/]+))?\/[^/]*$/);
 const BASE = document.documentElement.dataset.base;
+const LIMITS = JSON.parse(document.getElementById("limits").textContent);
 const ADDRESS = location.origin + ROOT;
 
 const byId = id => document.getElementById(id);
@@ -5278,7 +5331,6 @@ function dayChart(rows, days) {
 """
 
 DOCS_SCRIPT = r"""
-const LIMITS = {rpm: "Requests in a minute", max_parallel: "Requests at once", tokens_per_day: "Tokens today"};
 let running = null;
 
 const tile = (name, ...content) => element("div", {}, element("dt", {}, name), element("dd", {}, content));
@@ -5289,7 +5341,7 @@ function showMe(me) {
     element("dl", {class: "tiles"},
       tile("Valid", me.expires_at ? `until ${minute(me.expires_at)}` : "until deleted"),
       tile("Models", me.models ? me.models.join(", ") : "all"),
-      Object.entries(me.left).map(([name, {limit, remaining}]) => tile(LIMITS[name],
+      Object.entries(me.left).map(([name, {limit, remaining}]) => tile(LIMITS[name].label,
         number(remaining), bar(remaining / limit), element("small", {}, `left of ${number(limit)}`)))),
     element("h3", {}, "Your last seven days"), dayChart(me.usage, 7));
 }
@@ -5410,8 +5462,8 @@ signIn(enter, leave);
 
 ADMIN_SCRIPT = r"""
 const FIELDS = {user: ["User", "a person"], name: ["Name", "a device, a program"],
-  expires_at: ["Expires", "30d, 2027-01-31"], models: ["Models", "llama3*,qwen2.5:7b"],
-  rpm: ["Requests in a minute", ""], max_parallel: ["Requests at once", ""], tokens_per_day: ["Tokens a day", ""]};
+  expires_at: ["Expires", "30d, 2027-01-31"],
+  ...Object.fromEntries(Object.entries(LIMITS).map(([name, {label, example}]) => [name, [label, example]]))};
 let tokens = [], watching = 0, renewing = false;
 
 const nameOf = row => `${row.user}/${row.name}`;
@@ -5505,9 +5557,9 @@ function deleteToken(known) {
 }
 
 function limitsOf(row) {
-  return [row.rpm && `${number(row.rpm)} a minute`, row.max_parallel && `${number(row.max_parallel)} at once`,
-    row.tokens_per_day && `${number(row.tokens_per_day)} tokens a day`, row.models && `models ${row.models.join(", ")}`]
-    .filter(Boolean).join("; ");
+  const shown = value => Array.isArray(value) ? value.join(", ") : number(value);
+  return Object.entries(LIMITS).filter(([name]) => row[name])
+    .map(([name, {phrase}]) => phrase.replace("{}", shown(row[name]))).join("; ");
 }
 
 function tokenRow(row) {
@@ -5768,12 +5820,15 @@ def source_hash(text):
 
 def html_page(title, body, script, base):
     """Return a page that is nothing but itself: no source beside its own style and script, no target but its origin."""
+    limits = json.dumps({limit.column: {"label": limit.label, "example": limit.example, "phrase": limit.phrase}
+                         for limit in LIMITS})
     policy = (f"default-src 'none'; style-src {source_hash(STYLE)}; script-src {source_hash(script)}; "
               "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
     page = (f'<!doctype html>\n<html lang="en" data-base="{base}">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" '
             f'content="light dark">\n<title>{title}</title>\n<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n'
-            f"</head>\n<body>{body}<script>{script}</script>\n</body>\n</html>\n")
+            f'</head>\n<body>{body}<script type="application/json" id="limits">{limits}</script>'
+            f"<script>{script}</script>\n</body>\n</html>\n")
     return 200, "text/html; charset=utf-8", page.encode(), [
         ("Content-Security-Policy", policy), ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-cache")]
 
@@ -5859,7 +5914,7 @@ def asked_in_body(visit, known):
     except (ValueError, RecursionError):
         pairs = None
     if not isinstance(pairs, tuple):
-        raise UsageError("the body is no JSON object")
+        raise UsageError("the body is not a JSON object")
     members = dict(pairs)
     if len(members) < len(pairs) or not set(members) <= set(known):
         wrong = min(set(members) - set(known), default="a key twice")
@@ -5867,22 +5922,22 @@ def asked_in_body(visit, known):
     return members
 
 
-def told_grants(members):
-    """Return, read, what a body's members say of GRANTS and of admin, by column."""
+def columns_in_body(members):
+    """Return the values that a body's members have for SETTABLE and admin, by column; raise UsageError."""
     found = {}
-    for column in GRANTS:
+    for column in SETTABLE:
         if column in members:
             value = members[column]
-            if isinstance(value, list) and column == "models":
+            if isinstance(value, list) and column in LIMIT_OF and LIMIT_OF[column].json_type == "string[]":
                 value = ",".join(map(str, value))
             text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
             try:
-                found[column] = read_grant(column, text)
+                found[column] = read_column(column, text)
             except ValueError as error:
                 raise UsageError(f'{column}: "{text[:200]}" {error}') from None
     if "admin" in members:
         if not isinstance(members["admin"], bool):
-            raise UsageError("admin: it is neither true nor false")
+            raise UsageError("admin: it must be true or false")
         found["admin"] = members["admin"]
     return found
 
@@ -5890,7 +5945,7 @@ def told_grants(members):
 class Pages:
     """The gateway's own pages: each is a method, of the name that the table of routes has for it."""
 
-    CHANGED = ("admin", *GRANTS)    # what of a token can be changed
+    CHANGED = ("admin", *SETTABLE)
 
     def __init__(self, routes, base, store, health, account, limiter, meters, gauges):
         self._routes, self._base = routes, base
@@ -5976,7 +6031,7 @@ class Pages:
         for key in "user", "name":
             if not isinstance(members.get(key), str):
                 raise UsageError(f"{key}: a text has to be there")
-        token, secret = self._store.create(members["user"], members["name"], **told_grants(members))
+        token, secret = self._store.create(members["user"], members["name"], **columns_in_body(members))
         return json_page(dict(as_json(token), token=secret), 201)
 
     def _token(self, visit):
@@ -5986,7 +6041,7 @@ class Pages:
         return json_page(as_json(self._token(visit)))
 
     def update_token(self, visit):
-        changes = told_grants(asked_in_body(visit, self.CHANGED))
+        changes = columns_in_body(asked_in_body(visit, self.CHANGED))
         token = self._token(visit)
         return json_page(as_json(self._store.update(token.user, token.name, **changes)))
 
@@ -6052,7 +6107,7 @@ def build_server(settings, store, log=None):
     tokens = TokenTable(store)
     account = Account(store, tokens)
     turns = Turns(settings.max_parallel, settings.max_queue, settings.queue_timeout)
-    limiter = Limiter(turns, account, most_open=max(connections.most // 4, 1))
+    limiter = Limiter(turns, account)
     gauges = {"in_flight_requests": ("Inference requests that are upstream.", lambda: turns.running),
               "queued_requests": ("Inference requests that wait for their turn.", lambda: turns.waiting),
               "connections": ("Open connections of clients.", lambda: len(connections))}
@@ -6065,6 +6120,7 @@ def build_server(settings, store, log=None):
         limiter=limiter,
         upstream=upstream,
         health=health,
+        connections=connections,
         relay=relay,
         count_prompt=functools.partial(PromptCount, TokenRatio()),
         journal=Journal(account, meters, log or LOG.info),
@@ -6081,7 +6137,7 @@ def build_server(settings, store, log=None):
 # == Commands =================================================================
 
 PROGRAM = "python3 ollama_gateway.py"
-PURPOSE = "A gateway that lets people share an Ollama server: a token for each person\nand device, in one file"
+PURPOSE = "Authenticating reverse proxy for Ollama: a token for each person and device"
 UNTYPED = dict(env_file=None, json=False, quiet=False, format=None)  # what commands ask for whether typed or not
 BAR_COLUMNS, MOST_BAR_COLUMNS = 10, 60
 EXPORT_VERSION = 2          # 1 knew no limits
@@ -6155,30 +6211,28 @@ def table(rows, width, elastic, dispensable):
     return ["  ".join(fit(cell, columns) for cell, columns in zip(row, widths)).rstrip() for row in rows]
 
 
-def told_limits(token):
+def limit_phrases(token):
     """Return a token's limits, each in a few words."""
-    told = ((token.rpm, "{} a minute"), (token.max_parallel, "{} at once"), (token.tokens_per_day, "{} tokens a day"),
-            (token.models, "models {}"))
-    return [words.format(value) for value, words in told if value]
+    return [limit.phrase.format(getattr(token, limit.column)) for limit in LIMITS if getattr(token, limit.column)]
 
 
 def describe(token):
     """Return a token and all it may in a sentence's part."""
-    limits = "; ".join(told_limits(token))
+    limits = "; ".join(limit_phrases(token))
     return (f'the {"admin " if token.admin else ""}token "{token.user}/{token.name}", which '
             + (f"expires {show_instant(token.expires_at)}" if token.expires_at else "does not expire")
             + (f" (limits: {limits})" if limits else ""))
 
 
-def typed_grants(args):
-    """Return what was typed of GRANTS, read, by column."""
+def columns_in_flags(args):
+    """Return the values of the flags for SETTABLE that were given, by column; raise UsageError."""
     found = {}
-    for column in GRANTS:
+    for column in SETTABLE:
         if hasattr(args, column):
             try:
-                found[column] = read_grant(column, getattr(args, column))
+                found[column] = read_column(column, getattr(args, column))
             except ValueError as error:
-                flag = "--expires" if column == "expires_at" else "--" + column.replace("_", "-")
+                flag = LIMIT_OF[column].flag if column in LIMIT_OF else "--expires"
                 raise UsageError(f'{flag}: "{getattr(args, column)}" {error}') from None
     return found
 
@@ -6230,7 +6284,7 @@ def show_secret(args, store, done, token, secret):
 
 def cmd_token_create(args):
     with open_command_store(args, create=True) as store:
-        token, secret = store.create(args.user, args.name, admin=getattr(args, "admin", False), **typed_grants(args))
+        token, secret = store.create(args.user, args.name, admin=getattr(args, "admin", False), **columns_in_flags(args))
         show_secret(args, store, "Created", token, secret)
 
 
@@ -6248,10 +6302,7 @@ TOKEN_COLUMNS = (
     ("EXPIRES", lambda token: "expired" if is_expired(token) else day(token.expires_at, "never")),
     ("LAST USED", lambda token: minute(token.last_used_at, "never")),
     ("ADMIN", lambda token: "admin" if token.admin else ""),
-    ("RPM", lambda token: str(token.rpm or "")),
-    ("PARALLEL", lambda token: str(token.max_parallel or "")),
-    ("A DAY", lambda token: str(token.tokens_per_day or "")),
-    ("MODELS", lambda token: token.models),
+    *((limit.heading, operator.attrgetter(limit.column)) for limit in LIMITS),
 )
 
 
@@ -6263,7 +6314,7 @@ def cmd_token_list(args):
         if not tokens:
             whose = f' of "{args.user}"' if hasattr(args, "user") else ""
             return say(f"No tokens{whose} in {store.path}.")
-        columns = [(head, *(tell(token) or "" for token in tokens)) for head, tell in TOKEN_COLUMNS]
+        columns = [(head, *(str(tell(token) or "") for token in tokens)) for head, tell in TOKEN_COLUMNS]
         shown = [column for column in columns if any(column[1:])]
         for line in table(list(zip(*shown)), terminal_width(), ("USER", "NAME", "MODELS"),
                           ("CREATED", "EXPIRES", "SECRET", "LAST USED")):
@@ -6272,7 +6323,7 @@ def cmd_token_list(args):
 
 
 def cmd_token_update(args):
-    changes = typed_grants(args)
+    changes = columns_in_flags(args)
     if hasattr(args, "admin"):
         changes["admin"] = args.admin
     if not changes:
@@ -6360,13 +6411,13 @@ def exported_rows(text):
         versions = {row["version"] for row in rows}
     if versions - set(map(str, range(1, EXPORT_VERSION + 1))):
         raise ValueError(f"its version is {' and '.join(sorted(versions))}, this program reads up to {EXPORT_VERSION}")
-    return [dict(dict.fromkeys(LIMITED), **row) for row in rows] if versions == {"1"} else rows
+    return [dict(dict.fromkeys(LIMIT_OF), **row) for row in rows] if versions == {"1"} else rows
 
 
 def imported_limit(column, value):
     """Read a limit of an exported row; raise ValueError naming it."""
     try:
-        return None if value in (None, "") else GRANTS[column](str(value))
+        return None if value in (None, "") else LIMIT_OF[column].read(str(value))
     except ValueError as error:
         raise ValueError(f'{column}: "{value}" {error}') from None
 
@@ -6374,17 +6425,17 @@ def imported_limit(column, value):
 def imported_row(row, number):
     """Return an exported row as the store takes it; raise ValueError naming the row and what is wrong with it."""
     try:
-        texts = {key: row.get(key) or None for key in TokenStore.EXPORTED if key not in ("admin", *LIMITED)}
+        texts = {key: row.get(key) or None for key in TokenStore.EXPORTED if key not in ("admin", *LIMIT_OF)}
         for key, value in texts.items():
             if not isinstance(value, str) and (value or key not in ("hint", "expires_at", "last_used_at")):
                 raise ValueError(f"it has no {key}")
         hint = texts["hint"] or ""
         if not re.fullmatch("[0-9a-f]{64}", texts["digest"]):
-            raise ValueError("its digest is no SHA-256")
+            raise ValueError("its digest is not a SHA-256")
         if len(hint) > HINT_LENGTH or not hint.isprintable():
             raise ValueError(f"its hint is not up to {HINT_LENGTH} printable characters")
         times = {key: instant(texts[key]) if texts[key] else None for key in texts if key.endswith("_at")}
-        limits = {key: imported_limit(key, row[key]) for key in LIMITED}
+        limits = {key: imported_limit(key, row[key]) for key in LIMIT_OF}
         admin = int(boolean(str(row.get("admin"))))
         check_rights(row.get("user"), row.get("name"), admin, limits["models"])
         return dict(texts, hint=hint, user=check_name("user", texts["user"]), name=check_name("name", texts["name"]),
@@ -6404,7 +6455,7 @@ def cmd_token_import(args):
     except (OSError, UnicodeDecodeError) as error:
         raise Failure(f"cannot read {args.file}: {getattr(error, 'strerror', None) or error}") from None
     except (ValueError, RecursionError) as error:
-        raise Failure(f'{args.file} is no file of "token export": {error}; nothing was imported') from None
+        raise Failure(f'{args.file} is not a file written by "token export": {error}; nothing was imported') from None
     with open_command_store(args, create=True) as store:
         added = store.import_rows(rows)
         say(f"Imported {count(added, 'token')} into {store.path}; "
@@ -6608,8 +6659,8 @@ def add_serve(parser):
 
 
 def add_names(parser):
-    parser.add_argument("user", metavar="USER", help="whose token: a person")
-    parser.add_argument("name", metavar="NAME", help="which of theirs: a device, a program")
+    parser.add_argument("user", metavar="USER", help="owner of the token: a person")
+    parser.add_argument("name", metavar="NAME", help="label of the token: a device, a program")
 
 
 def add_rights(parser):
@@ -6620,16 +6671,13 @@ def add_rights(parser):
 
 
 def add_limits(parser):
-    limits = parser.add_argument_group("limits, each until \"none\" lifts it")
-    limits.add_argument("--models", metavar="LIST", help="the only models it may use, as llama3*,qwen2.5:7b")
-    limits.add_argument("--rpm", metavar="N", help="inference requests in any minute")
-    limits.add_argument("--max-parallel", metavar="N", help="inference requests at once")
-    limits.add_argument("--tokens-per-day", metavar="N",
-                        help="tokens of prompts, cached ones left out, and completions in a day of UTC")
+    group = parser.add_argument_group('limits ("none" removes one)')
+    for limit in LIMITS:
+        group.add_argument(limit.flag, metavar=limit.metavar, help=limit.help)
 
 
 def add_usage(parser):
-    parser.add_argument("--by", choices=USAGE_BY, help="what a row is of (default: user)")
+    parser.add_argument("--by", choices=USAGE_BY, help="what each row stands for (default: user)")
     parser.add_argument("--since", metavar="WHEN", help="7d (of UTC, today included), 12h or 2027-01-31 (default: 7d)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print a JSON list")
@@ -6637,7 +6685,7 @@ def add_usage(parser):
 
 
 def add_no_admin(parser):
-    parser.add_argument("--no-admin", dest="admin", action="store_false", help="may no longer do that")
+    parser.add_argument("--no-admin", dest="admin", action="store_false", help="take the admin rights away")
 
 
 def add_secret_form(parser):
@@ -6653,7 +6701,7 @@ def add_list_form(parser):
 
 def add_export_file(parser):
     parser.add_argument("file", metavar="FILE", help='a .csv or .json file; "-" is JSON on stdout')
-    parser.add_argument("--format", choices=("csv", "json"), help="whatever the file's name")
+    parser.add_argument("--format", choices=("csv", "json"), help="format, whatever the name of the file")
 
 
 def add_import_file(parser):
@@ -6663,18 +6711,18 @@ def add_import_file(parser):
 COMMANDS = (    # name, what runs, help, examples, what it takes
     ("serve", cmd_serve, "run the gateway", ("serve", "serve --host 0.0.0.0 --tls-cert box.pem"),
      (add_serve,)),
-    ("usage", cmd_usage, "tell who used how much", ("usage", "usage --by model --since 30d --csv"), (add_usage,)),
+    ("usage", cmd_usage, "show usage by user, token, model or day", ("usage", "usage --by model --since 30d --csv"), (add_usage,)),
 )
 TOKEN_COMMANDS = (
-    ("create", cmd_token_create, "make a token and show its secret, once",
+    ("create", cmd_token_create, "create a token and show its secret, once",
      ("token create ada laptop --expires 90d", "token create kim school --models 'llama3*' --rpm 60"),
      (add_names, add_rights, add_limits, add_secret_form)),
     ("list", cmd_token_list, "list the tokens", ("token list --user ada",), (add_list_form,)),
-    ("update", cmd_token_update, "change what a token may do, from its next request",
+    ("update", cmd_token_update, "change a token; this counts from its next request",
      ("token update ada laptop --expires none --rpm 30",), (add_names, add_rights, add_no_admin, add_limits)),
     ("rotate", cmd_token_rotate, "give a token a new secret, and nothing else", ("token rotate ada laptop",),
      (add_names, add_secret_form)),
-    ("delete", cmd_token_delete, "delete a token: it stops at its next request", ("token delete ada laptop",),
+    ("delete", cmd_token_delete, "delete a token; it stops working at its next request", ("token delete ada laptop",),
      (add_names,)),
     ("export", cmd_token_export, "write all tokens to a file: digests, never secrets", ("token export tokens.csv",),
      (add_export_file,)),
@@ -7017,7 +7065,7 @@ class Numbered:
     @staticmethod
     def _check_number(most, text):
         if not re.fullmatch("[0-9]{1,9}", text) or int(text) > most:
-            raise ValueError(f"is no number from 0 to {most}")
+            raise ValueError(f"is not a number from 0 to {most}")
 
 
 def in_turn(*questions):
@@ -7035,8 +7083,7 @@ def in_turn(*questions):
 
 
 RIGHTS = {"expires_at": "Expires (30d, 2027-01-31, none)", "admin": "Admin (may manage models and tokens)",
-          "models": "Models (as llama3*,qwen2.5:7b)", "rpm": "Requests a minute", "max_parallel": "Requests at once",
-          "tokens_per_day": "Tokens a day"}
+          **{limit.column: limit.label + (limit.example and f" (as {limit.example})") for limit in LIMITS}}
 NO_YES = ("No", "Yes")
 
 
@@ -7142,11 +7189,11 @@ class Menu:
     def _ask_right(self, column, present):
         if column == "admin":
             return self._asker.choose(RIGHTS[column], NO_YES, NO_YES.index(present))
-        return self._asker.ask(RIGHTS[column], present, functools.partial(read_grant, column))
+        return self._asker.ask(RIGHTS[column], present, functools.partial(read_column, column))
 
     def _ask_limits(self, admin):
         """Return the limits of a new token by column; an admin's has no list of models."""
-        columns = [column for column in LIMITED if not (admin and column == "models")]
+        columns = [column for column in LIMIT_OF if not (admin and column == "models")]
         each = [lambda *_, column=column: self._ask_right(column, "none") for column in columns]
         answers = in_turn(lambda: self._asker.choose("Limits", ("No limits", "Set them, one by one")),
                           lambda wanted: in_turn(*each) if wanted else ())
@@ -7158,7 +7205,7 @@ class Menu:
         while True:
             token = next((same for same in self._tokens() if same.id == token.id), token)
             present = {"expires_at": show_instant(token.expires_at) or "none", "admin": NO_YES[token.admin],
-                       **{column: str(getattr(token, column) or "none") for column in LIMITED}}
+                       **{column: str(getattr(token, column) or "none") for column in LIMIT_OF}}
             rows = [(RIGHTS[column].partition(" (")[0], present[column]) for column in RIGHTS]
             at = self._asker.choose(f'Change "{token.user}/{token.name}"', table(rows, 0, (), ()), at)
             if at is None:
@@ -7297,7 +7344,7 @@ def check_ollama(settings):
         return (yield Verdict(False, f"Ollama at {url} refuses to be asked by that name",
                               "name it localhost, or by its IP address, in --ollama-url"))
     if status != 200 or "version" not in (told or ()):
-        return (yield Verdict(False, f"what answers at {url} is no Ollama (status {status})",
+        return (yield Verdict(False, f"what answers at {url} is not Ollama (status {status})",
                               "name Ollama's address: --ollama-url URL"))
     models = names_in(listed)
     yield Verdict(True, f"Ollama {told['version']} answers at {url}, with {count(len(models), 'model')}"
@@ -7384,7 +7431,7 @@ def check_health(where, gateway):
     except Refusal as refusal:
         return (yield Verdict(False, f"the gateway at {where}: {reason_of(refusal)}", "does it run, and there?"))
     if not is_gateway(status, told):
-        yield Verdict(False, f"what answers at {where} is no gateway like this (status {status} to /health)",
+        yield Verdict(False, f"what answers at {where} is not a gateway of this kind (status {status} to /health)",
                       "see which server has that address, and what it passes on")
     elif told["upstream"] != "up":
         yield Verdict(False, f"the gateway {told['version']} at {where} does not reach Ollama", "see above, or its log")
@@ -7464,7 +7511,7 @@ def secret_to_try(url):
         secret = getpass.getpass("A token, to try a streamed answer with (Enter: none): ")
     secret = secret.strip()
     if secret and not re.fullmatch(r"[\x21-\x7e]+", secret):
-        raise UsageError(f"{TOKEN_VARIABLE}: that is no token: see that it was copied whole")
+        raise UsageError(f"{TOKEN_VARIABLE}: it is not a token: check that it was copied whole")
     return secret
 
 
@@ -7495,7 +7542,7 @@ def cmd_doctor(args):
     try:
         url = upstream_url(args.url) if hasattr(args, "url") else None
     except ValueError:
-        raise UsageError(f'--url: "{args.url}" is no address like https://public.example/') from None
+        raise UsageError(f'--url: "{args.url}" is not a URL like https://public.example/') from None
     secret = secret_to_try(url)
     try:
         settings = load_settings(vars(args), os.environ, args.env_file)
@@ -7519,7 +7566,7 @@ def add_url(parser):
                         f"streams are tried with the token in {TOKEN_VARIABLE}, or one that is asked for")
 
 
-DOCTOR = ("doctor", cmd_doctor, "check what serve, with the same flags, stands on, and tell what to do",
+DOCTOR = ("doctor", cmd_doctor, "diagnose the configuration, Ollama and the network",
           ("doctor", "doctor --port 8000 --url https://ollama.example/"), (add_serve, add_url))
 
 
