@@ -2138,7 +2138,7 @@ class ClientWire(Wire):
 
     def wait(self, events, deadline, watched=None):
         """Wait as Wire does, but raise Refusal where the end of the stream is only that of `dismiss`."""
-        found = super().wait(events, deadline, watched)
+        found = wait_for(self.descriptor, events, deadline, watched)
         if self.dismissed and events & READABLE:  # a read would end TLS, and no answer could be sent
             raise Refusal("stopping")
         return found
@@ -2597,10 +2597,11 @@ class HeldBody:
     """A request's body, whole: in memory, or in a temporary file if it is large. It can be sent twice."""
 
     replayable = True
+    _file = None
+    _memory = _disk = 0     # what it takes of the storage
 
     def __init__(self, data=b"", declared=True, storage=None):
-        self.size, self._data, self._declared = len(data), data, declared
-        self._storage, self._file, self._memory, self._disk = storage, None, 0, 0
+        self.size, self._data, self._declared, self._storage = len(data), data, declared, storage
 
     def append(self, piece):
         """Add a piece; raise Refusal if there is no room for it."""
