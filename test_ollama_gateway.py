@@ -8695,6 +8695,8 @@ class Bench:
                 if client.socket.getsockname() != client.socket.getpeername():   # Linux may connect a socket to itself
                     client.ask("GET", "/")
                     return time.perf_counter() - began
+            if self.gateway.poll() is not None:     # such a connection held its port
+                return self.start(program)
             time.sleep(0.002)
 
     def stop(self):
