@@ -504,8 +504,11 @@ def bearer(secret):
 class Client:
     """A connection to the gateway that hides nothing of what comes back."""
 
-    def __init__(self, address, tls=None, source="127.0.0.1"):
-        plain = socket.create_connection(address[:2], GUARD, source_address=None if ":" in address[0] else (source, 0))
+    def __init__(self, address, tls=None, source=None):
+        plain = socket.create_connection(address[:2], GUARD, source_address=source and (source, 0))
+        if plain.getsockname() == plain.getpeername():
+            plain.close()   # Linux may connect a socket to itself where nobody listens
+            raise ConnectionRefusedError
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket = tls.wrap_socket(plain, server_hostname="localhost") if tls else plain
         self.stream = self.socket.makefile("rb")
@@ -8692,9 +8695,8 @@ class Bench:
                                         cwd=os.path.dirname(GATEWAY), env={**cache, "PYTHONPYCACHEPREFIX": self.db + ".cache"})
         while True:
             with contextlib.suppress(OSError), Client(("127.0.0.1", self.through)) as client:
-                if client.socket.getsockname() != client.socket.getpeername():   # Linux may connect a socket to itself
-                    client.ask("GET", "/")
-                    return time.perf_counter() - began
+                client.ask("GET", "/")
+                return time.perf_counter() - began
             if self.gateway.poll() is not None:     # such a connection held its port
                 return self.start(program)
             time.sleep(0.002)
