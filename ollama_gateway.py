@@ -2133,7 +2133,8 @@ class ClientWire(Wire):
 
     last_request = False    # no further one may follow: the server is stopping
     dismissed = False       # nor may this one go on
-    token_id = None         # of the current request, once that is authenticated
+    authenticated = False   # the current request has a valid token
+    counted_for = None      # the id of that token, until the end of the answer is sent
     stalled = False         # the current request has been kept waiting by its client, or for its bad credential
 
     def wait(self, events, deadline, watched=None):
@@ -2222,7 +2223,7 @@ class Connections:
     def evict(self):
         """Evict a connection; return whether there was one to evict."""
         with self._lock:
-            stalled = (wire for wire in self._serving if wire.stalled and wire.token_id is None)
+            stalled = (wire for wire in self._serving if wire.stalled and not wire.authenticated)
             wire = next(itertools.chain(self._waiting, stalled), None)
             if wire is not None:
                 self._end(wire)
@@ -2247,7 +2248,7 @@ class Connections:
         with self._lock:
             if self._waiting.pop(wire, False) is False:
                 return False
-            wire.token_id, wire.stalled = None, False
+            wire.authenticated, wire.counted_for, wire.stalled = False, None, False
             self._serving[wire] = True
             return True
 
@@ -2255,10 +2256,10 @@ class Connections:
         """Note whose request a connection serves; raise Refusal if that token has a quarter of all connections."""
         if len(self._serving) > self._share:
             with self._lock:
-                if sum(other.token_id == token_id for other in self._serving) >= self._share:
+                if sum(other.counted_for == token_id for other in self._serving) >= self._share:
                     raise Refusal("too_many_at_once", f"this token may have {count(self._share, 'request')} open, a "
                                                       "quarter of --max-connections: try again later")
-        wire.token_id = token_id
+        wire.authenticated, wire.counted_for = True, token_id
 
     def leave(self, wire):
         with self._lock:
@@ -2849,6 +2850,8 @@ class ClientStream:
             data += chunk(piece, last) if self._framing == "chunked" else piece
             self._tail = (self._tail + piece[-2:])[-2:]
             self.record.sent += len(piece)
+        if last:    # who has read it may ask again at once
+            self.wire.counted_for = None
         if data:
             self._send(data)
             self.started = True
