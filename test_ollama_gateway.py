@@ -4431,9 +4431,10 @@ class Uploads(GatewayCase):
     def hold_requests(self, *bodies, server=None):
         """Return clients with running requests; their answers begin and do not end before the Event is set."""
         self.fake.replies["/api/chat"] = Reply.stream(LINE, self.released)
-        clients = [self.begin("POST", "/api/chat", body, server=server) for body in bodies]
-        for client in clients:
-            client.begun = client.read(client.head(), until=LINE)
+        clients = []
+        for body in bodies:     # one after the other, so that one is held whole before the next one comes
+            clients.append(self.begin("POST", "/api/chat", body, server=server))
+            clients[-1].begun = clients[-1].read(clients[-1].head(), until=LINE)
         return clients
 
     def setUp(self):
