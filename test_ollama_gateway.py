@@ -7152,7 +7152,7 @@ class Descriptors(GatewayCase):
             self.assertEqual(text, gateway.REFUSALS["no_descriptors"].meaning)
             self.lift(serving)
         self.assertStatus(self.ask("POST", "/api/chat", body, server=serving), 200)
-        self.assertEqual(sum("ulimit -n" in line for line in serving.lines), 1)
+        eventually(lambda: sum("ulimit -n" in line for line in serving.lines) == 1, "the one warning")
 
     def test_without_two_for_the_queue_the_answer_is_503(self):
         hold, serving = self.hold(), self.program("--max-parallel", "1")
@@ -7170,7 +7170,7 @@ class Descriptors(GatewayCase):
         for _ in range(5):      # each in the place of the one before it
             self.assertStatus(self.client(serving).ask("GET", "/"), 200)
         self.assertIsNone(idle.answer())
-        self.assertEqual(sum("ulimit -n" in line for line in serving.lines), 1)
+        eventually(lambda: sum("ulimit -n" in line for line in serving.lines) == 1, "the one warning")
         self.lift(serving)
         self.assertStatus(self.ask("POST", "/api/chat", CHAT, server=serving), 200)
 
