@@ -2388,7 +2388,8 @@ class GatewayServer(http.server.ThreadingHTTPServer):
             if error.errno in (*OUT_OF_DESCRIPTORS, errno.ENOBUFS, errno.ENOMEM):
                 if error.errno in OUT_OF_DESCRIPTORS:
                     self.warn_of_descriptors()
-                self.connections.evict()
+                if not self.connections.evict():
+                    self.gateway.free_descriptors()
                 time.sleep(0.05)
             raise
 
@@ -3049,6 +3050,10 @@ class Gateway:
             raise Refusal("malformed", str(error)) from None
         except Failure as error:
             raise Refusal(error.code, str(error)) from None
+
+    def free_descriptors(self):
+        """Close the idle connections to Ollama."""
+        self._upstream.close()
 
     def close(self):
         for stage in self._journal, self._authenticator, self.health, self._upstream:
