@@ -8,34 +8,46 @@ Every Ollama, OpenAI and Anthropic client works through it, streaming; whoever h
 
 The sections, in order (`grep -n '^# =='` lists them):
 
-    Constants     the numbers and names that never change, each with its reason
-    Settings      one table of options: flags, environment and .env read it
-    Refusals      the one exception that ends a request, and its answer in three dialects
-    Messages      what the stages hand to each other
-    Wire          a socket with a buffer and deadlines; HTTP/1.1 framing, strict in both directions
-    Scan          what a body says, without its object being built; the names of models
-    Store         the tokens and the account: every line of SQL
-    Accept        the listening server and its connections
-    Parse         the client's side: its request in, its answer out
-    Conduct       the journey of a request, in one function
-    Route         which paths there are, who may use them, which model is meant
-    Authenticate  whose token it is
-    Limit         how much a token may, and whose turn it is
-    Forward       the upstream's side: a pool of connections below urllib's opener, and Ollama's health
-    Relay         the answer, from the upstream to the client, as it comes
-    Record        a log line and the meters of each request, written behind its back
-    OpenAPI       what it serves, told to programs
-    Browser       the documentation and the admin page: their style, scripts and HTML
-    Pages         what the gateway answers by itself
-    Assembly      the one place that puts the stages together
-    Commands      what a command line can do
-    Menu          the same, to choose from
-    Doctor        whether all is well, and what to do
-    Main          the command line's grammar; errors become exit statuses
+    Constants and errors  numbers and names that never change, each with its reason; the exceptions
+    Settings              one table of options, read from flags, the environment and .env
+    Model                 what the other sections exchange: tokens and their limits, routes, usage
+    Connection            a buffered, non-blocking socket with deadlines
+    HTTP                  HTTP/1.1 in bytes, strict in both directions: heads, framing, chunks
+    Request body          buffered and streamed bodies; what a body says; the names of models
+    Store                 the database of tokens and usage: every line of SQL
+    Server                the listener, its connections, a request in, a response out
+    Pipeline              the stages of a request, in one function
+    Routing and access    the table of routes, who may use them, with which models
+    Authentication        the client's address and the token of a request
+    Limits and usage      rates, budgets, the fair queue, the usage ledger
+    Backends              connections to Ollama, requests and responses, its health
+    Relay                 the response from Ollama to the client, and the usage it reports
+    Logging and metrics   log lines and metrics, written in the background
+    OpenAPI               the API described for programs
+    Web pages             the documentation and the admin page: style, scripts, HTML
+    Own endpoints         the gateway's own JSON endpoints and pages
+    Assembly              builds the server from the settings
+    Commands              what the command line can do
+    Menu                  the same as a menu
+    Doctor                checks of the configuration, Ollama and the network
+    Main                  the command line's grammar and exit statuses
 
-A request travels down the file: GatewayServer accepts it, ClientStream parses it, Gateway.serve conducts it through
-Router.match, Authenticator.identify, Limiter.admit, Upstream.open and relay, and Journal.write records it. Whoever
-will not go on raises a Refusal, which becomes the answer, or, once an answer has begun, its visible end.
+Calls go up as well as down: a callee stands above its callers. One request, each callee below its caller:
+
+    GatewayServer.process_request_thread  Server
+      Handler.handle_one_request          Server: waits for the head
+        Gateway.serve                     Pipeline
+          Router.match                    Routing and access
+          Authenticator.identify          Authentication
+          Limiter.enter                   Limits and usage
+          ClientStream.read_whole_body    Server
+          inspect_body                    Routing and access
+          Slot.wait_turn                  Limits and usage
+          Upstream.open                   Backends
+          relay                           Relay
+          Journal.write                   Logging and metrics
+
+Any stage can raise Refusal. It becomes the error response or, if the response has started, an error event at its end.
 """
 from __future__ import annotations
 
@@ -83,7 +95,7 @@ from typing import Callable, NamedTuple, Optional
 
 LOG = logging.getLogger(__name__)  # `serve` alone gives it handlers
 
-# == Constants ================================================================
+# == Constants and errors =====================================================
 
 VERSION = "1.0.0"
 
@@ -95,9 +107,9 @@ NAME_LENGTH = 64            # fits a line of the table and of the log
 
 LINE_BYTES = 8 * KIB        # a request line; RFC 9112 3 asks for 8000 at least
 HEAD_BYTES = 32 * KIB       # all fields; SDKs send under 2 KiB, cookies of a shared domain up to 16
-KNOWN_HEADS = 256           # of those that were parsed already, how many are kept
-KNOWN_NAMES = 256           # of models and others, whose spellings are kept
-KNOWN_HEAD_BYTES = 1 * KIB  # of one that is kept; SDKs stay below that
+HEAD_CACHE_SIZE = 256           # of those that were parsed already, how many are kept
+MODEL_CACHE_SIZE = 256           # of models and others, whose spellings are kept
+CACHED_HEAD_BYTES = 1 * KIB  # of one that is kept; SDKs stay below that
 FIELD_COUNT = 100           # what http.client accepts too
 TRAILER_BYTES = 4 * KIB     # nobody sends any
 SPOOL_BYTES = 1 * MIB       # a larger body waits in a temporary file, not in memory
@@ -125,9 +137,9 @@ LINE_LIMIT = 8 * MIB        # of a stream's line; Ollama's own client reads no l
 WHOLE_BYTES = 256 * KIB     # of an answer, or of a line, that is decoded as a whole to find its token counts
 ENDING_BYTES = 1 * KIB      # the end of an answer, where Ollama writes the counts
 LEARNING_BYTES = 256 * KIB  # the largest body that teaches how many bytes of text make a token
-MOST_TOKENS = 10 ** 9       # that one request can have cost
+MAX_TOKENS = 10 ** 9       # that one request can have cost
 PROBE_SECONDS = 2           # for a health probe's requests, from the look-up of the name to the last byte
-JOURNAL_SECONDS = 0.01      # how long finished requests gather before they are written; all others wait meanwhile
+GATHER_SECONDS = 0.01      # how long finished requests gather before they are written; all others wait meanwhile
 FINE_TICK = 0.1             # how old a file's time must be, in seconds, to tell its change from a later one,
 COARSE_TICK = 3             # and how old where the file system knows whole seconds only: FAT counts in twos
 STORE_SECONDS = 0.5         # how long the account and tokens' last uses gather before they are stored
@@ -135,23 +147,23 @@ LOG_QUEUE = 1 * MIB         # characters of log lines that wait for a slow log, 
 LOG_SECONDS = 0.05          # how long lines gather before they are written: each wake-up takes the lock from a request
 LOG_FILE_BYTES, LOG_FILES = 10_000_000, 5   # when a log file is rotated, and how many old ones are kept
 FLUSH_SECONDS = 2           # how long a stop waits for a slow log
-CLOSE_SECONDS = 2           # how long a stopping server waits for its threads to cut what they serve
-AWAY_SECONDS = 2            # how long one that was turned away may take to read why
+ABORT_SECONDS = 2           # how long a stopping server waits for its threads to cut what they serve
+REJECT_SECONDS = 2            # how long one that was turned away may take to read why
 FAILED_DELAY = 1.0          # the longest that a failed credential waits for its refusal
 RETRY_SECONDS = 5           # when a client that met 429 or 503 may try again
 BUSY_SECONDS = 20           # how long a command waits for the database's other writers
 
 BACKLOG = 1024              # connections that arrive at once; the system's own maximum applies
-SETTLING_SECONDS = 5        # how often it is seen to that the process has the least used core
-TURNED_AWAY = 64            # of those beyond the cap, how many are kept until they have read why
+AFFINITY_SECONDS = 5        # how often it is seen to that the process has the least used core
+MAX_REJECTING = 64            # of those beyond the cap, how many are kept until they have read why
 SPARE_DESCRIPTORS = 64      # for the database, logs, spooled bodies, and connections that are on their way out
 FREE_FAILURES = 5           # failed credentials of an address in a row that cost it nothing: people mistype
-MOST_FAILURES = 30          # as many, and it gets 429 at once
-FORGIVEN_SECONDS = 3        # in which one failure is forgiven
+MAX_FAILURES = 30          # as many, and it gets 429 at once
+LEAK_SECONDS = 3        # in which one failure is forgiven
 FAILING_ADDRESSES = 4096    # remembered; beyond, the one that was quiet longest is forgotten
 DELAYED_AT_ONCE = 8         # failed requests that may wait, each on a thread; the others get 429 at once
 MINUTE, HOUR, DAY = 60, 3600, 86400
-MOST_SERIES = 5000          # of one metric; more labels than that are counted as "other"
+MAX_SERIES = 5000          # of one metric; more labels than that are counted as "other"
 POOL_SIZE = 128             # idle upstream connections kept; Ollama has no limit of its own
 IDLE_SECONDS = 60           # an older one is not reused: NAT and load balancers forget idle connections, some in 60 s
 
@@ -165,8 +177,6 @@ FORWARDED = ("accept", "content-type", "content-encoding", "user-agent")  # all 
 FORWARDED_PREFIXES = ("anthropic-", "openai-")
 STREAM_TYPES = ("application/x-ndjson", "text/event-stream")
 
-# == Settings =================================================================
-
 
 class UsageError(Exception):
     """A wrong flag, value or setting: exit status 2."""
@@ -179,6 +189,82 @@ class Failure(Exception):
         super().__init__(message)
         self.code = code
 
+
+class Reason(NamedTuple):
+    """Why requests are refused: HTTP's status and a sentence."""
+
+    status: int
+    meaning: str
+
+
+REFUSALS = {
+    "malformed": Reason(400, "the request is malformed, or names two credentials"),
+    "unauthorized": Reason(401, "no token, or one that is unknown, expired or deleted"),
+    "forbidden": Reason(403, "the token does not allow this"),
+    "unknown_route": Reason(404, "the gateway has no such path"),
+    "no_such_token": Reason(404, "there is no such token"),
+    "wrong_method": Reason(405, "the path takes other methods: see Allow"),
+    "too_slow": Reason(408, "the request did not arrive in time"),
+    "token_exists": Reason(409, "the user has a token of that name already"),
+    "body_too_large": Reason(413, "the body is too large"),
+    "line_too_long": Reason(414, "the request line is too long"),
+    "encoded": Reason(415, "the body is compressed: its model cannot be judged"),
+    "unknown_expectation": Reason(417, "Expect asks for more than 100-continue"),
+    "rate_limited": Reason(429, "the token made as many requests in the last minute as it may (--rpm)"),
+    "too_many_at_once": Reason(429, "the token has as many requests running as it may (--max-parallel)"),
+    "budget_spent": Reason(429, "the token has used up its tokens of the day (--tokens-per-day)"),
+    "too_many_failures": Reason(429, "too many requests without a valid token came from this address"),
+    "head_too_large": Reason(431, "too many or too long headers"),
+    "internal": Reason(500, "a fault of the gateway: its log tells more"),
+    "unknown_coding": Reason(501, "a Transfer-Encoding other than chunked"),
+    "upstream_failed": Reason(502, "Ollama cannot be reached, or talks nonsense"),
+    "no_room": Reason(503, "no disk space for the body: try again later"),
+    "no_descriptors": Reason(503, "the gateway is out of file descriptors: try again later"),
+    "queue_full": Reason(503, "as many of the user's requests are waiting as may (--max-queue)"),
+    "queue_timeout": Reason(503, "the request waited too long for its turn (--queue-timeout)"),
+    "uncounted": Reason(503, "what the token used today cannot be read: try again later"),
+    "unstored": Reason(503, "the database cannot be read or changed: try again later"),
+    "stopping": Reason(503, "the gateway was told to stop: try again later"),
+    "upstream_silent": Reason(504, "Ollama did not begin its answer in time"),
+    "unknown_version": Reason(505, "an HTTP version other than 1.0 and 1.1"),
+}
+OPENAI_TYPES = {403: "permission_error", 404: "not_found_error", 429: "rate_limit_error", 500: "api_error",
+                502: "api_error", 503: "api_error", 504: "api_error"}
+ANTHROPIC_TYPES = {**OPENAI_TYPES, 401: "authentication_error", 413: "request_too_large", 503: "overloaded_error"}
+
+
+class Refusal(Exception):
+    """The end of a request: raised from any depth, answered in one place."""
+
+    def __init__(self, code, message="", fields=(), retry_after=RETRY_SECONDS):
+        super().__init__(message or REFUSALS[code].meaning)
+        self.code, self.status, self.fields = code, REFUSALS[code].status, list(fields)
+        if self.status in (429, 503):  # else SDKs burn their retries within half a second
+            self.fields.append(("Retry-After", str(retry_after)))
+
+    def body_for(self, dialect):
+        """Return the error object as clients of "ollama", "openai" or "anthropic" expect it."""
+        if dialect == "openai":
+            kind = OPENAI_TYPES.get(self.status, "invalid_request_error")
+            return {"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}
+        if dialect == "anthropic":
+            kind = ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
+            return {"type": "error", "error": {"type": kind, "message": str(self)}}
+        return {"error": str(self)}
+
+
+class Malformed(Exception):
+    """Bytes that are no HTTP: a refusal when the client sent them, a failure when the upstream did."""
+
+    def __init__(self, message, code="malformed"):
+        super().__init__(message)
+        self.code = code
+
+
+class ClientLeft(Exception):
+    """The client hung up, or stopped reading: there is nobody to answer."""
+
+# == Settings =================================================================
 
 LAST_SECOND = 253402300799  # of the year 9999
 SECONDS_IN = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -200,14 +286,14 @@ def timeout(text):
 INSTANT = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d):(\d\d)(?:\.\d+)?(Z|[+-]\d\d:?\d\d)?)?", re.ASCII)
 
 
-def possible_instant(seconds):
+def check_instant(seconds):
     """Return Unix seconds as they are; raise ValueError for those that no date can be written for."""
     if not 0 <= seconds <= LAST_SECOND:
         raise ValueError("is not a time from 1970 to 9999")
     return seconds
 
 
-def instant(text, naive_is_utc=False):
+def parse_instant(text, naive_is_utc=False):
     """Read a date (its first moment in UTC) or an ISO 8601 time as Unix seconds."""
     match = INSTANT.fullmatch(text)
     zone = match and match[7]
@@ -220,15 +306,15 @@ def instant(text, naive_is_utc=False):
     offset = timedelta()
     if zone and zone != "Z":
         offset = timedelta(hours=int(zone[1:3]), minutes=int(zone[-2:])) * (-1 if zone[0] == "-" else 1)
-    return possible_instant(int(moment.timestamp() - offset.total_seconds()))
+    return check_instant(int(moment.timestamp() - offset.total_seconds()))
 
 
-def show_instant(seconds):
+def format_instant(seconds):
     """Write Unix seconds as ISO 8601 in UTC."""
     return None if seconds is None else (datetime(1970, 1, 1) + timedelta(seconds=seconds)).isoformat() + "Z"
 
 
-def count(number, what):
+def plural(number, what):
     """Write a number of things: "1 token", "2 tokens"."""
     return f"{number} {what}{'' if number == 1 else 's'}"
 
@@ -253,7 +339,7 @@ def positive(text):
     return int(text)
 
 
-def whole(text):
+def non_negative(text):
     if not re.fullmatch("[0-9]{1,9}", text):
         raise ValueError("is not a whole number from 0 to 999999999")
     return int(text)
@@ -278,29 +364,29 @@ def day_start(day):
     return day * DAY
 
 
-def moment(text, direction, now):
+def parse_time(text, direction, now):
     """Read a date, a time, or a duration from now, forward (1) or back (-1), as Unix seconds."""
     if re.fullmatch(r"[0-9.]+[a-z]", text):
-        return possible_instant(max(int(now) + direction * int(duration(text)), 0))
+        return check_instant(max(int(now) + direction * int(duration(text)), 0))
     try:
-        return instant(text)
+        return parse_instant(text)
     except ValueError as error:
         raise ValueError(f"{error}, or a duration like 30d") from None
 
 
-def expiry(text):
+def future_time(text):
     """Read "30d", a date or a time as Unix seconds to come."""
     now = time.time()
-    seconds = moment(text, 1, now)
+    seconds = parse_time(text, 1, now)
     if seconds <= int(now):
         raise ValueError("is in the past")
     return seconds
 
 
-def beginning(text, clock=time.time):
+def usage_start(text, clock=time.time):
     """Read "7d" as the start of seven UTC days, today's included; "12h", a date or a time as the start of an hour."""
     now = clock()
-    seconds = moment(text, -1, now)
+    seconds = parse_time(text, -1, now)
     if seconds > int(now):
         raise ValueError("is in the future")
     if re.fullmatch("[0-9]+[dw]", text):
@@ -404,7 +490,7 @@ OPTION_GROUPS = {
                "largest request body; blobs have no limit"),
         Option("--max-spool", "GATEWAY_MAX_SPOOL", "2GiB", byte_size, "SIZE",
                "disk space for all request bodies together; one over 1 MiB waits in a temporary file"),
-        Option("--max-parallel", "GATEWAY_MAX_PARALLEL", "0", whole, "N",
+        Option("--max-parallel", "GATEWAY_MAX_PARALLEL", "0", non_negative, "N",
                "inference requests that Ollama gets at once, the others wait; 0 is no limit"),
         Option("--max-queue", "GATEWAY_MAX_QUEUE", "128", positive, "N", "requests of one user that may wait in the queue"),
     ),
@@ -485,86 +571,7 @@ def load_settings(flags, environ, env_file=None, options=OPTIONS):
         raise UsageError("--tls-key: it needs the certificate too: --tls-cert FILE")
     return settings
 
-
-# == Refusals =================================================================
-
-
-class Reason(NamedTuple):
-    """Why requests are refused: HTTP's status and a sentence."""
-
-    status: int
-    meaning: str
-
-
-REFUSALS = {
-    "malformed": Reason(400, "the request is malformed, or names two credentials"),
-    "unauthorized": Reason(401, "no token, or one that is unknown, expired or deleted"),
-    "forbidden": Reason(403, "the token does not allow this"),
-    "unknown_route": Reason(404, "the gateway has no such path"),
-    "no_such_token": Reason(404, "there is no such token"),
-    "wrong_method": Reason(405, "the path takes other methods: see Allow"),
-    "too_slow": Reason(408, "the request did not arrive in time"),
-    "token_exists": Reason(409, "the user has a token of that name already"),
-    "body_too_large": Reason(413, "the body is too large"),
-    "line_too_long": Reason(414, "the request line is too long"),
-    "encoded": Reason(415, "the body is compressed: its model cannot be judged"),
-    "unknown_expectation": Reason(417, "Expect asks for more than 100-continue"),
-    "rate_limited": Reason(429, "the token made as many requests in the last minute as it may (--rpm)"),
-    "too_many_at_once": Reason(429, "the token has as many requests running as it may (--max-parallel)"),
-    "budget_spent": Reason(429, "the token has used up its tokens of the day (--tokens-per-day)"),
-    "too_many_failures": Reason(429, "too many requests without a valid token came from this address"),
-    "head_too_large": Reason(431, "too many or too long headers"),
-    "internal": Reason(500, "a fault of the gateway: its log tells more"),
-    "unknown_coding": Reason(501, "a Transfer-Encoding other than chunked"),
-    "upstream_failed": Reason(502, "Ollama cannot be reached, or talks nonsense"),
-    "no_room": Reason(503, "no disk space for the body: try again later"),
-    "no_descriptors": Reason(503, "the gateway is out of file descriptors: try again later"),
-    "queue_full": Reason(503, "as many of the user's requests are waiting as may (--max-queue)"),
-    "queue_timeout": Reason(503, "the request waited too long for its turn (--queue-timeout)"),
-    "uncounted": Reason(503, "what the token used today cannot be read: try again later"),
-    "unstored": Reason(503, "the database cannot be read or changed: try again later"),
-    "stopping": Reason(503, "the gateway was told to stop: try again later"),
-    "upstream_silent": Reason(504, "Ollama did not begin its answer in time"),
-    "unknown_version": Reason(505, "an HTTP version other than 1.0 and 1.1"),
-}
-OPENAI_TYPES = {403: "permission_error", 404: "not_found_error", 429: "rate_limit_error", 500: "api_error",
-                502: "api_error", 503: "api_error", 504: "api_error"}
-ANTHROPIC_TYPES = {**OPENAI_TYPES, 401: "authentication_error", 413: "request_too_large", 503: "overloaded_error"}
-
-
-class Refusal(Exception):
-    """The end of a request: raised from any depth, answered in one place."""
-
-    def __init__(self, code, message="", fields=(), retry_after=RETRY_SECONDS):
-        super().__init__(message or REFUSALS[code].meaning)
-        self.code, self.status, self.fields = code, REFUSALS[code].status, list(fields)
-        if self.status in (429, 503):  # else SDKs burn their retries within half a second
-            self.fields.append(("Retry-After", str(retry_after)))
-
-    def body_for(self, dialect):
-        """Return the error object as clients of "ollama", "openai" or "anthropic" expect it."""
-        if dialect == "openai":
-            kind = OPENAI_TYPES.get(self.status, "invalid_request_error")
-            return {"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}
-        if dialect == "anthropic":
-            kind = ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
-            return {"type": "error", "error": {"type": kind, "message": str(self)}}
-        return {"error": str(self)}
-
-
-class Malformed(Exception):
-    """Bytes that are no HTTP: a refusal when the client sent them, a failure when the upstream did."""
-
-    def __init__(self, message, code="malformed"):
-        super().__init__(message)
-        self.code = code
-
-
-class ClientLeft(Exception):
-    """The client hung up, or stopped reading: there is nobody to answer."""
-
-
-# == Messages =================================================================
+# == Model ====================================================================
 
 
 class Token(NamedTuple):
@@ -613,8 +620,8 @@ LIMITS = (
     Limit("tokens_per_day", positive, "N", "tokens of prompts and completions in a day of UTC", "A DAY", "Tokens a day",
           "", "{} tokens a day", "integer", "budget_spent"),
 )
-LIMIT_OF = {limit.column: limit for limit in LIMITS}
-SETTABLE = {"expires_at": expiry, **{limit.column: limit.read for limit in LIMITS}}     # columns of a token
+LIMIT_BY_COLUMN = {limit.column: limit for limit in LIMITS}
+SETTABLE = {"expires_at": future_time, **{limit.column: limit.read for limit in LIMITS}}     # columns of a token
 
 
 def read_column(column, text):
@@ -630,34 +637,18 @@ def is_expired(token):
     return token.expires_at is not None and token.expires_at <= time.time()
 
 
-def as_json(token):
+def token_json(token):
     """Return a token's columns, ready for JSON."""
     shown = {"id": token.id, "user": token.user, "name": token.name, "hint": token.hint,
-             "created_at": show_instant(token.created_at), "expires_at": show_instant(token.expires_at),
-             "last_used_at": show_instant(token.last_used_at), "expired": is_expired(token), "admin": bool(token.admin)}
+             "created_at": format_instant(token.created_at), "expires_at": format_instant(token.expires_at),
+             "last_used_at": format_instant(token.last_used_at), "expired": is_expired(token), "admin": bool(token.admin)}
     for limit in LIMITS:
         value = getattr(token, limit.column)
         shown[limit.column] = value.split(",") if value and limit.json_type == "string[]" else value
     return shown
 
 
-class Request(NamedTuple):
-    """A request's head, parsed: field names in lower case, a repeated field's values joined by commas."""
-
-    method: str
-    path: str
-    query: str
-    version: str
-    fields: dict
-    repeated: frozenset                 # names of fields that came more than once
-    closes: bool                        # the client wants no other request on the connection
-    bearer: Optional[str]               # the secret that its Authorization shows, None without that field
-    shown_path: str                     # without secrets
-    upward: str                         # those of its fields that go upstream, as lines of a head
-    path_secret: Optional[str] = None   # what stood behind /t/, once it is taken out of the path
-
-
-class Visit(NamedTuple):
+class PageRequest(NamedTuple):
     """A request for one of the gateway's own pages; the body is read whole."""
 
     request: Request
@@ -666,25 +657,16 @@ class Visit(NamedTuple):
     body: bytes
 
 
-class ConnectionLimits(NamedTuple):
-    """What a connection may take: bytes and seconds."""
-
-    max_body: int
-    header_timeout: float
-    idle_timeout: float
-    storage: object     # the BodyStorage of all connections
-
-
 class Route(NamedTuple):
     """A path as Ollama knows it (`{name}`: one segment), and what it takes to use it."""
 
     method: str
     path: str
     access: str             # "public", "token" or "admin"
-    kind: str               # "page", "read", "inference", "model" or "account"
-    names: str = ""         # where the request names its model: "json", "form" or "path"
-    lists: str = ""         # the key of the list of models in its answer
-    page: str = ""          # which of our own pages answers
+    category: str               # "page", "read", "inference", "model" or "account"
+    model_in: str = ""         # where the request names its model: "json", "form" or "path"
+    model_list_key: str = ""         # the key of the list of models in its answer
+    handler: str = ""          # which of our own pages answers
     streamed: bool = False  # the request's body is passed on unheld
 
 
@@ -697,17 +679,17 @@ class Usage(NamedTuple):
     estimated: int = 0                  # of prompt and completion: counted by the gateway, not by Ollama
 
 
-class Record:
+class RequestContext:
     """What will be known of a request when it has ended."""
 
-    __slots__ = ("id", "peer", "token", "method", "path", "route", "model", "known_model", "status", "sent", "tap",
+    __slots__ = ("id", "peer", "token", "method", "path", "route", "model", "model_label", "status", "sent", "usage_reader",
                  "estimate", "counted", "counted_in", "began", "queued", "admitted", "released", "failure", "answered",
                  "ended", "outcome", "code", "why")
 
     def __init__(self, peer, now):
         self.peer, self.began, self.sent, self.queued, self.counted_in = peer, now, 0, 0.0, False
-        self.id = self.token = self.method = self.path = self.model = self.status = self.tap = None
-        self.route = self.known_model = ""  # the path in the table; the model's full name, once Ollama has owned to it
+        self.id = self.token = self.method = self.path = self.model = self.status = self.usage_reader = None
+        self.route = self.model_label = ""  # the path in the table; the model's full name, once Ollama has owned to it
         self.admitted = self.released = None    # when it went upstream, and when it came back
         self.failure = None                     # the class of the exception that brought it back
         self.answered = self.ended = None       # when its answer began, and when all was over
@@ -718,13 +700,12 @@ class Record:
     @property
     def tokens(self):
         """Return the Usage so far."""
-        usage = Usage() if self.tap is None else self.tap.tokens
+        usage = Usage() if self.usage_reader is None else self.usage_reader.tokens
         if self.estimate is None:
             return usage
         return usage._replace(prompt=self.estimate, estimated=self.estimate + (usage.completion or 0))
 
-
-# == Wire =====================================================================
+# == Connection ===============================================================
 
 
 class Deadline:
@@ -829,40 +810,40 @@ class Poll:
 new_poll = getattr(select, "poll", Poll)
 
 
-def wait_for(descriptor, events, deadline, watched=None):
+def wait_for(descriptor, events, deadline, cancel_on=None):
     """Wait for a descriptor's events and return them; when the watched wire stirs first, it decides what that means.
 
     Raises TimeoutError, and whatever `watched.on_readable()` raises.
     """
     while True:
         poll = new_poll()
-        if watched is not None:
-            poll.register(watched.descriptor, watched.watched_events())
+        if cancel_on is not None:
+            poll.register(cancel_on.descriptor, cancel_on.watched_events())
         poll.register(descriptor, events)
         for ready, found in poll.poll(min(int(deadline.left() * 1000) + 1, POLL_LIMIT)):    # as they were registered
             if ready == descriptor:
                 return found
-            watched.on_readable()
+            cancel_on.on_readable()
 
 
-class Bell:
+class Wakeup:
     """Wakes the thread that waits for it; meanwhile that can watch a wire."""
 
     def __init__(self):
-        self._rope, self._clapper = socket.socketpair()
+        self._write_end, self._read_end = socket.socketpair()
 
-    def ring(self):
-        self._rope.send(b"!")
+    def set(self):
+        self._write_end.send(b"!")
 
-    def wait(self, deadline, watched):
-        wait_for(self._clapper.fileno(), READABLE, deadline, watched)
+    def wait(self, deadline, cancel_on):
+        wait_for(self._read_end.fileno(), READABLE, deadline, cancel_on)
 
     def close(self):
-        self._rope.close()
-        self._clapper.close()
+        self._write_end.close()
+        self._read_end.close()
 
 
-class Wire:
+class Connection:
     """A non-blocking socket, and what was read from it too early; a wait has a deadline, and may watch another wire."""
 
     waited = False      # `fill` was called since this was last reset
@@ -874,7 +855,7 @@ class Wire:
         keep_alive(sock)
         self.sock, self.descriptor, self.buffer = sock, sock.fileno(), b""
 
-    def secure(self, context, deadline, watched=None, **how):
+    def start_tls(self, context, deadline, cancel_on=None, **how):
         """Speak TLS from here on; `how` goes to SSLContext.wrap_socket."""
         self.sock = context.wrap_socket(self.sock, do_handshake_on_connect=False, **how)
         if self.is_shut:    # meanwhile: shut_down found an empty socket
@@ -883,30 +864,30 @@ class Wire:
             try:
                 return self.sock.do_handshake()
             except ssl.SSLWantReadError:
-                self.wait(READABLE, deadline, watched)
+                self.wait(READABLE, deadline, cancel_on)
             except ssl.SSLWantWriteError:
-                self.wait(WRITABLE, deadline, watched)
+                self.wait(WRITABLE, deadline, cancel_on)
 
-    def wait(self, events, deadline, watched=None):
+    def wait(self, events, deadline, cancel_on=None):
         """Wait for events here and return them, as `wait_for` does."""
-        return wait_for(self.descriptor, events, deadline, watched)
+        return wait_for(self.descriptor, events, deadline, cancel_on)
 
     def watched_events(self):
         """Return what to watch for: with much unread already, only the hang-up."""
         return HUNG_UP if len(self.buffer) >= READ_BYTES else READABLE | HUNG_UP
 
-    def fill(self, deadline, watched=None):
+    def fill(self, deadline, cancel_on=None):
         """Read more into the buffer as soon as there is any; return False at the stream's end."""
         self.waited = True
         while True:
             if not (isinstance(self.sock, ssl.SSLSocket) and self.sock.pending()):  # poll cannot see what TLS holds
-                self.wait(READABLE, deadline, watched)
+                self.wait(READABLE, deadline, cancel_on)
             try:
                 data = self.sock.recv(RECEIVE_BYTES)
             except WOULD_BLOCK:
                 continue
             except ssl.SSLWantWriteError:
-                self.wait(WRITABLE, deadline, watched)
+                self.wait(WRITABLE, deadline, cancel_on)
                 continue
             self.buffer = self.buffer + data if self.buffer else data
             return bool(data)
@@ -922,21 +903,21 @@ class Wire:
         self.buffer += data
         return bool(data)
 
-    def send(self, data, deadline, watched=None):
+    def send(self, data, deadline, cancel_on=None):
         """Send all of the data."""
         view = memoryview(data)
         while view:
             try:
                 view = view[self.sock.send(view):]
             except (BlockingIOError, ssl.SSLWantWriteError):
-                self.until_writable(deadline, watched)
+                self.until_writable(deadline, cancel_on)
             except ssl.SSLWantReadError:
-                self.wait(READABLE, deadline, watched)
+                self.wait(READABLE, deadline, cancel_on)
 
-    def until_writable(self, deadline, watched):
-        self.wait(WRITABLE, deadline, watched)
+    def until_writable(self, deadline, cancel_on):
+        self.wait(WRITABLE, deadline, cancel_on)
 
-    def read_head(self, deadline, watched=None):
+    def read_head(self, deadline, cancel_on=None):
         """Read a message's head and return its lines as bytes, without the empty one.
 
         Raises Malformed for one that is too large, has a bare LF, or ends early (RFC 9112 2.2).
@@ -955,7 +936,7 @@ class Wire:
             if BARE_LF.search(self.buffer, searched):
                 raise Malformed("a line does not end in CR LF")
             searched = max(len(self.buffer) - 3, 0)
-            if not self.fill(deadline, watched):
+            if not self.fill(deadline, cancel_on):
                 if not self.buffer:
                     raise ConnectionError("it hung up without a word")
                 raise Malformed("the headers end early")
@@ -966,13 +947,13 @@ class Wire:
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # SSLSocket's own would go on in clear first
 
-    def read_piece(self, body, deadline, watched=None):
+    def read_piece(self, body, deadline, cancel_on=None):
         """Return a body's next piece as soon as it is there, b"" only at its end; raise Malformed if that is early."""
         while True:
             piece, self.buffer = body.decode(self.buffer)
             if piece or body.complete:
                 return piece
-            if not self.fill(deadline, watched):
+            if not self.fill(deadline, cancel_on):
                 body.end()
 
     def close(self):
@@ -992,6 +973,7 @@ class Wire:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # struct linger {1, 0}
         self.close()
 
+# == HTTP =====================================================================
 
 FIELD_BLOCK = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*")  # RFC 9110 5.1, 5.5
 
@@ -1006,7 +988,7 @@ def parse_fields(block):
     return [(name, value.strip(" \t")) for name, _, value in (line.partition(":") for line in lines)]
 
 
-def combine(pairs):
+def combine_fields(pairs):
     """Return fields by their names in lower case, values of equal ones joined (RFC 9110 5.3), and which were equal."""
     fields, repeated = {}, set()
     for name, value in pairs:
@@ -1020,14 +1002,9 @@ def combine(pairs):
     return fields, repeated
 
 
-def list_members(value):
+def comma_list(value):
     """Return the members of a comma list, in lower case (RFC 9110 5.6.1)."""
     return {member.strip(" \t") for member in value.lower().split(",")}
-
-
-def chunk(piece, last=False):
-    """Write a piece as a chunk (RFC 9112 7.1), nothing as none, and behind the last one the end."""
-    return (b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b"") + (b"0\r\n\r\n" if last else b"")
 
 
 def content_length(value):
@@ -1035,6 +1012,134 @@ def content_length(value):
     if not (value.isascii() and value.isdigit() and len(value) <= 18):
         raise Malformed(f'Content-Length is "{value[:40]}", not a number')
     return int(value)
+
+
+class Request(NamedTuple):
+    """A request's head, parsed: field names in lower case, a repeated field's values joined by commas."""
+
+    method: str
+    path: str
+    query: str
+    version: str
+    fields: dict
+    repeated: frozenset                 # names of fields that came more than once
+    closes: bool                        # the client wants no other request on the connection
+    bearer: Optional[str]               # the secret that its Authorization shows, None without that field
+    redacted_path: str                     # without secrets
+    forwarded: str                         # those of its fields that go upstream, as lines of a head
+    path_secret: Optional[str] = None   # what stood behind /t/, once it is taken out of the path
+
+
+REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])")  # RFC 9112 3
+HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")  # RFC 9110 7.2, RFC 3986 3.2.2
+ABSOLUTE = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
+SECRET_IN_PATH = re.compile(rf"(?<=/t/)[^/]+|{SECRET_PREFIX}[\w-]+", re.IGNORECASE)
+PATH_TOKEN = re.compile("/t/([^/]+)(/.*)")
+BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)  # RFC 6750 2.1; RFC 9110 11.1: the scheme's case is free
+REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
+
+
+def forwarded_headers(fields, dropped):
+    """Return, as a head's lines, the fields that go upstream: no credential, no cookie, nothing hop-by-hop."""
+    return "".join(f"{name}: {value}\r\n" for name, value in fields.items()
+                   if (name in FORWARDED or name.startswith(FORWARDED_PREFIXES)) and name not in dropped)
+
+
+def bearer_of(fields):
+    """Return the secret that an Authorization shows, "" if it shows none, None without that field."""
+    bearer = BEARER.fullmatch(fields.get("authorization", ""))
+    return bearer[1] if bearer else "" if "authorization" in fields else None
+
+
+def parse_request(head):
+    """Read a request's head strictly (RFC 9112 2 to 3); raise Malformed."""
+    line, _, block = head.partition(b"\r\n")
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise Malformed("the request line is not METHOD SP PATH SP HTTP/1.1")
+    method, target, version = (part.decode("ascii") for part in match.groups())
+    if version not in ("1.0", "1.1"):
+        raise Malformed(f"HTTP/{version} is not spoken here, HTTP/1.1 is", "unknown_version")
+    fields, repeated = combine_fields(parse_fields(block))
+    if version == "1.1" and "host" not in fields:
+        raise Malformed("there is no Host header")
+    host = fields.get("host", "")
+    if not HOST.fullmatch(host):
+        raise Malformed("the Host header is malformed")
+    absolute = None if target.startswith("/") else ABSOLUTE.fullmatch(target)
+    if absolute and absolute[1].lower() == host.lower():
+        target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
+    if not target.startswith("/") or "#" in target:
+        raise Malformed("the request target is not a path")
+    path, mark, query = target.partition("?")
+    named = comma_list(fields.get("connection", ""))
+    return Request(method, path, mark + query, version, fields, frozenset(repeated),
+                   closes=version == "1.0" or "close" in named, bearer=bearer_of(fields),
+                   redacted_path=SECRET_IN_PATH.sub("*", path), forwarded=forwarded_headers(fields, named))
+
+
+# Clients ask with the same head again and again: not parsing it is a tenth of what a small answer costs.
+parse_cached_request = functools.lru_cache(HEAD_CACHE_SIZE)(parse_request)
+
+
+def dialect_of(path):
+    """Return which clients' error objects belong to a path, behind a token too."""
+    behind_token = PATH_TOKEN.fullmatch(path)
+    path = behind_token[2] if behind_token else path
+    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+        return "anthropic"
+    return "openai" if path.startswith("/v1/") else "ollama"
+
+
+STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")  # RFC 9112 4
+
+
+class ResponseHead(NamedTuple):
+    """The head of the upstream's answer, parsed."""
+
+    status: int
+    phrase: str
+    fields: dict            # by their names in lower case
+    lines: str              # those that go to the client, as they came
+    kind: str               # the content type, without its parameters
+    length: Optional[int]
+    chunked: bool
+    keeps: bool             # the connection may go on after the answer
+
+
+def is_forwardable(name):
+    """Tell whether a field of the upstream's answer goes to the client: not the connection's, not ours to say."""
+    return name not in HOP_BY_HOP and name not in ("content-length", "x-request-id", "x-accel-buffering") \
+        and not name.startswith("access-control-")
+
+
+def parse_response_head(head):
+    """Read an answer's head strictly; raise Malformed."""
+    line, _, block = head.partition(b"\r\n")
+    match = STATUS_LINE.fullmatch(line)
+    if not match or match[2] == b"101":
+        raise Malformed("its answer has no status line")
+    pairs = parse_fields(block)
+    fields, _ = combine_fields(pairs)
+    hop = comma_list(fields.get("connection", ""))
+    length, coding = fields.get("content-length"), fields.get("transfer-encoding")
+    if coding is not None and (length is not None or coding.lower() != "chunked" or match[1] != b"1"):
+        raise Malformed("its answer's framing is ambiguous")
+    lines = "".join(f"{name}: {value}\r\n" for name, value in pairs
+                    if name.lower() not in hop and is_forwardable(name.lower()))
+    return ResponseHead(int(match[2]), (match[3] or b"").decode("latin-1"), fields, lines,
+                        fields.get("content-type", "").partition(";")[0].strip().lower(),
+                        None if length is None else content_length(length), coding is not None,
+                        match[1] == b"1" and "close" not in hop)
+
+
+# Within a second, heads are alike: not parsing them again is a tenth of what a small answer costs.
+parse_cached_response_head = functools.lru_cache(HEAD_CACHE_SIZE)(parse_response_head)
+
+
+def encode_chunk(piece, last=False):
+    """Write a piece as a chunk (RFC 9112 7.1), nothing as none, and behind the last one the end."""
+    return (b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b"") + (b"0\r\n\r\n" if last else b"")
 
 
 class LengthBody:
@@ -1119,7 +1224,20 @@ class ChunkedBody:
         raise Malformed("the body ends before its last chunk")
 
 
-# == Scan =====================================================================
+def request_body_framing(request):
+    """Return the decoder of a request's body (RFC 9112 6); raise Malformed where two readers could differ."""
+    coding, length = request.fields.get("transfer-encoding"), request.fields.get("content-length")
+    if coding is None:
+        return LengthBody(content_length(length) if length is not None else 0)
+    if length is not None:
+        raise Malformed("there are both Content-Length and Transfer-Encoding")
+    if request.version == "1.0":
+        raise Malformed("there is no Transfer-Encoding in HTTP/1.0")
+    if coding.lower() != "chunked":
+        raise Malformed(f'the transfer coding "{coding[:40]}" is not "chunked"', "unknown_coding")
+    return ChunkedBody()
+
+# == Request body =============================================================
 
 
 class Unreadable(Exception):
@@ -1133,7 +1251,7 @@ class Unreadable(Exception):
 TOO_LONG = object()     # replaces a value of more than VALUE_BYTES
 
 
-def fold(pairs):
+def fold_keys(pairs):
     """Return {key in lower case: [its values]} of a JSON object's members, as encoding/json matches keys."""
     members = {}
     for key, value in pairs:
@@ -1267,20 +1385,20 @@ def read_object(data):
     return pairs, end if text.isascii() else len(text[:end].encode())
 
 
-class Asked(NamedTuple):
+class BodyInfo(NamedTuple):
     """What a request asks for, as Ollama will read it."""
 
     model: str = ""
-    usage_at: int = 0   # where in the body include_usage has to go in, if the gateway is to learn what it cost
+    insert_at: int = 0   # where in the body include_usage has to go in, if the gateway is to learn what it cost
 
 
-def asks_for_usage(members):
+def requests_usage(members):
     """Tell whether a body's stream_options ask for the usage; equal keys are merged, as encoding/json does."""
     asks = False
     for options in members.get("stream_options", ()):
         if options is TOO_LONG:
             raise Unreadable('its "stream_options" are too long')
-        for value in fold(options).get("include_usage", ()) if isinstance(options, tuple) else [False]:
+        for value in fold_keys(options).get("include_usage", ()) if isinstance(options, tuple) else [False]:
             asks = asks if value is None else value is True
     return asks
 
@@ -1297,7 +1415,7 @@ def check_utf8(data):
         raise Unreadable("it is not UTF-8") from None
 
 
-def only_text(members, key):
+def single_text(members, key):
     """Return the text that is a key's one value, "" if it has none or another value; raise Unreadable."""
     values = members.get(key, ("",))
     if len(values) > 1:
@@ -1307,20 +1425,20 @@ def only_text(members, key):
     return values[0] if isinstance(values[0], str) else ""
 
 
-def asked_in_json(data, wants_usage=False):
+def inspect_json(data, wants_usage=False):
     """Read what a JSON body asks for: of its top-level keys "model", or else "name"; raise Unreadable.
 
     wants_usage: whether a stream tells its tokens only to whoever asks in `stream_options`.
     """
     check_utf8(data)
     pairs, size = read_object(data)
-    members = fold(pairs)
-    model, name = only_text(members, "model"), only_text(members, "name")
-    if not wants_usage or True not in members.get("stream", ()) or asks_for_usage(members):
-        return Asked(model or name)
+    members = fold_keys(pairs)
+    model, name = single_text(members, "model"), single_text(members, "name")
+    if not wants_usage or True not in members.get("stream", ()) or requests_usage(members):
+        return BodyInfo(model or name)
     if len(data) - size > READ_BYTES:
         raise Unreadable("much follows it")
-    return Asked(model or name, size - 1)
+    return BodyInfo(model or name, size - 1)
 
 
 FORM = re.compile(r'multipart/form-data(?: *; *charset=[\w-]+)? *; *boundary=(?:"([^"\\]{1,70})"|([^\s";]{1,70}))'
@@ -1363,7 +1481,7 @@ def form_parts(content_type, data):
         yield (start + 2, head_end), (head_end + 4, end - 2)
 
 
-def asked_in_form(data, content_type):
+def inspect_form(data, content_type):
     """Read the model that a form's field "model" names; raise Unreadable for a form that is not as clients write it."""
     models = []
     for head, content in form_parts(content_type, data):
@@ -1380,18 +1498,18 @@ def asked_in_form(data, content_type):
                 raise Unreadable('it has more than one plain field "model"')
             models.append(data[slice(*content)])
     try:
-        return Asked(models[0].decode() if models else "")
+        return BodyInfo(models[0].decode() if models else "")
     except UnicodeDecodeError:
         raise Unreadable("it is not UTF-8") from None
 
 
 NAME_PART = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,79}", re.ASCII)
 HOST_PART = re.compile(r"[a-z0-9_][a-z0-9_.:-]{0,349}", re.ASCII)
-ON_ACCOUNT = re.compile(r"[:-]\s*cloud(?:\s*:\s*local)*\Z")  # internal/modelref
+CLOUD_MODEL = re.compile(r"[:-]\s*cloud(?:\s*:\s*local)*\Z")  # internal/modelref
 
 
-@functools.lru_cache(KNOWN_NAMES)
-def spellings(model):
+@functools.lru_cache(MODEL_CACHE_SIZE)
+def name_variants(model):
     """Return the ways to write a model's name in full, the shortest first; none for what is no name.
 
     Case does not matter, and what is missing is the tag "latest", the namespace "library", and Ollama's own registry
@@ -1410,23 +1528,23 @@ def spellings(model):
     return ways[2:] if host != "registry.ollama.ai" else ways[1:] if namespace != "library" else ways
 
 
-def canonical(model):
+def normalize_model(model):
     """Return the shortest full way to write a model's name, "" for what is no name."""
-    return (spellings(model) or ("",))[0]
+    return (name_variants(model) or ("",))[0]
 
 
-def is_on_account(model):
+def is_cloud_model(model):
     """Tell whether a model's name makes Ollama run it on its owner's ollama.com account."""
     model = model.lower()
-    return "cloud" in model and ON_ACCOUNT.search(model.strip()) is not None
+    return "cloud" in model and CLOUD_MODEL.search(model.strip()) is not None
 
 
-def is_listed(model, globs):
+def model_allowed(model, globs):
     """Tell whether one of a list's globs is the model's, in any spelling; on the account, "cloud" must be in it."""
-    ways = spellings(model)
+    ways = name_variants(model)
     for glob in globs.split(","):
         tagged = glob if glob.endswith("*") or ":" in glob.rpartition("/")[2] else glob + ":latest"
-        if any(fnmatch.fnmatchcase(way, tagged) for way in ways) and ("cloud" in glob or not is_on_account(model)):
+        if any(fnmatch.fnmatchcase(way, tagged) for way in ways) and ("cloud" in glob or not is_cloud_model(model)):
             return True
     return False
 
@@ -1434,7 +1552,7 @@ def is_listed(model, globs):
 BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\\"   # a backslash: some escape the slash
 
 
-def is_data(string):
+def is_base64(string):
     """Return whether a long string is base64 data such as an image; a prefix may name its type (RFC 2397)."""
     return not string[256:].translate(None, BASE64)
 
@@ -1454,9 +1572,158 @@ def prompt_text_bytes(data):
         strings = parts[0 if within else 1::2]
         within ^= len(parts) % 2 == 0
         total += sum(map(len, strings)) - sum(
-            len(string) for string in strings if len(string) > KIB and is_data(string))
+            len(string) for string in strings if len(string) > KIB and is_base64(string))
     return total
 
+
+@contextlib.contextmanager
+def disk_errors():
+    """Turn what goes wrong in keeping a body on disk into its refusal."""
+    try:
+        yield
+    except OSError as error:
+        if is_out_of_descriptors(error):
+            raise Refusal("no_descriptors") from None
+        raise Refusal("no_room", f"the body cannot be kept: {error.strerror}") from None
+
+
+class BodyStorage:
+    """Bounds the memory and the disk space that request bodies take together; safe to share between threads."""
+
+    def __init__(self, max_spool):
+        self._max_spool, self._lock = max_spool, threading.Lock()
+        self._memory = self._disk = 0
+
+    def take_memory(self, size):
+        """Reserve memory; return False if there is none left."""
+        with self._lock:
+            fits = self._memory + size <= BODY_MEMORY
+            self._memory += size if fits else 0
+            return fits
+
+    def take_disk(self, size):
+        """Reserve disk space; raise Refusal if there is none left."""
+        with self._lock:
+            if self._disk + size > self._max_spool:
+                raise Refusal("no_room", f"request bodies take {self._disk} bytes of disk space already, of at most "
+                                         f"{self._max_spool} (--max-spool): try again later")
+            self._disk += size
+
+    def free(self, memory, disk):
+        with self._lock:
+            self._memory -= memory
+            self._disk -= disk
+
+
+class BufferedBody:
+    """A request's body, whole: in memory, or in a temporary file if it is large. It can be sent twice."""
+
+    replayable = True
+    _file = None
+    _memory = _disk = 0     # what it takes of the storage
+
+    def __init__(self, data=b"", declared=True, storage=None):
+        self.size, self._data, self._declared, self._storage = len(data), data, declared, storage
+
+    def append(self, piece):
+        """Add a piece; raise Refusal if there is no room for it."""
+        if self._file is None and self.size + len(piece) <= SPOOL_BYTES and self._storage.take_memory(len(piece)):
+            self._memory += len(piece)
+            self._data += piece
+        else:
+            with disk_errors():
+                self._write(piece)
+        self.size += len(piece)
+
+    def _write(self, piece):
+        if self._file is None:
+            import tempfile  # few requests need it, and every start would wait for it
+            self._file = tempfile.TemporaryFile()
+            piece, self._data = self._data + piece, b""
+            self._storage.free(self._memory, 0)
+            self._memory = 0
+        self._storage.take_disk(len(piece))
+        self._disk += len(piece)
+        self._file.write(piece)
+
+    @property
+    def framing(self):
+        return f"content-length: {self.size}\r\n" if self._declared else ""
+
+    def pieces(self, _=None):
+        """Yield the bytes as they go on the wire; raise Refusal if they cannot be read."""
+        if self._file is None:
+            yield self._data
+            return
+        with disk_errors():
+            self._file.seek(0)
+        for _ in range(0, self.size, READ_BYTES):
+            with disk_errors():
+                piece = self._file.read(READ_BYTES)
+            yield piece
+
+    def look(self, find, *how):
+        """Return what `find(bytes, *how)` finds in the bytes; of a file only those in sight take memory."""
+        if self._file is None:
+            return find(self._data, *how)
+        with disk_errors():
+            self._file.flush()
+            view = mmap.mmap(self._file.fileno(), self.size, access=mmap.ACCESS_READ)
+        with view:
+            return find(view, *how)
+
+    def insert(self, at, extra):
+        """Put bytes in between; what follows them must fit memory."""
+        if self._file is None:
+            self._data = self._data[:at] + extra + self._data[at:]
+        else:
+            with disk_errors():
+                self._file.seek(at)
+                rest = self._file.read()
+                self._file.seek(at)
+                self._file.write(extra + rest)
+                self._file.flush()
+        self.size += len(extra)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what it still has to write is not needed
+                self._file.close()
+        if self._storage is not None:
+            self._storage.free(self._memory, self._disk)
+
+
+NO_BODY = BufferedBody(declared=False)
+
+
+class StreamedBody:
+    """A request's body that is passed on as it comes, framed as it came, while `judge` does not raise Refusal."""
+
+    replayable = False
+
+    def __init__(self, client, judge):
+        self._client, self._judge = client, judge
+        self._chunked = isinstance(client.body, ChunkedBody)
+        self.framing = "transfer-encoding: chunked\r\n" if self._chunked else f"content-length: {client.body.left}\r\n"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """There is nothing to put away."""
+
+    def pieces(self, upstream):
+        """Yield the bytes as they go on the wire; the upstream is watched while the client is silent."""
+        judged = time.monotonic()
+        while not self._client.body.complete:
+            piece = self._client.read_body(upstream)
+            if time.monotonic() - judged > REJUDGE_SECONDS:
+                self._judge()
+                judged = time.monotonic()
+            yield encode_chunk(piece, self._client.body.complete) if self._chunked else piece
 
 # == Store ====================================================================
 
@@ -1472,7 +1739,7 @@ def digest_of(secret):
 
 
 # In a running server a digest takes 4 us, a twenty-fifth of a small answer's CPU; alone in a loop it takes 0.5 us.
-known_digest_of = functools.lru_cache(KNOWN_HEADS)(digest_of)
+cached_digest_of = functools.lru_cache(HEAD_CACHE_SIZE)(digest_of)
 
 
 def hint_of(secret):
@@ -1507,8 +1774,8 @@ def _replaced_instant(value, otherwise):
     """Read a time of the replaced system: ISO text, in UTC where it names no zone, or Unix seconds."""
     try:
         if isinstance(value, (int, float)):
-            return possible_instant(int(value))
-        return instant(str(value).strip(), naive_is_utc=True)
+            return check_instant(int(value))
+        return parse_instant(str(value).strip(), naive_is_utc=True)
     except (ValueError, OverflowError):
         return otherwise
 
@@ -1787,7 +2054,7 @@ class TokenStore:
     """
 
     COLUMNS = ", ".join(Token._fields)
-    EXPORTED = ("user", "name", "digest", "hint", "created_at", "expires_at", "last_used_at", "admin", *LIMIT_OF)
+    EXPORTED = ("user", "name", "digest", "hint", "created_at", "expires_at", "last_used_at", "admin", *LIMIT_BY_COLUMN)
 
     def __init__(self, path, create=False, clock=time.time):
         self.path, self._paths = path, (path, path + "-wal", path + "-shm")
@@ -1812,10 +2079,10 @@ class TokenStore:
     def connect(self):
         """Return another connection, and the identities of the database's files; raise Failure or sqlite3.Error."""
         with self._lock:
-            self._follow()
+            self._reopen_if_replaced()
             return _connect(self.path, self.writable, patience=self._patience), self.files
 
-    def _follow(self):
+    def _reopen_if_replaced(self):
         """Reopen the database if it was replaced; raise Failure while it is missing or cannot be used."""
         found = _identify(*self._paths[:len(self.files)])
         file = found[0]
@@ -1838,10 +2105,10 @@ class TokenStore:
         LOG.warning("the database %s was replaced: using the new file", self.path)
 
     @contextlib.contextmanager
-    def _access(self, writing=False):
+    def _transaction(self, writing=False):
         """Hold a transaction, committed at the block's end; SQLite's errors become Failures."""
         with self._lock:
-            self._follow()
+            self._reopen_if_replaced()
             if writing and not self.writable:
                 raise Failure(f"the database {self.path} is read-only: "
                               "make it and its folder writable to change tokens")
@@ -1861,9 +2128,9 @@ class TokenStore:
                 _empty_wal(self._db, self._patience)
 
     @contextlib.contextmanager
-    def _changing(self):
+    def _token_write(self):
         """Hold a transaction that changes tokens, and have every TokenTable take note."""
-        with self._access(writing=True) as db:
+        with self._transaction(writing=True) as db:
             yield db
         with contextlib.suppress(OSError):
             os.utime(self.path)
@@ -1882,7 +2149,7 @@ class TokenStore:
         """
         check_name("user", user), check_name("name", name)
         secret = SECRET_PREFIX + secrets.token_urlsafe(32)
-        with self._changing() as db:
+        with self._token_write() as db:
             if db.execute("SELECT 1 FROM tokens WHERE user = ? AND name = ?", (user, name)).fetchone():
                 raise token_exists(user, name)
             _insert(db, user=user, name=name, digest=digest_of(secret), hint=hint_of(secret),
@@ -1894,7 +2161,7 @@ class TokenStore:
     def rotate(self, user, name):
         """Give a token a new secret and return both; the old one stops working."""
         secret = SECRET_PREFIX + secrets.token_urlsafe(32)
-        with self._changing() as db:
+        with self._token_write() as db:
             token = self._get(db, user, name)
             db.execute("UPDATE tokens SET digest = ?, hint = ? WHERE id = ?",
                        (digest_of(secret), hint_of(secret), token.id))
@@ -1902,7 +2169,7 @@ class TokenStore:
 
     def update(self, user, name, **changes):
         """Change a token's expires_at, admin or limits; return it."""
-        with self._changing() as db:
+        with self._token_write() as db:
             token = self._get(db, user, name)
             for column in Token._fields:
                 if column in changes:
@@ -1913,14 +2180,14 @@ class TokenStore:
 
     def delete(self, user, name):
         """Delete a token and return what it was."""
-        with self._changing() as db:
+        with self._token_write() as db:
             token = self._get(db, user, name)
             db.execute("DELETE FROM tokens WHERE id = ?", (token.id,))
             return token
 
     def get(self, token_id):
         """Return the token of a number."""
-        with self._access() as db:
+        with self._transaction() as db:
             row = db.execute(f"SELECT {self.COLUMNS} FROM tokens WHERE id = ?", (token_id,)).fetchone()
         if row is None:
             raise Failure(f"no token has the number {token_id}", "no_such_token")
@@ -1930,7 +2197,7 @@ class TokenStore:
         """Return the tokens, of one user or of all, by user and name."""
         if user is not None:
             check_name("user", user)
-        with self._access() as db:
+        with self._transaction() as db:
             rows = db.execute(f"SELECT {self.COLUMNS} FROM tokens WHERE ? IN (user, '') ORDER BY user, name, id",
                               (user or "",)).fetchall()
         return [Token(*row) for row in rows]
@@ -1942,7 +2209,7 @@ class TokenStore:
         """
         add = ", ".join(f"{column} = coalesce({column} + excluded.{column}, {column}, excluded.{column})"
                         for column in MEASURED)
-        with self._access(writing=True) as db:
+        with self._transaction(writing=True) as db:
             db.executemany(f"INSERT INTO usage ({', '.join(USAGE_KEY + MEASURED)}) "
                            f"VALUES ({', '.join('?' * len(USAGE_KEY + MEASURED))}) "
                            f"ON CONFLICT ({', '.join(USAGE_KEY)}) DO UPDATE SET {add}",
@@ -1957,7 +2224,7 @@ class TokenStore:
         """
         keys, whose = USAGE_BY[by], (token.user, token.name) if token else ()
         sums = ", ".join(f"sum({column})" for column in MEASURED)
-        with self._access() as db:
+        with self._transaction() as db:
             rows = db.execute(
                 f"SELECT {', '.join(keys)}, {sums} FROM (SELECT *, hour / {DAY} AS day FROM usage "
                 f"WHERE {'user = ? AND name = ? AND ' if whose else ''}hour >= ?) "
@@ -1967,19 +2234,19 @@ class TokenStore:
         for row in rows:
             row["seconds"] = round(row["seconds"], 3)
             if by == "day":
-                row["day"] = show_instant(day_start(row["day"]))[:10]
+                row["day"] = format_instant(day_start(row["day"]))[:10]
         return rows
 
     def export_rows(self):
         """Return all there is to carry to another machine: a dictionary a token, digests, never secrets."""
-        with self._access() as db:
+        with self._transaction() as db:
             rows = db.execute(f"SELECT {', '.join(self.EXPORTED)} FROM tokens ORDER BY user, name").fetchall()
         return [dict(zip(self.EXPORTED, row)) for row in rows]
 
     def import_rows(self, rows):
         """Add exported rows, all or none; a row that is here already is no change. Return how many were new."""
         added = 0
-        with self._changing() as db:
+        with self._token_write() as db:
             for row in rows:
                 here = db.execute(f"SELECT {', '.join(self.EXPORTED)} FROM tokens "
                                   "WHERE user = ? AND name = ? OR digest = ?",
@@ -1999,7 +2266,7 @@ def open_store(path, create=False):
     return TokenStore(os.path.abspath(path), create)
 
 
-class Finding(NamedTuple):
+class DatabaseInfo(NamedTuple):
     """What a database is, as `inspect` finds it."""
 
     version: int
@@ -2008,7 +2275,7 @@ class Finding(NamedTuple):
     mode: int           # its file's permissions
 
 
-def inspect(path):
+def describe_database(path):
     """Return the Finding of a database without a change to anything; raise Failure for one that cannot be used."""
     path = os.path.abspath(path)
     try:
@@ -2018,12 +2285,12 @@ def inspect(path):
             version = _check_version(db, path)
             tokens = db.execute("SELECT count(*) FROM tokens").fetchone()[0]
         writable = os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK)
-        return Finding(version, tokens, writable, os.stat(path).st_mode & 0o777)
+        return DatabaseInfo(version, tokens, writable, os.stat(path).st_mode & 0o777)
     except (sqlite3.Error, OSError, ValueError) as error:
         raise Failure(f"cannot use the database {path!a}: {error}") from None
 
 
-class TokenTable:
+class TokenCache:
     """All tokens by digest, in memory: what a request asks. It is as new as the last change of anyone.
 
     Whoever changes tokens touches the database's file once that is committed (TokenStore), so while its time is as it
@@ -2060,7 +2327,7 @@ class TokenTable:
             with self._lock:
                 if self._look(file):
                     self._touched, self._asked = touched, now
-        return self._tokens.get((known_digest_of if len(secret) <= KNOWN_HEAD_BYTES else digest_of)(secret))
+        return self._tokens.get((cached_digest_of if len(secret) <= CACHED_HEAD_BYTES else digest_of)(secret))
 
     def _look(self, file):
         """Update the table and return whether it is up to date; log a failure once, and raise Failure.
@@ -2124,37 +2391,45 @@ class TokenTable:
         if self._db:
             self._db.close()
 
+# == Server ===================================================================
 
-# == Accept ===================================================================
+
+class ClientLimits(NamedTuple):
+    """What a connection may take: bytes and seconds."""
+
+    max_body: int
+    header_timeout: float
+    idle_timeout: float
+    storage: object     # the BodyStorage of all connections
 
 
-class ClientWire(Wire):
+class ClientConnection(Connection):
     """A client's connection; watched, it tells when the client has left, or has to."""
 
     last_request = False    # no further one may follow: the server is stopping
-    dismissed = False       # nor may this one go on
-    authenticated = False   # the current request has a valid token
-    counted_for = None      # the id of that token, until the end of the answer is sent
+    shutting_down = False       # nor may this one go on
+    has_token = False   # the current request has a valid token
+    token_id = None      # the id of that token, until the end of the answer is sent
     stalled = False         # the current request has been kept waiting by its client, or for its bad credential
 
-    def wait(self, events, deadline, watched=None):
+    def wait(self, events, deadline, cancel_on=None):
         """Wait as Wire does, but raise Refusal where the end of the stream is only that of `dismiss`."""
-        found = wait_for(self.descriptor, events, deadline, watched)
-        if self.dismissed and events & READABLE:  # a read would end TLS, and no answer could be sent
+        found = wait_for(self.descriptor, events, deadline, cancel_on)
+        if self.shutting_down and events & READABLE:  # a read would end TLS, and no answer could be sent
             raise Refusal("stopping")
         return found
 
     def on_readable(self):
         """Raise ClientLeft if it hung up, fully or half; a pipelined request is kept for later."""
-        if self.dismissed:
+        if self.shutting_down:
             raise Refusal("stopping")
         if len(self.buffer) >= READ_BYTES or not self.alive():
             raise ClientLeft("the client hung up")
 
-    def until_writable(self, deadline, watched):
+    def until_writable(self, deadline, cancel_on):
         """Wait for a slow reader, unless it has left."""
         self.stalled = True
-        if self.wait(WRITABLE | HUNG_UP, deadline, watched) & HUNG_UP:
+        if self.wait(WRITABLE | HUNG_UP, deadline, cancel_on) & HUNG_UP:
             raise ClientLeft("the client hung up")
 
     def pause(self, seconds):
@@ -2166,22 +2441,22 @@ class ClientWire(Wire):
                 self.wait(self.watched_events(), deadline)
                 self.on_readable()
 
-    def dismiss(self):
+    def abort_for_shutdown(self):
         """Have the connection's thread tell its client that it is over: whatever it waits for, it wakes up."""
-        self.dismissed = True
+        self.shutting_down = True
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.sock, socket.SHUT_RD)
 
     def linger(self):
         """Discard for a moment what a dismissed client still sends: a reset could cost it its answer."""
-        end = time.monotonic() + CLOSE_SECONDS / 2
+        end = time.monotonic() + ABORT_SECONDS / 2
         with contextlib.suppress(OSError):
             while time.monotonic() < end:
                 if not socket.socket.recv(self.sock, RECEIVE_BYTES):  # nothing now: after SHUT_RD it never blocks
                     time.sleep(0.02)
 
 
-class Connections:
+class ConnectionLimiter:
     """Limits the open connections. Each is waiting, for a TLS handshake or a whole request head, or being served.
 
     At the limit a waiting one is evicted, the longest first, else one stalled in a request without a valid token.
@@ -2199,7 +2474,7 @@ class Connections:
     def __len__(self):
         return len(self._waiting) + len(self._serving)
 
-    def admit(self, wire, address):
+    def admit(self, connection, address):
         """Take a new connection in, evicting another one if need be; return False if none can be evicted.
 
         An address that has its share already makes room itself.
@@ -2212,77 +2487,77 @@ class Connections:
                 self._end(own[0])
             elif len(self) >= self.most and not self.evict():
                 return False
-            self._waiting[wire] = network
+            self._waiting[connection] = network
             return True
 
     def _new_from(self, network):
         if network is None or len(self._waiting) < self._share:
             return ()
-        return [wire for wire, found in self._waiting.items() if found == network]
+        return [connection for connection, found in self._waiting.items() if found == network]
 
     def evict(self):
         """Evict a connection; return whether there was one to evict."""
         with self._lock:
-            stalled = (wire for wire in self._serving if wire.stalled and not wire.authenticated)
-            wire = next(itertools.chain(self._waiting, stalled), None)
-            if wire is not None:
-                self._end(wire)
-            return wire is not None
+            stalled = (connection for connection in self._serving if connection.stalled and not connection.has_token)
+            connection = next(itertools.chain(self._waiting, stalled), None)
+            if connection is not None:
+                self._end(connection)
+            return connection is not None
 
-    def _end(self, wire):
-        self._waiting.pop(wire, None)
-        self._serving.pop(wire, None)
-        wire.shut_down()
+    def _end(self, connection):
+        self._waiting.pop(connection, None)
+        self._serving.pop(connection, None)
+        connection.shut_down()
 
-    def rest(self, wire):
+    def rest(self, connection):
         """Note that a connection waits for a request; return False if it must end."""
         with self._lock:
             if self._stopping:
                 return False
-            if self._serving.pop(wire, False):
-                self._waiting[wire] = None
-            return wire in self._waiting
+            if self._serving.pop(connection, False):
+                self._waiting[connection] = None
+            return connection in self._waiting
 
-    def resume(self, wire):
+    def resume(self, connection):
         """Note that a request's head has come; return False if the connection was evicted before."""
         with self._lock:
-            if self._waiting.pop(wire, False) is False:
+            if self._waiting.pop(connection, False) is False:
                 return False
-            wire.authenticated, wire.counted_for, wire.stalled = False, None, False
-            self._serving[wire] = True
+            connection.has_token, connection.token_id, connection.stalled = False, None, False
+            self._serving[connection] = True
             return True
 
-    def authenticate(self, wire, token_id):
+    def authenticate(self, connection, token_id):
         """Note whose request a connection serves; raise Refusal if that token has a quarter of all connections."""
         if len(self._serving) > self._share:
             with self._lock:
-                if sum(other.counted_for == token_id for other in self._serving) >= self._share:
-                    raise Refusal("too_many_at_once", f"this token may have {count(self._share, 'request')} open, a "
+                if sum(other.token_id == token_id for other in self._serving) >= self._share:
+                    raise Refusal("too_many_at_once", f"this token may have {plural(self._share, 'request')} open, a "
                                                       "quarter of --max-connections: try again later")
-        wire.authenticated, wire.counted_for = True, token_id
+        connection.has_token, connection.token_id = True, token_id
 
-    def leave(self, wire):
+    def leave(self, connection):
         with self._lock:
-            self._waiting.pop(wire, None)
-            self._serving.pop(wire, None)
+            self._waiting.pop(connection, None)
+            self._serving.pop(connection, None)
             self._changed.notify_all()
 
     def drain(self, seconds):
         """Let running requests finish for so long, then have them cut so that it shows."""
         with self._lock:
             self._stopping = True
-            for wire in self._serving:
-                wire.last_request = True
-            for wire in list(self._waiting):
-                self._end(wire)
-            for end, patience in (None, seconds), (ClientWire.dismiss, CLOSE_SECONDS), (Wire.shut_down, CLOSE_SECONDS):
-                for wire in self._serving if end else ():
-                    end(wire)
+            for connection in self._serving:
+                connection.last_request = True
+            for connection in list(self._waiting):
+                self._end(connection)
+            for end, patience in (None, seconds), (ClientConnection.abort_for_shutdown, ABORT_SECONDS), (Connection.shut_down, ABORT_SECONDS):
+                for connection in self._serving if end else ():
+                    end(connection)
                 if self._changed.wait_for(lambda: not self._serving, patience):
                     return
 
 
-class Footprint:
+class CpuAffinity:
     """Keeps the process, for a with block, on one core, the one that others use least.
 
     Its threads run one at a time whatever the number of cores, for they share the interpreter's lock, and over several
@@ -2305,7 +2580,7 @@ class Footprint:
 
     def _run(self):
         self._choose_core()
-        while not self._stop.wait(SETTLING_SECONDS):
+        while not self._stop.wait(AFFINITY_SECONDS):
             self._choose_core()
 
     def _choose_core(self):
@@ -2319,7 +2594,7 @@ class Footprint:
                 used[self._core] -= own - self._own
             self._busy, self._own = busy, own
             best = min(used, key=used.get)
-            if self._core is None or used[self._core] > 2 * used[best] + SETTLING_SECONDS / 5:
+            if self._core is None or used[self._core] > 2 * used[best] + AFFINITY_SECONDS / 5:
                 self._move(best)
 
     def _move(self, core):
@@ -2348,15 +2623,15 @@ class GatewayServer(http.server.ThreadingHTTPServer):
     request_queue_size = BACKLOG
     allow_reuse_address = os.name == "posix"  # on Windows it would let another program steal the port
 
-    FULL = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
-            b"Connection: close\r\nContent-Length: 47\r\n\r\n" b'{"error": "too many connections: retry later"}\n')
+    BUSY_RESPONSE = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
+                     b"Connection: close\r\nContent-Length: 47\r\n\r\n" b'{"error": "too many connections: retry later"}\n')
 
     def __init__(self, host, port, handler, gateway, limits, connections, tls=None):
         found = look_up(host, port, socket.AI_PASSIVE)[0]
         self.address_family = found[0]
         self.gateway, self.limits, self.tls = gateway, limits, tls
         self.connections = connections
-        self._turned_away = deque()     # (wire, when to close it)
+        self._rejecting = deque()     # (wire, when to close it)
         self._warning, self._warned = threading.Lock(), -math.inf
         self._ids = map((secrets.token_hex(4) + "%08x").__mod__, itertools.count())
         super().__init__(found[4], handler)
@@ -2404,39 +2679,39 @@ class GatewayServer(http.server.ThreadingHTTPServer):
 
     def process_request(self, request, client_address):
         """Give a new connection its thread, or turn it away where it stands."""
-        wire = ClientWire(request)
-        if not self.connections.admit(wire, client_address[0]):
-            return self._turn_away(wire)
+        connection = ClientConnection(request)
+        if not self.connections.admit(connection, client_address[0]):
+            return self._reject_busy(connection)
         try:
-            super().process_request(wire, client_address)
+            super().process_request(connection, client_address)
         except RuntimeError:  # no thread could be started
-            self.connections.leave(wire)
-            self._turn_away(wire)
+            self.connections.leave(connection)
+            self._reject_busy(connection)
 
-    def _turn_away(self, wire):
+    def _reject_busy(self, connection):
         """Tell a connection that there is no room, without a thread, and close it when it has read that."""
         if self.tls:
-            return wire.close()  # an answer would cost a handshake
+            return connection.close()  # an answer would cost a handshake
         with contextlib.suppress(OSError):
-            wire.sock.send(self.FULL)  # a fresh socket's buffer takes it whole
-            wire.sock.shutdown(socket.SHUT_WR)
-        self._turned_away.append((wire, time.monotonic() + AWAY_SECONDS))
+            connection.sock.send(self.BUSY_RESPONSE)  # a fresh socket's buffer takes it whole
+            connection.sock.shutdown(socket.SHUT_WR)
+        self._rejecting.append((connection, time.monotonic() + REJECT_SECONDS))
 
     def service_actions(self):
         """Look after those that were turned away; socketserver calls this again and again."""
-        for _ in range(len(self._turned_away)):
-            wire, until = self._turned_away.popleft()
-            if wire.alive() and time.monotonic() < until and len(self._turned_away) < TURNED_AWAY:
-                wire.buffer = b""
-                self._turned_away.append((wire, until))
+        for _ in range(len(self._rejecting)):
+            connection, until = self._rejecting.popleft()
+            if connection.alive() and time.monotonic() < until and len(self._rejecting) < MAX_REJECTING:
+                connection.buffer = b""
+                self._rejecting.append((connection, until))
             else:
-                wire.close()
+                connection.close()
 
     def process_request_thread(self, request, client_address):
         """Serve a connection, in its own thread, until it ends; `request` is its wire."""
         try:
             if self.tls:
-                request.secure(self.tls, Deadline(self.limits.header_timeout), server_side=True)
+                request.start_tls(self.tls, Deadline(self.limits.header_timeout), server_side=True)
             self.RequestHandlerClass(request, client_address, self)
         except (OSError, Refusal):
             pass  # left, never came to speak, or was dismissed before: there was no request to answer
@@ -2464,246 +2739,9 @@ class GatewayServer(http.server.ThreadingHTTPServer):
         """Stop listening, cut what is open, and stop what works behind the requests."""
         super().server_close()
         self.connections.drain(0)
-        while self._turned_away:
-            self._turned_away.popleft()[0].close()
+        while self._rejecting:
+            self._rejecting.popleft()[0].close()
         self.gateway.close()
-
-
-def try_to_listen(host, port):
-    """Raise OSError where a GatewayServer could not listen now."""
-    family, kind, _, _, address = look_up(host, port, socket.AI_PASSIVE)[0]
-    with socket.socket(family, kind) as probe:
-        if GatewayServer.allow_reuse_address:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(address)
-        probe.listen()
-
-
-# == Parse ====================================================================
-
-REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])")  # RFC 9112 3
-HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")  # RFC 9110 7.2, RFC 3986 3.2.2
-ABSOLUTE = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
-SECRET_IN_PATH = re.compile(rf"(?<=/t/)[^/]+|{SECRET_PREFIX}[\w-]+", re.IGNORECASE)
-PATH_TOKEN = re.compile("/t/([^/]+)(/.*)")
-BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)  # RFC 6750 2.1; RFC 9110 11.1: the scheme's case is free
-REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
-
-
-def upward_lines(fields, dropped):
-    """Return, as a head's lines, the fields that go upstream: no credential, no cookie, nothing hop-by-hop."""
-    return "".join(f"{name}: {value}\r\n" for name, value in fields.items()
-                   if (name in FORWARDED or name.startswith(FORWARDED_PREFIXES)) and name not in dropped)
-
-
-def bearer_of(fields):
-    """Return the secret that an Authorization shows, "" if it shows none, None without that field."""
-    bearer = BEARER.fullmatch(fields.get("authorization", ""))
-    return bearer[1] if bearer else "" if "authorization" in fields else None
-
-
-def parse_request(head):
-    """Read a request's head strictly (RFC 9112 2 to 3); raise Malformed."""
-    line, _, block = head.partition(b"\r\n")
-    match = REQUEST_LINE.fullmatch(line)
-    if not match:
-        raise Malformed("the request line is not METHOD SP PATH SP HTTP/1.1")
-    method, target, version = (part.decode("ascii") for part in match.groups())
-    if version not in ("1.0", "1.1"):
-        raise Malformed(f"HTTP/{version} is not spoken here, HTTP/1.1 is", "unknown_version")
-    fields, repeated = combine(parse_fields(block))
-    if version == "1.1" and "host" not in fields:
-        raise Malformed("there is no Host header")
-    host = fields.get("host", "")
-    if not HOST.fullmatch(host):
-        raise Malformed("the Host header is malformed")
-    absolute = None if target.startswith("/") else ABSOLUTE.fullmatch(target)
-    if absolute and absolute[1].lower() == host.lower():
-        target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
-    if not target.startswith("/") or "#" in target:
-        raise Malformed("the request target is not a path")
-    path, mark, query = target.partition("?")
-    named = list_members(fields.get("connection", ""))
-    return Request(method, path, mark + query, version, fields, frozenset(repeated),
-                   closes=version == "1.0" or "close" in named, bearer=bearer_of(fields),
-                   shown_path=SECRET_IN_PATH.sub("*", path), upward=upward_lines(fields, named))
-
-
-# Clients ask with the same head again and again: not parsing it is a tenth of what a small answer costs.
-parse_known_request = functools.lru_cache(KNOWN_HEADS)(parse_request)
-
-
-def request_body_framing(request):
-    """Return the decoder of a request's body (RFC 9112 6); raise Malformed where two readers could differ."""
-    coding, length = request.fields.get("transfer-encoding"), request.fields.get("content-length")
-    if coding is None:
-        return LengthBody(content_length(length) if length is not None else 0)
-    if length is not None:
-        raise Malformed("there are both Content-Length and Transfer-Encoding")
-    if request.version == "1.0":
-        raise Malformed("there is no Transfer-Encoding in HTTP/1.0")
-    if coding.lower() != "chunked":
-        raise Malformed(f'the transfer coding "{coding[:40]}" is not "chunked"', "unknown_coding")
-    return ChunkedBody()
-
-
-def dialect_of(path):
-    """Return which clients' error objects belong to a path, behind a token too."""
-    behind_token = PATH_TOKEN.fullmatch(path)
-    path = behind_token[2] if behind_token else path
-    if path == "/v1/messages" or path.startswith("/v1/messages/"):
-        return "anthropic"
-    return "openai" if path.startswith("/v1/") else "ollama"
-
-
-@contextlib.contextmanager
-def disk_errors():
-    """Turn what goes wrong in keeping a body on disk into its refusal."""
-    try:
-        yield
-    except OSError as error:
-        if is_out_of_descriptors(error):
-            raise Refusal("no_descriptors") from None
-        raise Refusal("no_room", f"the body cannot be kept: {error.strerror}") from None
-
-
-class BodyStorage:
-    """Bounds the memory and the disk space that request bodies take together; safe to share between threads."""
-
-    def __init__(self, max_spool):
-        self._max_spool, self._lock = max_spool, threading.Lock()
-        self._memory = self._disk = 0
-
-    def take_memory(self, size):
-        """Reserve memory; return False if there is none left."""
-        with self._lock:
-            fits = self._memory + size <= BODY_MEMORY
-            self._memory += size if fits else 0
-            return fits
-
-    def take_disk(self, size):
-        """Reserve disk space; raise Refusal if there is none left."""
-        with self._lock:
-            if self._disk + size > self._max_spool:
-                raise Refusal("no_room", f"request bodies take {self._disk} bytes of disk space already, of at most "
-                                         f"{self._max_spool} (--max-spool): try again later")
-            self._disk += size
-
-    def free(self, memory, disk):
-        with self._lock:
-            self._memory -= memory
-            self._disk -= disk
-
-
-class HeldBody:
-    """A request's body, whole: in memory, or in a temporary file if it is large. It can be sent twice."""
-
-    replayable = True
-    _file = None
-    _memory = _disk = 0     # what it takes of the storage
-
-    def __init__(self, data=b"", declared=True, storage=None):
-        self.size, self._data, self._declared, self._storage = len(data), data, declared, storage
-
-    def append(self, piece):
-        """Add a piece; raise Refusal if there is no room for it."""
-        if self._file is None and self.size + len(piece) <= SPOOL_BYTES and self._storage.take_memory(len(piece)):
-            self._memory += len(piece)
-            self._data += piece
-        else:
-            with disk_errors():
-                self._write(piece)
-        self.size += len(piece)
-
-    def _write(self, piece):
-        if self._file is None:
-            import tempfile  # few requests need it, and every start would wait for it
-            self._file = tempfile.TemporaryFile()
-            piece, self._data = self._data + piece, b""
-            self._storage.free(self._memory, 0)
-            self._memory = 0
-        self._storage.take_disk(len(piece))
-        self._disk += len(piece)
-        self._file.write(piece)
-
-    @property
-    def framing(self):
-        return f"content-length: {self.size}\r\n" if self._declared else ""
-
-    def pieces(self, _=None):
-        """Yield the bytes as they go on the wire; raise Refusal if they cannot be read."""
-        if self._file is None:
-            yield self._data
-            return
-        with disk_errors():
-            self._file.seek(0)
-        for _ in range(0, self.size, READ_BYTES):
-            with disk_errors():
-                piece = self._file.read(READ_BYTES)
-            yield piece
-
-    def look(self, find, *how):
-        """Return what `find(bytes, *how)` finds in the bytes; of a file only those in sight take memory."""
-        if self._file is None:
-            return find(self._data, *how)
-        with disk_errors():
-            self._file.flush()
-            view = mmap.mmap(self._file.fileno(), self.size, access=mmap.ACCESS_READ)
-        with view:
-            return find(view, *how)
-
-    def insert(self, at, extra):
-        """Put bytes in between; what follows them must fit memory."""
-        if self._file is None:
-            self._data = self._data[:at] + extra + self._data[at:]
-        else:
-            with disk_errors():
-                self._file.seek(at)
-                rest = self._file.read()
-                self._file.seek(at)
-                self._file.write(extra + rest)
-                self._file.flush()
-        self.size += len(extra)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # what it still has to write is not needed
-                self._file.close()
-        if self._storage is not None:
-            self._storage.free(self._memory, self._disk)
-
-
-NO_BODY = HeldBody(declared=False)
-
-
-class LiveBody:
-    """A request's body that is passed on as it comes, framed as it came, while `judge` does not raise Refusal."""
-
-    replayable = False
-
-    def __init__(self, client, judge):
-        self._client, self._judge = client, judge
-        self._chunked = isinstance(client.body, ChunkedBody)
-        self.framing = "transfer-encoding: chunked\r\n" if self._chunked else f"content-length: {client.body.left}\r\n"
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        """There is nothing to put away."""
-
-    def pieces(self, upstream):
-        """Yield the bytes as they go on the wire; the upstream is watched while the client is silent."""
-        judged = time.monotonic()
-        while not self._client.body.complete:
-            piece = self._client.read_body(upstream)
-            if time.monotonic() - judged > REJUDGE_SECONDS:
-                self._judge()
-                judged = time.monotonic()
-            yield chunk(piece, self._client.body.complete) if self._chunked else piece
 
 
 def client_failure(error, late, seconds):
@@ -2718,11 +2756,11 @@ def client_failure(error, late, seconds):
 class ClientStream:
     """The client's side of one request: its head and body in, one answer out, and how the answer ended."""
 
-    def __init__(self, wire, peer, limits, request_id):
-        self.wire, self.limits, self.request = wire, limits, None
+    def __init__(self, connection, peer, limits, request_id):
+        self.connection, self.limits, self.request = connection, limits, None
         self.body = CloseDelimitedBody()      # until the head tells better, all that comes is of this request
-        self.record = Record(peer, time.monotonic())
-        self.record.id = request_id
+        self.context = RequestContext(peer, time.monotonic())
+        self.context.id = request_id
         self.extra = []             # fields that every answer carries
         self.limit_fields = tuple   # returns those that tell how much of the token's limits is left by then
         self.started = False        # bytes of an answer have gone out: it can be changed no more
@@ -2740,7 +2778,7 @@ class ClientStream:
     def receive_head(self):
         """Wait for the request's head; `read_request` raises what went wrong."""
         try:
-            self._head = self.wire.read_head(Deadline(self.limits.header_timeout))
+            self._head = self.connection.read_head(Deadline(self.limits.header_timeout))
         except (Malformed, OSError) as error:
             self._failures.append(client_failure(error, "the headers took longer than {:g} s",
                                                  self.limits.header_timeout))
@@ -2751,7 +2789,7 @@ class ClientStream:
             raise self._failures.pop()
         head = self._head
         try:
-            parse = parse_known_request if len(head) <= KNOWN_HEAD_BYTES else parse_request
+            parse = parse_cached_request if len(head) <= CACHED_HEAD_BYTES else parse_request
             self.request = request = parse(head)
             self._note(request)
             self.body = request_body_framing(request)
@@ -2767,16 +2805,16 @@ class ClientStream:
     def _note(self, request):
         given = request.fields.get("x-request-id", "")
         if given and REQUEST_ID.fullmatch(given):
-            self.record.id = given
-        self.record.method, self.record.path = request.method, request.shown_path
+            self.context.id = given
+        self.context.method, self.context.path = request.method, request.redacted_path
 
-    def read_body(self, watched=None, deadline=None):
+    def read_body(self, cancel_on=None, deadline=None):
         """Return the next piece of the request's body, b"" only at its end; raise Refusal if it is not as promised."""
-        if self._expects and not self.body.complete and not self.wire.buffer:
+        if self._expects and not self.body.complete and not self.connection.buffer:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._expects = False
         try:
-            return self.wire.read_piece(self.body, deadline or Deadline(BODY_SECONDS), watched)
+            return self.connection.read_piece(self.body, deadline or Deadline(BODY_SECONDS), cancel_on)
         except (Malformed, OSError) as error:
             late = "the body took longer than {:g} s" if deadline else "nothing of the body came for {:g} s"
             raise client_failure(error, late, PAGE_BODY_SECONDS if deadline else BODY_SECONDS) from None
@@ -2790,19 +2828,19 @@ class ClientStream:
                 raise Refusal("body_too_large", f"the body is larger than {PAGE_BODY_BYTES} bytes")
         return bytes(body)
 
-    def take_body(self):
+    def read_whole_body(self):
         """Read the request's body and return it, for a with block.
 
         Raises Refusal if it is too large, or there is no room for it.
         """
         if self.body.complete:
-            return HeldBody(declared="content-length" in self.request.fields)
+            return BufferedBody(declared="content-length" in self.request.fields)
         self._bound_body(self.body.left)
         piece = self.read_body()
         if self.body.complete and len(piece) <= RECEIVE_BYTES:
-            return HeldBody(piece)
+            return BufferedBody(piece)
         with contextlib.ExitStack() as stack:
-            body = stack.enter_context(HeldBody(bytearray(), storage=self.limits.storage))
+            body = stack.enter_context(BufferedBody(bytearray(), storage=self.limits.storage))
             body.append(piece)
             while not self.body.complete:
                 body.append(self.read_body())
@@ -2828,8 +2866,8 @@ class ClientStream:
             self._framing = "length"
         else:
             self._framing = "chunked" if request.version == "1.1" else "open"
-        self._keep = self._keep and self.body.complete and not self.wire.last_request
-        head = f"HTTP/1.1 {status} {phrase}\r\n{lines}X-Request-Id: {self.record.id}\r\n"
+        self._keep = self._keep and self.body.complete and not self.connection.last_request
+        head = f"HTTP/1.1 {status} {phrase}\r\n{lines}X-Request-Id: {self.context.id}\r\n"
         if content_type.startswith(STREAM_TYPES):
             self._stream_type = content_type
             head += "X-Accel-Buffering: no\r\n"  # or nginx, before us, holds the pieces back
@@ -2842,22 +2880,22 @@ class ClientStream:
         if not self._keep:
             head += "Connection: close\r\n"
         self._pending = (head + "\r\n").encode("latin-1")
-        self.record.status = status
+        self.context.status = status
 
     def write(self, piece, last=False):
         """Send a piece of the answer at once; the last one ends it."""
         data, self._pending = self._pending, b""
         if self._framing != "none":
-            data += chunk(piece, last) if self._framing == "chunked" else piece
+            data += encode_chunk(piece, last) if self._framing == "chunked" else piece
             self._tail = (self._tail + piece[-2:])[-2:]
-            self.record.sent += len(piece)
+            self.context.sent += len(piece)
         if last:    # who has read it may ask again at once
-            self.wire.counted_for = None
+            self.connection.token_id = None
         if data:
             self._send(data)
             self.started = True
-            if self.record.answered is None:
-                self.record.answered = time.monotonic()
+            if self.context.answered is None:
+                self.context.answered = time.monotonic()
         self.finished = last
 
     def flush(self):
@@ -2881,11 +2919,11 @@ class ClientStream:
         try:
             if not self.started:
                 return self.answer(refusal.status, "application/json", told + b"\n", refusal.fields)
-            self.record.outcome = "broken"
+            self.context.outcome = "broken"
             if self._stream_type and self._framing in ("chunked", "open"):
                 self.write(self._error_line(told, dialect))
         except ClientLeft:
-            self.record.outcome = "left"
+            self.context.outcome = "left"
         self.abort()
 
     def _error_line(self, told, dialect):
@@ -2897,9 +2935,9 @@ class ClientStream:
 
     def abort(self):
         """Cut the connection short of the answer's end; with a reset where a mere end would look like that."""
-        if self._framing == "open" or self.record.outcome == "left":
-            self.wire.reset()
-        self.wire.close()
+        if self._framing == "open" or self.context.outcome == "left":
+            self.connection.reset()
+        self.connection.close()
 
     @property
     def reusable(self):
@@ -2908,20 +2946,20 @@ class ClientStream:
 
     def drain(self):
         """Read on, within bounds, what a refused client still sends: a connection closed too soon loses the answer."""
-        if self.wire.dismissed:
-            return self.wire.linger()
-        deadline, left, self.wire.stalled = Deadline(DRAIN_SECONDS), DRAIN_BYTES, True
+        if self.connection.shutting_down:
+            return self.connection.linger()
+        deadline, left, self.connection.stalled = Deadline(DRAIN_SECONDS), DRAIN_BYTES, True
         with contextlib.suppress(OSError, Refusal):
-            self.wire.sock.shutdown(socket.SHUT_WR)
+            self.connection.sock.shutdown(socket.SHUT_WR)
             while left > 0:
-                self.wire.buffer = b""
-                if not self.wire.fill(deadline):
+                self.connection.buffer = b""
+                if not self.connection.fill(deadline):
                     return
-                left -= len(self.wire.buffer)
+                left -= len(self.connection.buffer)
 
     def _send(self, data):
         try:
-            self.wire.send(data, Deadline(SEND_SECONDS))
+            self.connection.send(data, Deadline(SEND_SECONDS))
         except OSError as error:
             raise ClientLeft(str(error)) from None
 
@@ -2930,35 +2968,33 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """http.server's part: one request after another on a connection; `request` is its ClientWire."""
 
     def setup(self):
-        self.wire = self.request
+        self.connection = self.request
         self.patience = self.server.limits.header_timeout   # for the first request; idle_timeout for those to follow
 
     def finish(self):
-        self.wire.close_notify()
+        self.connection.close_notify()
 
     def handle_one_request(self):
         """Wait for a request and serve it; a connection that sends nothing, or is evicted, ends without an answer."""
         self.close_connection = True
         connections = self.server.connections
-        if not connections.rest(self.wire) or not (self.wire.buffer or self.wire.fill(Deadline(self.patience))):
+        if not connections.rest(self.connection) or not (self.connection.buffer or self.connection.fill(Deadline(self.patience))):
             return
-        client = ClientStream(self.wire, self.client_address[0], self.server.limits, self.server.next_id())
+        client = ClientStream(self.connection, self.client_address[0], self.server.limits, self.server.next_id())
         client.receive_head()
-        if not connections.resume(self.wire):
+        if not connections.resume(self.connection):
             return
         self.server.gateway.serve(client)
-        if client.record.code == "no_descriptors":
+        if client.context.code == "no_descriptors":
             self.server.warn_of_descriptors()
         self.close_connection = not client.reusable
         self.patience = self.server.limits.idle_timeout
         if client.finished and not client.body.complete:
             client.drain()
 
+# == Pipeline =================================================================
 
-# == Conduct ==================================================================
-
-
-ASK_FOR_USAGE = b',"stream_options":{"include_usage":true}'  # before the object's end: of equal keys the last wins
+INCLUDE_USAGE = b',"stream_options":{"include_usage":true}'  # before the object's end: of equal keys the last wins
 
 
 NOTHING_TO_COUNT = contextlib.nullcontext()
@@ -2967,50 +3003,50 @@ NOTHING_TO_COUNT = contextlib.nullcontext()
 class Gateway:
     """Conducts each request through the stages that it is handed."""
 
-    def __init__(self, peers, router, authenticator, limiter, upstream, health, relay, journal, pages, count_prompt,
+    def __init__(self, proxies, router, authenticator, limiter, upstream, health, relay, journal, pages, count_prompt,
                  connections):
         self.health, self._connections = health, connections
-        self._peers, self._router, self._authenticator, self._limiter = peers, router, authenticator, limiter
+        self._proxies, self._router, self._authenticator, self._limiter = proxies, router, authenticator, limiter
         self._upstream, self._relay, self._journal, self._pages = upstream, relay, journal, pages
         self._count_prompt = count_prompt
 
     def serve(self, client):
         """Take one request from its head to its record: it is answered once, and written down once."""
-        record = client.record
+        context = client.context
         try:
             request = client.read_request()
-            record.peer = self._peers.reported(record.peer, request)
+            context.peer = self._proxies.reported(context.peer, request)
             client.extra += self._router.cors_fields(request)
             request, route, path = self._router.match(request)
-            record.route = route.path
+            context.route = route.path
             if route.access == "public":
-                return client.answer(*self._visit(route, Visit(request, path, None, b"")))
+                return client.answer(*self._visit(route, PageRequest(request, path, None, b"")))
             token = self._identify(client, request, route)
-            self._connections.authenticate(client.wire, token.id)
-            with self._limiter.admit(route, token, record) as admission:
-                if route.kind == "page":
+            self._connections.authenticate(client.connection, token.id)
+            with self._limiter.admit(route, token, context) as slot:
+                if route.category == "page":
                     return client.answer(*self._page(client, request, route, path, token))
-                last = self._forward(client, request, route, path, token, admission)
+                last = self._forward(client, request, route, path, token, slot)
             client.write(last, last=True)   # only now: whoever has read it finds the limits and the upstream free again
         except Refusal as refusal:
-            record.code, record.why = refusal.code, str(refusal)
+            context.code, context.why = refusal.code, str(refusal)
             client.refuse(refusal)
         except Failure as error:    # the client is not authenticated yet: the log alone names path and cause
-            record.code, record.why = error.code, str(error)
+            context.code, context.why = error.code, str(error)
             client.refuse(Refusal(error.code))
         except ClientLeft as error:
-            record.outcome, record.why = "left", str(error)
+            context.outcome, context.why = "left", str(error)
             client.abort()
         except Exception:  # a fault of ours must end one request, not the connection's thread without a word
-            LOG.exception("request %s met a fault of the gateway", record.id)
-            client.refuse(Refusal("internal", f"the gateway failed: its log tells more under {record.id}"))
+            LOG.exception("request %s met a fault of the gateway", context.id)
+            client.refuse(Refusal("internal", f"the gateway failed: its log tells more under {context.id}"))
         finally:
-            self._journal.write(record)
+            self._journal.write(context)
 
     def _identify(self, client, request, route):
         """Return the request's token, which may use the route; raise Refusal."""
-        token = client.record.token = self._authenticator.identify(request, client.record.peer, client.wire.pause)
-        client.limit_fields = functools.partial(self._limiter.fields, token, client.record)
+        token = client.context.token = self._authenticator.identify(request, client.context.peer, client.connection.pause)
+        client.limit_fields = functools.partial(self._limiter.fields, token, client.context)
         self._router.permit(route, token, request)
         return token
 
@@ -3019,33 +3055,33 @@ class Gateway:
         body = client.read_page_body() if route.method in ("POST", "PATCH") else b""
         if body:    # the token may have been revoked while it arrived
             token = self._identify(client, request, route)
-        return self._visit(route, Visit(request, path, token, body))
+        return self._visit(route, PageRequest(request, path, token, body))
 
-    def _forward(self, client, request, route, path, token, admission):
+    def _forward(self, client, request, route, path, token, slot):
         """Pass a request on to Ollama and its answer to the client, but for the last piece: return that."""
         def judge():    # again, whenever time has passed: the token may have been revoked or narrowed
             token = self._identify(client, request, route)
-            self._router.permit_model(route, asked, token)
+            self._router.permit_model(route, body_info, token)
             return token
 
-        asked, client.wire.waited = None, False
-        with LiveBody(client, judge) if route.streamed else client.take_body() as body:
-            if client.wire.waited:
+        body_info, client.connection.waited = None, False
+        with StreamedBody(client, judge) if route.streamed else client.read_whole_body() as body:
+            if client.connection.waited:
                 token = self._identify(client, request, route)
-            asked = self._router.read(route, path, request, body, token)
-            client.record.model = asked.model
-            self._router.permit_model(route, asked, token)
-            if asked.usage_at:
-                body.insert(asked.usage_at, ASK_FOR_USAGE)
-            token = admission.wait_turn(token, client.wire, judge)
-            with self._count_prompt(client.record, body) if route.kind == "inference" else NOTHING_TO_COUNT, \
-                    self._upstream.open(route.method, path, request, body, client.record.id, client.wire) as reply:
-                return self._relay(reply, client, route, asked, token, admission.leave)
+            body_info = self._router.read(route, path, request, body, token)
+            client.context.model = body_info.model
+            self._router.permit_model(route, body_info, token)
+            if body_info.insert_at:
+                body.insert(body_info.insert_at, INCLUDE_USAGE)
+            token = slot.wait_turn(token, client.connection, judge)
+            with self._count_prompt(client.context, body) if route.category == "inference" else NOTHING_TO_COUNT, \
+                    self._upstream.open(route.method, path, request, body, client.context.id, client.connection) as response:
+                return self._relay(response, client, route, body_info, token, slot.leave)
 
-    def _visit(self, route, visit):
+    def _visit(self, route, page_request):
         """Return a page's answer; raise Refusal."""
         try:
-            return getattr(self._pages, route.page)(visit)
+            return getattr(self._pages, route.handler)(page_request)
         except UsageError as error:
             raise Refusal("malformed", str(error)) from None
         except Failure as error:
@@ -3059,32 +3095,31 @@ class Gateway:
         for stage in self._journal, self._authenticator, self.health, self._upstream:
             stage.close()
 
-
-# == Route ====================================================================
+# == Routing and access =======================================================
 
 ROUTES = (
-    Route("GET", "/", "public", "page", page="banner"),
-    Route("GET", "/health", "public", "page", page="health"),
-    Route("GET", "/me", "token", "page", page="me"),
-    Route("GET", "/metrics", "admin", "page", page="metrics"),
-    Route("GET", "/docs", "public", "page", page="docs"),
-    Route("GET", "/openapi.json", "public", "page", page="openapi"),
-    Route("GET", "/admin", "public", "page", page="admin"),
-    Route("GET", "/admin/status", "admin", "page", page="status"),
-    Route("GET", "/admin/usage", "admin", "page", page="usage"),
-    Route("GET", "/admin/tokens", "admin", "page", page="list_tokens"),
-    Route("POST", "/admin/tokens", "admin", "page", page="create_token"),
-    Route("GET", "/admin/tokens/{id}", "admin", "page", page="show_token"),
-    Route("PATCH", "/admin/tokens/{id}", "admin", "page", page="update_token"),
-    Route("DELETE", "/admin/tokens/{id}", "admin", "page", page="delete_token"),
-    Route("POST", "/admin/tokens/{id}/rotate", "admin", "page", page="rotate_token"),
+    Route("GET", "/", "public", "page", handler="banner"),
+    Route("GET", "/health", "public", "page", handler="health"),
+    Route("GET", "/me", "token", "page", handler="me"),
+    Route("GET", "/metrics", "admin", "page", handler="metrics"),
+    Route("GET", "/docs", "public", "page", handler="docs"),
+    Route("GET", "/openapi.json", "public", "page", handler="openapi"),
+    Route("GET", "/admin", "public", "page", handler="admin"),
+    Route("GET", "/admin/status", "admin", "page", handler="status"),
+    Route("GET", "/admin/usage", "admin", "page", handler="usage"),
+    Route("GET", "/admin/tokens", "admin", "page", handler="list_tokens"),
+    Route("POST", "/admin/tokens", "admin", "page", handler="create_token"),
+    Route("GET", "/admin/tokens/{id}", "admin", "page", handler="show_token"),
+    Route("PATCH", "/admin/tokens/{id}", "admin", "page", handler="update_token"),
+    Route("DELETE", "/admin/tokens/{id}", "admin", "page", handler="delete_token"),
+    Route("POST", "/admin/tokens/{id}/rotate", "admin", "page", handler="rotate_token"),
     Route("GET", "/api/version", "token", "read"),
     Route("GET", "/api/status", "token", "read"),
-    Route("GET", "/api/tags", "token", "read", lists="models"),
-    Route("GET", "/api/ps", "token", "read", lists="models"),
+    Route("GET", "/api/tags", "token", "read", model_list_key="models"),
+    Route("GET", "/api/ps", "token", "read", model_list_key="models"),
     Route("POST", "/api/show", "token", "read", "json"),
     Route("GET", "/api/experimental/model-recommendations", "token", "read"),
-    Route("GET", "/v1/models", "token", "read", lists="data"),
+    Route("GET", "/v1/models", "token", "read", model_list_key="data"),
     Route("GET", "/v1/models/{model}", "token", "read", "path"),
     Route("POST", "/api/generate", "token", "inference", "json"),
     Route("POST", "/api/chat", "token", "inference", "json"),
@@ -3109,7 +3144,7 @@ ROUTES = (
     Route("POST", "/api/experimental/web_search", "admin", "account"),
     Route("POST", "/api/experimental/web_fetch", "admin", "account"),
 )
-PREFLIGHT = Route("OPTIONS", "*", "public", "page", page="preflight")
+PREFLIGHT = Route("OPTIONS", "*", "public", "page", handler="preflight")
 SEGMENTS = {
     "id": "[1-9][0-9]{0,17}",
     "digest": "sha256[:-][0-9a-f]{64}",
@@ -3120,13 +3155,13 @@ SEGMENTS = {
 
 FOR_ADMINS = {"model": "changes models", "account": "acts as the owner's ollama.com account",
               "page": "is for whoever runs the gateway"}
-TELLS_USAGE_IF_ASKED = ("/v1/chat/completions", "/v1/completions")  # in a stream, by stream_options
+USAGE_ON_REQUEST = ("/v1/chat/completions", "/v1/completions")  # in a stream, by stream_options
 
 
 def served_routes(metrics_open=False, no_admin_api=False):
     """Return those of the table's routes that a gateway with these settings serves."""
     routes = [route for route in ROUTES if not (no_admin_api and route.path.startswith("/admin"))]
-    return [route._replace(access="public") if route.page == "metrics" and metrics_open else route for route in routes]
+    return [route._replace(access="public") if route.handler == "metrics" and metrics_open else route for route in routes]
 
 
 def at_base(path, base):
@@ -3139,17 +3174,17 @@ def path_pattern(path):
     return re.sub(r"\\{(\w+)\\}", lambda match: f"({SEGMENTS[match[1]]})", re.escape(path))
 
 
-def asked_of(route, path, request, body):
+def inspect_body(route, path, request, body):
     """Return what a request asks for; raise Unreadable if that cannot be told."""
-    if route.names == "path":
-        return Asked(urllib.parse.unquote(path.rpartition("/")[2]))
-    if not route.names or not body.size:
-        return Asked()
-    if route.names == "json":
-        return body.look(asked_in_json, route.path in TELLS_USAGE_IF_ASKED)
+    if route.model_in == "path":
+        return BodyInfo(urllib.parse.unquote(path.rpartition("/")[2]))
+    if not route.model_in or not body.size:
+        return BodyInfo()
+    if route.model_in == "json":
+        return body.look(inspect_json, route.path in USAGE_ON_REQUEST)
     if request.query:  # where net/http looks first for a form's fields
         raise Unreadable("there is a query beside the form")
-    return body.look(asked_in_form, request.fields.get("content-type", ""))
+    return body.look(inspect_form, request.fields.get("content-type", ""))
 
 
 class Router:
@@ -3166,7 +3201,7 @@ class Router:
         pages, ollamas = {}, {}
         for route in routes:
             for base in bases:
-                methods = (pages if route.kind == "page" else ollamas).setdefault(at_base(route.path, base), {})
+                methods = (pages if route.category == "page" else ollamas).setdefault(at_base(route.path, base), {})
                 methods[route.method] = route
         found = {**ollamas, **pages}
         return ({path: methods for path, methods in found.items() if "{" not in path},
@@ -3202,30 +3237,30 @@ class Router:
         if encoding.lower() != "identity" and not token.admin:
             raise Refusal("encoded", f'the body\'s Content-Encoding is "{encoding[:40]}": send it as it is')
         if route.access == "admin" and not token.admin:
-            raise Refusal("forbidden", f"{route.path} {FOR_ADMINS[route.kind]}: it takes an admin token")
+            raise Refusal("forbidden", f"{route.path} {FOR_ADMINS[route.category]}: it takes an admin token")
 
     @staticmethod
     def read(route, path, request, body, token):
         """Return what the request asks for, as Ollama will read it; refuse what cannot be told, but to an admin."""
         try:
-            return asked_of(route, path, request, body)
+            return inspect_body(route, path, request, body)
         except Unreadable as error:
             if token.admin:
-                return Asked()
+                return BodyInfo()
             raise Refusal(error.code, f"the model in the body cannot be determined: {error}") from None
 
     @staticmethod
-    def permit_model(route, asked, token):
+    def permit_model(route, body_info, token):
         """Refuse a model that the token's list does not name or, without a list, that runs on the owner's account."""
-        model, globs = asked.model, token.models
-        if not route.names or token.admin:
+        model, globs = body_info.model, token.models
+        if not route.model_in or token.admin:
             return
-        if globs is None and is_on_account(model):
+        if globs is None and is_cloud_model(model):
             raise Refusal("forbidden", f"{model} runs on the owner's ollama.com account: it takes an admin token, "
                                        "or one whose list of models names it")
         if globs and not model:
             raise Refusal("malformed", f"the request names no model; this token may use {globs}")
-        if globs and not is_listed(model, globs):
+        if globs and not model_allowed(model, globs):
             raise Refusal("forbidden", f'this token may not use the model "{model[:200]}", only {globs}')
 
     def cors_fields(self, request):
@@ -3239,15 +3274,15 @@ class Router:
                    ("Access-Control-Expose-Headers",
                     "X-Request-Id, Retry-After, RateLimit-Limit, RateLimit-Remaining, RateLimit-Reset")]
         if request.method == "OPTIONS":
-            asked = request.fields.get("access-control-request-headers", "")
+            body_info = request.fields.get("access-control-request-headers", "")
             allowed += [("Access-Control-Allow-Methods", "GET, HEAD, POST, PATCH, DELETE"),
                         ("Access-Control-Max-Age", "7200")]
-            if asked:  # any may be sent: only those that Ollama needs go further
-                allowed.append(("Access-Control-Allow-Headers", asked))
+            if body_info:  # any may be sent: only those that Ollama needs go further
+                allowed.append(("Access-Control-Allow-Headers", body_info))
         return allowed
 
+# == Authentication ===========================================================
 
-# == Authenticate =============================================================
 
 def secret_of(request):
     """Return the secret that a request shows, "" for none; raise Refusal for more than one."""
@@ -3264,7 +3299,7 @@ def secret_of(request):
     return secret if secret.isascii() else secret.encode("latin-1").decode("utf-8", "surrogateescape")
 
 
-class Peers:
+class TrustedProxies:
     """Tells who asks, where proxies stand before the gateway."""
 
     def __init__(self, trusted=()):
@@ -3283,7 +3318,7 @@ class Peers:
         return peer
 
 
-class Failures:
+class AuthThrottle:
     """Counts each address's failed credentials; they are forgiven one by one."""
 
     def __init__(self, clock=time.monotonic):
@@ -3295,8 +3330,8 @@ class Failures:
         peer, now = network_of(peer), self._clock()
         with self._lock:
             level, when = self._levels.pop(peer, (0, now))
-            level = max(level - (now - when) / FORGIVEN_SECONDS, 0) + 1
-            self._levels[peer] = min(level, MOST_FAILURES + 1), now
+            level = max(level - (now - when) / LEAK_SECONDS, 0) + 1
+            self._levels[peer] = min(level, MAX_FAILURES + 1), now
             while len(self._levels) > FAILING_ADDRESSES:
                 self._levels.popitem(last=False)
         return level
@@ -3319,17 +3354,17 @@ class Authenticator:
         if token is not None and (token.expires_at is None or self._clock() < token.expires_at):
             return token
         if secret:
-            self._slow_down(peer, pause)
+            self._throttle(peer, pause)
         text = 'no valid token: send "Authorization: Bearer TOKEN" or "x-api-key: TOKEN", or ask for a new one'
         if request.path_secret is not None:  # the ollama command shows the text of a 403, and hides a 401's
             raise Refusal("forbidden", text)
         raise Refusal("unauthorized", text, [("WWW-Authenticate", "Bearer")])
 
-    def _slow_down(self, peer, pause):
+    def _throttle(self, peer, pause):
         failures = self._failures.add(peer)
         if failures <= FREE_FAILURES:
             return
-        if failures > MOST_FAILURES or not self._delays.acquire(blocking=False):
+        if failures > MAX_FAILURES or not self._delays.acquire(blocking=False):
             raise Refusal("too_many_failures")
         try:
             pause(min(FAILED_DELAY, 0.05 * 2 ** (failures - FREE_FAILURES)))
@@ -3339,25 +3374,24 @@ class Authenticator:
     def close(self):
         self._tokens.close()
 
+# == Limits and usage =========================================================
 
-# == Limit ====================================================================
 
-
-class Allowance(NamedTuple):
+class LimitStatus(NamedTuple):
     """One of a token's limits, how much of it is left, and in how many seconds there will be more."""
 
     name: str
-    most: int
-    left: int
+    limit: int
+    remaining: int
     reset: int
 
     def refuse(self):
         """Raise the Refusal of a limit that is reached."""
         if self.name == "tokens_per_day":  # SDKs would sleep until midnight, without a word
-            raise Refusal("budget_spent", f"this token's {self.most} tokens a day are used up: try again after "
+            raise Refusal("budget_spent", f"this token's {self.limit} tokens a day are used up: try again after "
                                           "00:00 UTC", [("X-Should-Retry", "false")], self.reset)
-        limit = LIMIT_OF[self.name]
-        raise Refusal(limit.refusal, f"this token may have {limit.phrase.format(count(self.most, 'request'))}: "
+        row = LIMIT_BY_COLUMN[self.name]
+        raise Refusal(row.refusal, f"this token may have {row.phrase.format(plural(self.limit, 'request'))}: "
                                      f"try again in {self.reset} s", retry_after=self.reset)
 
 
@@ -3365,7 +3399,7 @@ def is_limited(token):
     return bool(token.rpm or token.max_parallel or token.tokens_per_day)
 
 
-class Standing:
+class TokenCounters:
     """A token's running requests, and when it began such within the last minute."""
 
     __slots__ = ("running", "recent")
@@ -3374,7 +3408,7 @@ class Standing:
         self.running, self.recent = 0, deque()
 
 
-class Account:
+class UsageLedger:
     """Who used what: gathered in memory, stored by the journal within a second, and asked by the limiter for budgets.
 
     Of a request that runs, the account has what went by so far: a killed gateway loses the last second alone. One that
@@ -3391,42 +3425,42 @@ class Account:
         self._uses = {}
         self._spent = {}        # {(user, name): (day, tokens, when that was read)}
         self._latest = 0        # of the clock
-        self._complained = False
+        self._warned = False
 
-    def begin(self, record):
+    def start(self, context):
         """Count a request from now on."""
         with self._lock:
-            self._running.add(record)
+            self._running.add(context)
 
-    def count(self, record):
+    def update(self, context):
         """Count what a request has used so far."""
         with self._lock:
-            self._count(record)
+            self._add_new(context)
 
-    def end(self, record):
+    def finish(self, context):
         """Count a request to its end, if it began."""
         with self._lock:
-            if record in self._running:
-                self._running.remove(record)
-                cancelled = record.failure is not None and issubclass(record.failure, ClientLeft)
-                errors = not cancelled and (record.failure is not None or record.status >= 400)
-                self._count(record, int(errors), int(cancelled))
+            if context in self._running:
+                self._running.remove(context)
+                cancelled = context.failure is not None and issubclass(context.failure, ClientLeft)
+                errors = not cancelled and (context.failure is not None or context.status >= 400)
+                self._add_new(context, int(errors), int(cancelled))
 
-    def _count(self, record, errors=0, cancelled=0):
+    def _add_new(self, context, errors=0, cancelled=0):
         """Add what a request has used since it was last counted."""
-        token, hour = record.token, int(self.now()) // HOUR * HOUR
-        seconds = (record.released or time.monotonic()) - record.admitted if record.admitted else 0.0
+        token, hour = context.token, int(self.now()) // HOUR * HOUR
+        seconds = (context.released or time.monotonic()) - context.admitted if context.admitted else 0.0
         try:
-            usage = record.tokens
+            usage = context.tokens
         except Exception:   # a fault in the reader of one answer must not keep requests from being counted
-            LOG.exception("request %s: its tokens cannot be read", record.id)
-            usage = Usage(*record.counted[3:6], record.counted[7]) if record.counted else Usage(None, None, None)
-            record.tap = types.SimpleNamespace(tokens=usage)
-        row, before = (1, errors, cancelled, *usage[:3], seconds, usage.estimated), record.counted
-        record.counted = row
+            LOG.exception("request %s: its tokens cannot be read", context.id)
+            usage = Usage(*context.counted[3:6], context.counted[7]) if context.counted else Usage(None, None, None)
+            context.usage_reader = types.SimpleNamespace(tokens=usage)
+        row, before = (1, errors, cancelled, *usage[:3], seconds, usage.estimated), context.counted
+        context.counted = row
         if before:
             row = [n if o is None or n is None else n - o for n, o in zip(row, before)]
-        self._add((hour, token.user, token.name, record.known_model, record.route), row)
+        self._add((hour, token.user, token.name, context.model_label, context.route), row)
         spent = self._spent.get((token.user, token.name))
         if spent and spent[0] == utc_day(hour):
             self._spent[token.user, token.name] = (spent[0], spent[1] + tokens_used(*row[3:6]), spent[2])
@@ -3439,8 +3473,8 @@ class Account:
     def running(self):
         """Return the records of the requests that run or wait, the oldest first."""
         with self._lock:
-            running = [record for record in self._running if record.released is None]
-        return sorted(running, key=lambda record: record.began)
+            running = [context for context in self._running if context.released is None]
+        return sorted(running, key=lambda context: context.began)
 
     def used(self, token_ids):
         """Note that tokens are in use."""
@@ -3456,7 +3490,7 @@ class Account:
         self._latest = now if now <= latest - DAY else max(now, latest)
         if self._latest < latest:
             LOG.warning("the clock went back from %s to %s: days and budgets go back with it",
-                        show_instant(int(latest)), show_instant(int(now)))
+                        format_instant(int(latest)), format_instant(int(now)))
         return self._latest
 
     def day_left(self):
@@ -3491,9 +3525,9 @@ class Account:
     def store(self):
         """Store what was gathered; what cannot be stored is kept for the next time."""
         with self._lock:
-            for record in self._running:
-                if record.known_model:
-                    self._count(record)
+            for context in self._running:
+                if context.model_label:
+                    self._add_new(context)
             if not self._store.writable:
                 today = day_start(utc_day(self.now()))  # budgets still need that
                 self._pending = {key: row for key, row in self._pending.items() if key[0] >= today}
@@ -3505,51 +3539,51 @@ class Account:
             try:
                 if rows or uses:
                     self._store.add_usage(rows, uses)
-                self._complained = False
+                self._warned = False
             except Failure as error:
                 with self._lock:
                     for key, row in rows.items():
                         self._add(key, row)
                     self._uses = {**uses, **self._uses}
-                if not self._complained:
+                if not self._warned:
                     LOG.warning("the account and tokens' last uses are not stored for now: %s", error)
-                self._complained = True
+                self._warned = True
 
 
-class Place:
+class Ticket:
     """A request's place in the queue."""
 
     def __init__(self, user, patience):
-        self.user, self.called, self.bell = user, False, None
+        self.user, self.granted, self.wakeup = user, False, None
         self._patience = patience
 
-    def wait(self, wire):
+    def wait(self, connection):
         """Wait for the turn and return how many seconds that took; raise Refusal, or ClientLeft."""
-        if self.bell is None:
+        if self.wakeup is None:
             return 0.0
         began = time.monotonic()
         try:
-            self.bell.wait(Deadline(self._patience), wire)
-            self.bell.close()   # before the upstream's descriptor is needed
+            self.wakeup.wait(Deadline(self._patience), connection)
+            self.wakeup.close()   # before the upstream's descriptor is needed
         except TimeoutError:
-            if not self.called:
+            if not self.granted:
                 raise Refusal("queue_timeout", f"the server is busy: the request waited {self._patience:g} s for its "
                                                "turn (--queue-timeout): try again later") from None
         return time.monotonic() - began
 
 
-class Turns:
+class FairQueue:
     """Lets so many requests at a time go upstream, 0 for any; the others wait, first in, first out within a user.
 
     The next turn is the user's whose last one was longest ago.
     """
 
-    def __init__(self, most, most_waiting, patience):
-        self._most, self._most_waiting, self._patience = most, most_waiting, patience
+    def __init__(self, most, max_waiting, patience):
+        self._most, self._most_waiting, self._patience = most, max_waiting, patience
         self._lock = threading.Lock()
         self._waiting = {}      # {user: their places, in order}
         self._served = {}       # {user: when the last turn was}, in turns, until nobody runs or waits
-        self._turns = itertools.count(1)
+        self._queue = itertools.count(1)
         self.running = 0
 
     @property
@@ -3557,19 +3591,19 @@ class Turns:
         with self._lock:
             return sum(map(len, self._waiting.values()))
 
-    def line_up(self, user):
+    def enqueue(self, user):
         """Return a new place, to be given back by `leave`; raise Refusal where too many of the user's wait."""
-        place = Place(user, self._patience)
+        place = Ticket(user, self._patience)
         with self._lock:
             if not self._most or self.running < self._most and not self._waiting:
-                self._let_in(place)
+                self._grant(place)
                 return place
             line = self._waiting.get(place.user, deque())
             if len(line) >= self._most_waiting:
                 raise Refusal("queue_full", f"the server is busy, and {len(line)} of your requests are waiting "
                                             "already (--max-queue): try again later")
             try:
-                place.bell = Bell()
+                place.wakeup = Wakeup()
             except OSError:
                 raise Refusal("no_descriptors") from None
             line.append(place)
@@ -3579,44 +3613,44 @@ class Turns:
     def leave(self, place):
         """Give back a place, whether its turn has come or not."""
         with self._lock:
-            if place.called:
+            if place.granted:
                 self.running -= 1
-                self._call()
+                self._grant_next()
             else:
                 self._waiting[place.user].remove(place)
                 if not self._waiting[place.user]:
                     del self._waiting[place.user]
             if not self.running and not self._waiting:
                 self._served.clear()
-        if place.bell:
-            place.bell.close()
+        if place.wakeup:
+            place.wakeup.close()
 
-    def _let_in(self, place):
-        place.called = True
+    def _grant(self, place):
+        place.granted = True
         self.running += 1
-        self._served[place.user] = next(self._turns)
+        self._served[place.user] = next(self._queue)
 
-    def _call(self):
+    def _grant_next(self):
         """Call whose turn it is."""
         while self._waiting and self.running < self._most:
             user = min(self._waiting, key=lambda user: self._served.get(user, 0))
             place = self._waiting[user].popleft()
             if not self._waiting[user]:
                 del self._waiting[user]
-            self._let_in(place)
-            place.bell.ring()
+            self._grant(place)
+            place.wakeup.set()
 
 
-class Admission:
+class Slot:
     """A request's claim on its token's limits and, from its turn on, on a place upstream: a with block.
 
     `leave` may end it early. Entering raises Refusal.
     """
 
-    __slots__ = ("_limiter", "_record", "token", "began", "place", "_open")
+    __slots__ = ("_limiter", "_context", "token", "began", "place", "_open")
 
-    def __init__(self, limiter, token, record):
-        self._limiter, self._record = limiter, record
+    def __init__(self, limiter, token, context):
+        self._limiter, self._context = limiter, context
         self.token = token      # the one whose counters were changed
         self.began = None       # the time at which the token's rate counts it
         self.place = None       # in the queue, and upstream
@@ -3624,23 +3658,23 @@ class Admission:
 
     def __enter__(self):
         self._limiter.enter(self)
-        self._open = self._record.counted_in = True
+        self._open = self._context.counted_in = True
         return self
 
-    def wait_turn(self, token, wire, judge):
+    def wait_turn(self, token, connection, judge):
         """Wait until the request may go upstream; return its token, which `judge` returned if it had to wait.
 
         Raises Refusal when it waits too long, or its limits are reached now that its body is there or its turn has come.
         """
-        record = self._record
+        context = self._context
         if is_limited(token):
             self._limiter.check_again(self, token)
-        self.place = self._limiter.line_up(token, record)
-        record.queued = self.place.wait(wire)
-        if record.queued:
+        self.place = self._limiter.enqueue(token, context)
+        context.queued = self.place.wait(connection)
+        if context.queued:
             token = judge()
             self._limiter.check_budget(token)
-        record.admitted = time.monotonic()
+        context.admitted = time.monotonic()
         return token
 
     def leave(self):
@@ -3648,12 +3682,12 @@ class Admission:
 
     def __exit__(self, kind, *_):
         if self._open:
-            self._open = self._record.counted_in = False
-            self._record.failure = kind
-            self._limiter.leave(self, self._record)
+            self._open = self._context.counted_in = False
+            self._context.failure = kind
+            self._limiter.leave(self, self._context)
 
 
-class NoAdmission:
+class NoSlot:
     """The Admission of a request that is not for inference: it has no limits and does not wait."""
 
     def __enter__(self):
@@ -3669,108 +3703,108 @@ class NoAdmission:
         return token
 
 
-NO_ADMISSION = NoAdmission()
+NO_SLOT = NoSlot()
 
 
 class Limiter:
     """Holds each token to its limits, and lets inference requests go upstream in turn."""
 
-    def __init__(self, turns, account, clock=time.monotonic):
-        self._turns, self._account, self._clock = turns, account, clock
-        self._lock, self._standings = threading.Lock(), {}      # {token id: Standing}
+    def __init__(self, queue, ledger, clock=time.monotonic):
+        self._queue, self._ledger, self._clock = queue, ledger, clock
+        self._lock, self._counters = threading.Lock(), {}      # {token id: Standing}
 
-    def admit(self, route, token, record):
+    def admit(self, route, token, context):
         """Return the Admission of a request."""
-        return Admission(self, token, record) if route.kind == "inference" else NO_ADMISSION
+        return Slot(self, token, context) if route.category == "inference" else NO_SLOT
 
-    def enter(self, admission):
+    def enter(self, slot):
         """Count a request, before its body is read; raise Refusal if it exceeds a limit."""
-        token = admission.token
+        token = slot.token
         budget = self._budget(token)
         with self._lock:
-            standing = self._standings.get(token.id)
-            if standing is None:
-                standing = self._standings[token.id] = Standing()
+            counters = self._counters.get(token.id)
+            if counters is None:
+                counters = self._counters[token.id] = TokenCounters()
             if is_limited(token):
-                self._refuse_beyond(self._rates(token, standing) + budget)
-            standing.running += 1
+                self._refuse_beyond(self._rates(token, counters) + budget)
+            counters.running += 1
             if token.rpm:
-                admission.began = self._clock()
-                standing.recent.append(admission.began)
+                slot.began = self._clock()
+                counters.recent.append(slot.began)
 
-    def check_again(self, admission, token):
+    def check_again(self, slot, token):
         """Raise Refusal if a request, now that its body is there, exceeds a limit of its token."""
         budget = self._budget(token)
         with self._lock:
-            own = 0 if admission.began is None else 1
-            self._refuse_beyond(self._rates(token, self._standings[admission.token.id], 1, own) + budget)
+            own = 0 if slot.began is None else 1
+            self._refuse_beyond(self._rates(token, self._counters[slot.token.id], 1, own) + budget)
 
-    def line_up(self, token, record):
+    def enqueue(self, token, context):
         """Return a request's place in the queue; raise Refusal if that is full."""
-        place = self._turns.line_up(token.user)
-        self._account.begin(record)
+        place = self._queue.enqueue(token.user)
+        self._ledger.start(context)
         return place
 
     def check_budget(self, token):
         """Raise Refusal if a token's budget is used up."""
         self._refuse_beyond(self._budget(token))
 
-    def leave(self, admission, record):
+    def leave(self, slot, context):
         """Let a request go; what it used of a budget is missing there from now on. One that was refused counts not."""
-        record.released = time.monotonic()
-        if admission.place is not None:
-            if record.token.tokens_per_day:
-                self._account.count(record)
-            self._turns.leave(admission.place)
+        context.released = time.monotonic()
+        if slot.place is not None:
+            if context.token.tokens_per_day:
+                self._ledger.update(context)
+            self._queue.leave(slot.place)
         with self._lock:
-            standing = self._standings[admission.token.id]
-            standing.running -= 1
-            if admission.place is None and admission.began is not None:
+            counters = self._counters[slot.token.id]
+            counters.running -= 1
+            if slot.place is None and slot.began is not None:
                 with contextlib.suppress(ValueError):   # a minute has passed
-                    standing.recent.remove(admission.began)
-            if not standing.running and not standing.recent:
-                del self._standings[admission.token.id]
+                    counters.recent.remove(slot.began)
+            if not counters.running and not counters.recent:
+                del self._counters[slot.token.id]
 
     @staticmethod
-    def _refuse_beyond(allowances):
-        for allowance in allowances:
-            if not allowance.left:
-                allowance.refuse()
+    def _refuse_beyond(statuses):
+        for status in statuses:
+            if not status.remaining:
+                status.refuse()
 
     def _budget(self, token):
         if not token.tokens_per_day:
             return []
         try:
-            spent = self._account.spent(token)
+            spent = self._ledger.spent(token)
         except Failure as error:
             raise Refusal("uncounted", f"what this token used today cannot be read: {error}") from None
-        return [Allowance("tokens_per_day", token.tokens_per_day, max(token.tokens_per_day - spent, 0),
-                          self._account.day_left())]
+        return [LimitStatus("tokens_per_day", token.tokens_per_day, max(token.tokens_per_day - spent, 0),
+                            self._ledger.day_left())]
 
-    def _rates(self, token, standing, own_running=0, own_recent=0):
+    def _rates(self, token, counters, own_running=0, own_recent=0):
         found = []
         if token.rpm:
-            recent, now = standing.recent, self._clock()
+            recent, now = counters.recent, self._clock()
             while recent and recent[0] <= now - MINUTE:
                 recent.popleft()
             over = max(len(recent) - token.rpm, 0)  # which one has to be a minute old, that another may follow
             reset = recent[over] + MINUTE - now if recent else 0
             left = max(token.rpm - len(recent) + own_recent, 0)
-            found.append(Allowance("rpm", token.rpm, left, math.ceil(reset)))
+            found.append(LimitStatus("rpm", token.rpm, left, math.ceil(reset)))
         if token.max_parallel:
-            left = max(token.max_parallel - standing.running + own_running, 0)
-            found.append(Allowance("max_parallel", token.max_parallel, left, RETRY_SECONDS))
+            left = max(token.max_parallel - counters.running + own_running, 0)
+            found.append(LimitStatus("max_parallel", token.max_parallel, left, RETRY_SECONDS))
         return found
 
-    def allowances(self, token, own=0):
+    def statuses(self, token, own=0):
         """Return what is left of each of a token's limits, but for what of its own the asking request holds."""
         if not is_limited(token):
             return []
         budget = self._budget(token)
         with self._lock:
-            return self._rates(token, self._standings.get(token.id, Standing()), own) + budget
+            return self._rates(token, self._counters.get(token.id, TokenCounters()), own) + budget
 
-    def fields(self, token, record):
+    def fields(self, token, context):
         """Return the fields that tell of the limit nearest exhaustion, none for a token without limits.
 
         A client that has read the answer finds it so: what the request itself holds is free again by then.
@@ -3778,24 +3812,21 @@ class Limiter:
         if not is_limited(token):
             return ()
         try:
-            allowances = self.allowances(token, record.counted_in)
+            statuses = self.statuses(token, context.counted_in)
         except Refusal:     # what cannot be read now is no reason not to answer
             return ()
-        nearest = min(allowances, key=lambda allowance: allowance.left / allowance.most)
-        return (("RateLimit-Limit", nearest.most), ("RateLimit-Remaining", nearest.left),
+        nearest = min(statuses, key=lambda status: status.remaining / status.limit)
+        return (("RateLimit-Limit", nearest.limit), ("RateLimit-Remaining", nearest.remaining),
                 ("RateLimit-Reset", nearest.reset))
 
-
-# == Forward ==================================================================
-
-STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")  # RFC 9112 4
+# == Backends =================================================================
 
 
 class EarlyResponse(Exception):
     """The upstream answers, or hangs up, before it has the whole request."""
 
 
-class UpstreamWire(Wire):
+class UpstreamConnection(Connection):
     """A connection to the upstream; watched, it tells when the upstream will not wait for more."""
 
     reused = False
@@ -3806,7 +3837,7 @@ class UpstreamWire(Wire):
         self._poll = new_poll()
         self._poll.register(self.descriptor, READABLE)
 
-    def is_at_rest(self):
+    def is_idle(self):
         """Tell whether nothing came since the last answer: no end, and no bytes, which would be of nobody's answer."""
         if self._poll.poll(0) or isinstance(self.sock, ssl.SSLSocket):  # poll costs a third of a read in vain
             return self.alive() and not self.buffer
@@ -3817,9 +3848,9 @@ class UpstreamWire(Wire):
         if not self.alive() or self.buffer:
             raise EarlyResponse
 
-    def until_writable(self, deadline, watched):
+    def until_writable(self, deadline, cancel_on):
         """Wait to send more of a request, and meanwhile for an answer that does not wait for it."""
-        self.wait(WRITABLE | READABLE, deadline, watched)
+        self.wait(WRITABLE | READABLE, deadline, cancel_on)
         self.on_readable()
 
     def __enter__(self):
@@ -3830,23 +3861,17 @@ class UpstreamWire(Wire):
             self.close()
 
 
-class Exchange(urllib.request.Request):
+class UpstreamRequest(urllib.request.Request):
     """A request as it goes up. Its URL is known in parts, so what Request would parse from it is told instead."""
 
     full_url = data = fragment = None  # in place of Request's properties
 
-    def __init__(self, base, method, path, fields, body, watched=None, deadline=None):
+    def __init__(self, base, method, path, fields, body, cancel_on=None, deadline=None):
         """deadline: one for all of it, from the look-up to the last byte; None: the timeouts of the settings."""
         self.type, self.host, self.full_url = base.scheme, base.netloc, path
-        self.method, self.headers, self.body, self.watched, self.deadline = method, {}, body, watched, deadline
+        self.method, self.headers, self.body, self.cancel_on, self.deadline = method, {}, body, cancel_on, deadline
         self.head = (f"{method} {base.path}{path} HTTP/1.1\r\nHost: {base.netloc}\r\nAccept-Encoding: identity\r\n"
                      f"{fields}{body.framing}\r\n").encode("latin-1")
-
-
-def passes_on(name):
-    """Tell whether a field of the upstream's answer goes to the client: not the connection's, not ours to say."""
-    return name not in HOP_BY_HOP and name not in ("content-length", "x-request-id", "x-accel-buffering") \
-        and not name.startswith("access-control-")
 
 
 def port_of(url):
@@ -3864,23 +3889,23 @@ class Resolver:
         self._lock, self._waiting, self._running = threading.Lock(), set(), False
         self._found = None      # by the last look-up: addresses, or an exception
 
-    def addresses(self, deadline, watched):
+    def addresses(self, deadline, cancel_on):
         """Return getaddrinfo's addresses; raise ConnectionError, or what the watched wire raises."""
         if ":" in self._host or self._host.replace(".", "").isdigit():
             return look_up(self._host, self._port)  # an IP address, for which nobody is asked
-        with contextlib.closing(Bell()) as bell:
+        with contextlib.closing(Wakeup()) as wakeup:
             with self._lock:
                 if not self._running:
                     threading.Thread(target=self._run, name="resolver", daemon=True).start()
                     self._running = True
-                self._waiting.add(bell)
+                self._waiting.add(wakeup)
             try:
-                bell.wait(deadline, watched)
+                wakeup.wait(deadline, cancel_on)
             except TimeoutError as error:
                 raise ConnectionError(f"the look-up of {self._host} has not ended: {error}") from None
             finally:
                 with self._lock:
-                    self._waiting.discard(bell)
+                    self._waiting.discard(wakeup)
         found = self._found
         if isinstance(found, Exception):
             raise ConnectionError(f"the look-up of {self._host} failed: {getattr(found, 'strerror', None) or found}")
@@ -3894,7 +3919,7 @@ class Resolver:
         with self._lock:
             self._found, self._running = found, False
             while self._waiting:
-                self._waiting.pop().ring()
+                self._waiting.pop().set()
 
 
 class Pool:
@@ -3914,11 +3939,11 @@ class Pool:
         self._close_old()
         while self._idle and not fresh:
             with contextlib.suppress(IndexError):
-                wire = self._idle.pop()
-                if wire.is_at_rest():
-                    wire.reused = True
-                    return wire
-                wire.close()
+                connection = self._idle.pop()
+                if connection.is_idle():
+                    connection.reused = True
+                    return connection
+                connection.close()
         return self._connect(exchange)
 
     def _close_old(self):
@@ -3936,35 +3961,35 @@ class Pool:
         if exchange.deadline and exchange.deadline.left() < self._connect_timeout:
             deadline = exchange.deadline
         trouble = OSError("its name has no address")
-        found = self._resolver.addresses(deadline, exchange.watched)
+        found = self._resolver.addresses(deadline, exchange.cancel_on)
         for number, (family, kind, protocol, _, address) in enumerate(found):
             try:
-                with UpstreamWire(socket.socket(family, kind, protocol)) as wire:
-                    return self._establish(wire, address, deadline.share(len(found) - number), exchange.watched)
+                with UpstreamConnection(socket.socket(family, kind, protocol)) as connection:
+                    return self._establish(connection, address, deadline.share(len(found) - number), exchange.cancel_on)
             except OSError as error:
                 if error.errno in OUT_OF_DESCRIPTORS:
                     raise
                 trouble = error
         raise ConnectionError(trouble.strerror or str(trouble))
 
-    def _establish(self, wire, address, deadline, watched):
+    def _establish(self, connection, address, deadline, cancel_on):
         try:
-            wire.sock.connect(address)
+            connection.sock.connect(address)
         except BlockingIOError:
-            wire.wait(WRITABLE, deadline, watched)
-            error = wire.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            connection.wait(WRITABLE, deadline, cancel_on)
+            error = connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if error:
                 raise OSError(error, os.strerror(error)) from None
         if self._tls:
-            wire.secure(self._tls, deadline, watched, server_hostname=self._host)
-        return wire
+            connection.start_tls(self._tls, deadline, cancel_on, server_hostname=self._host)
+        return connection
 
-    def release(self, wire):
-        wire.idle_since = self._clock()
+    def release(self, connection):
+        connection.idle_since = self._clock()
         if len(self._idle) < POOL_SIZE:
-            self._idle.append(wire)
+            self._idle.append(connection)
         else:
-            wire.close()
+            connection.close()
 
     def clear(self):
         while self._idle:
@@ -3972,48 +3997,11 @@ class Pool:
                 self._idle.pop().close()
 
 
-class ReplyHead(NamedTuple):
-    """The head of the upstream's answer, parsed."""
-
-    status: int
-    phrase: str
-    fields: dict            # by their names in lower case
-    lines: str              # those that go to the client, as they came
-    kind: str               # the content type, without its parameters
-    length: Optional[int]
-    chunked: bool
-    keeps: bool             # the connection may go on after the answer
-
-
-def parse_reply_head(head):
-    """Read an answer's head strictly; raise Malformed."""
-    line, _, block = head.partition(b"\r\n")
-    match = STATUS_LINE.fullmatch(line)
-    if not match or match[2] == b"101":
-        raise Malformed("its answer has no status line")
-    pairs = parse_fields(block)
-    fields, _ = combine(pairs)
-    hop = list_members(fields.get("connection", ""))
-    length, coding = fields.get("content-length"), fields.get("transfer-encoding")
-    if coding is not None and (length is not None or coding.lower() != "chunked" or match[1] != b"1"):
-        raise Malformed("its answer's framing is ambiguous")
-    lines = "".join(f"{name}: {value}\r\n" for name, value in pairs
-                    if name.lower() not in hop and passes_on(name.lower()))
-    return ReplyHead(int(match[2]), (match[3] or b"").decode("latin-1"), fields, lines,
-                     fields.get("content-type", "").partition(";")[0].strip().lower(),
-                     None if length is None else content_length(length), coding is not None,
-                     match[1] == b"1" and "close" not in hop)
-
-
-# Within a second, heads are alike: not parsing them again is a tenth of what a small answer costs.
-parse_known_reply_head = functools.lru_cache(KNOWN_HEADS)(parse_reply_head)
-
-
-class Reply:
+class Response:
     """The upstream's answer: its head at once, its body piece by piece; leaving its with block frees the connection."""
 
-    def __init__(self, head, exchange, wire, pool, stall_timeout):
-        parse = parse_known_reply_head if len(head) <= KNOWN_HEAD_BYTES else parse_reply_head
+    def __init__(self, head, exchange, connection, pool, stall_timeout):
+        parse = parse_cached_response_head if len(head) <= CACHED_HEAD_BYTES else parse_response_head
         self.head = head = parse(head)
         self.status, self.length, self.reusable = head.status, head.length, head.keeps
         if exchange.method == "HEAD" or head.status in (204, 304):  # RFC 9112 6.3
@@ -4022,7 +4010,7 @@ class Reply:
             self._body = ChunkedBody()
         else:
             self._body = CloseDelimitedBody() if head.length is None else LengthBody(head.length)
-        self._wire, self._pool, self._exchange = wire, pool, exchange
+        self._wire, self._pool, self._exchange = connection, pool, exchange
         self._stall_timeout = stall_timeout
 
     def field(self, name):
@@ -4042,7 +4030,7 @@ class Reply:
         """Return the body's next piece as soon as it is there, b"" only at its end; raise Refusal if it breaks off."""
         deadline = self._exchange.deadline or Deadline(self._stall_timeout, "--stall-timeout")
         try:
-            return self._wire.read_piece(self._body, deadline, self._exchange.watched)
+            return self._wire.read_piece(self._body, deadline, self._exchange.cancel_on)
         except (OSError, Malformed) as error:
             raise Refusal("upstream_failed", f"Ollama broke off its answer: {error}") from None
 
@@ -4068,38 +4056,38 @@ class PooledHandler(urllib.request.BaseHandler):
         A kept connection may die as we use it: when not a byte of an answer came, and the body can be sent again, it
         is, once, on a new connection; all other kept ones are as old, and are dropped.
         """
-        wire = self._pool.lease(exchange, fresh=not exchange.body.replayable)
+        connection = self._pool.lease(exchange, fresh=not exchange.body.replayable)
         try:
-            return self._exchange(wire, exchange)
+            return self._exchange(connection, exchange)
         except OSError as error:
-            if is_late(error) or not wire.reused or wire.buffer:
+            if is_late(error) or not connection.reused or connection.buffer:
                 raise
         self._pool.clear()
         return self._exchange(self._pool.lease(exchange, fresh=True), exchange)
 
-    def _exchange(self, wire, exchange):
-        with wire:
-            whole = self._send(wire, exchange)
+    def _exchange(self, connection, exchange):
+        with connection:
+            whole = self._send(connection, exchange)
             deadline = exchange.deadline or Deadline(exchange.timeout, "--first-byte-timeout")
             while True:
-                head = wire.read_head(deadline, exchange.watched)
-                wire.reused = False  # it has proved to be alive: what fails from here on is not tried again
-                reply = Reply(head, exchange, wire, self._pool, self._stall_timeout)
-                if reply.status >= 200:
-                    reply.reusable = reply.reusable and whole
-                    return reply
+                head = connection.read_head(deadline, exchange.cancel_on)
+                connection.reused = False  # it has proved to be alive: what fails from here on is not tried again
+                response = Response(head, exchange, connection, self._pool, self._stall_timeout)
+                if response.status >= 200:
+                    response.reusable = response.reusable and whole
+                    return response
                 if not whole:
                     raise Malformed("it interrupted the request with an interim answer")
 
-    def _send(self, wire, exchange):
+    def _send(self, connection, exchange):
         """Send head and body; return whether all of it went: an upstream may answer, and stop reading, before."""
         head = exchange.head
         try:
-            for piece in exchange.body.pieces(wire):
-                wire.send(head + piece, Deadline(self._stall_timeout, "--stall-timeout"), exchange.watched)
+            for piece in exchange.body.pieces(connection):
+                connection.send(head + piece, Deadline(self._stall_timeout, "--stall-timeout"), exchange.cancel_on)
                 head = b""
             if head:
-                wire.send(head, Deadline(self._stall_timeout, "--stall-timeout"), exchange.watched)
+                connection.send(head, Deadline(self._stall_timeout, "--stall-timeout"), exchange.cancel_on)
             return True
         except TimeoutError:
             raise
@@ -4116,10 +4104,10 @@ class Upstream:
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(PooledHandler(self._pool, stall_timeout))
 
-    def open(self, method, path, request, body, request_id, watched):
+    def open(self, method, path, request, body, request_id, cancel_on):
         """Pass a request on and return the Reply; raise Refusal if none comes. Leaving, the watched client ends it."""
-        fields = f"X-Request-Id: {request_id}\r\n{request.upward}"
-        return self._send(Exchange(self._url, method, path + request.query, fields, body, watched))
+        fields = f"X-Request-Id: {request_id}\r\n{request.forwarded}"
+        return self._send(UpstreamRequest(self._url, method, path + request.query, fields, body, cancel_on))
 
     def _send(self, exchange):
         try:
@@ -4133,25 +4121,25 @@ class Upstream:
                 raise Refusal("upstream_silent", f"Ollama did not answer: {error}") from None
             raise Refusal("upstream_failed", f"Ollama cannot be reached: {error}") from None
 
-    def probe(self, path, fields="", watched=None, deadline=None):
+    def probe(self, path, fields="", cancel_on=None, deadline=None):
         """Return the status and the JSON object, None for none, of the answer to GET path; raise Refusal.
 
         fields: of the request's head, as text; deadline: for all of it, or the time to connect and PROBE_SECONDS more.
         """
         data = bytearray()
         deadline = deadline or Deadline(self._connect_timeout + PROBE_SECONDS)
-        with self._send(Exchange(self._url, "GET", path, fields, NO_BODY, watched, deadline)) as reply:
-            while not reply.complete and len(data) < PROBE_BYTES:
-                data += reply.read()
+        with self._send(UpstreamRequest(self._url, "GET", path, fields, NO_BODY, cancel_on, deadline)) as response:
+            while not response.complete and len(data) < PROBE_BYTES:
+                data += response.read()
         try:
             answer = json.loads(bytes(data))
         except (ValueError, RecursionError):
             answer = None
-        return reply.status, answer if isinstance(answer, dict) else None
+        return response.status, answer if isinstance(answer, dict) else None
 
     def post(self, path, fields, data):
         """Return the Reply to bytes; raise Refusal."""
-        return self._send(Exchange(self._url, "POST", path, fields, HeldBody(data)))
+        return self._send(UpstreamRequest(self._url, "POST", path, fields, BufferedBody(data)))
 
     def close(self):
         self._pool.clear()
@@ -4161,12 +4149,12 @@ class Stopped(Exception):
     """The health probe has to end."""
 
 
-class StopSignal(Bell):
+class StopSignal(Wakeup):
     """Ends a wait that watches it by Stopped, as soon as it rings."""
 
     @property
     def descriptor(self):
-        return self._clapper.fileno()
+        return self._read_end.fileno()
 
     def watched_events(self):
         return READABLE
@@ -4215,7 +4203,7 @@ class HealthProbe:
     def _get(self, path, deadline):
         """Return the JSON object that Ollama answers to GET path, {} for none."""
         try:
-            status, answer = self._upstream.probe(path, watched=self._stop, deadline=deadline)
+            status, answer = self._upstream.probe(path, cancel_on=self._stop, deadline=deadline)
         except (Refusal, RuntimeError):     # or no thread could be started for the look-up
             return {}
         return answer or {} if status == 200 else {}
@@ -4223,38 +4211,13 @@ class HealthProbe:
     def close(self):
         if self._thread:
             with contextlib.suppress(OSError):      # the thread has ended
-                self._stop.ring()
-            self._thread.join(CLOSE_SECONDS)        # it may hang in on_first, if nobody reads what that prints
-
-
-def own_addresses():
-    """Return this machine's addresses by which others may reach it, sorted: no loopback, nothing link-local."""
-    found = set()
-    with contextlib.suppress(OSError), open("/proc/net/fib_trie", encoding="ascii") as file:
-        found.update(re.findall(r"\|-- (\S+)\n\s+/32 host LOCAL", file.read()))
-    with contextlib.suppress(OSError), open("/proc/net/if_inet6", encoding="ascii") as file:
-        found.update(str(ipaddress.IPv6Address(int(line.split()[0], 16))) for line in file)
-    with contextlib.suppress(OSError):
-        found.update(entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None))
-    for family, elsewhere in (socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"):  # RFC 5737, RFC 3849
-        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((elsewhere, 9))   # which sends nothing, and tells which address would
-            found.add(probe.getsockname()[0])
-    addresses = map(address_of, found)
-    return sorted(str(address) for address in addresses
-                  if not (address.is_loopback or address.is_link_local or address.is_unspecified))
-
-
-def is_here(host):
-    """Tell whether a host's name is this machine's; raise OSError for one that has no address."""
-    found = {address_of(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
-    return any(address.is_loopback or str(address) in own_addresses() for address in found)
-
+                self._stop.set()
+            self._thread.join(ABORT_SECONDS)        # it may hang in on_first, if nobody reads what that prints
 
 # == Relay ====================================================================
 
 
-class Tap:
+class UsageReader:
     """Looks at an answer that passes by for the tokens it cost."""
 
     reported = None     # the Usage that Ollama reports
@@ -4267,7 +4230,7 @@ class Tap:
         """Return the Usage so far."""
         return self.reported or Usage(None, None, None)
 
-    def pass_on(self, piece, last):
+    def feed(self, piece, last):
         """Take a piece and return what the client gets of it."""
         return piece
 
@@ -4312,7 +4275,7 @@ def decoded_answer(data, whole=True):
 
 def whole_tokens(value):
     """Return a reported number of tokens, within bounds; 0 for what is not one."""
-    return min(max(value, 0), MOST_TOKENS) if isinstance(value, int) else 0
+    return min(max(value, 0), MAX_TOKENS) if isinstance(value, int) else 0
 
 
 def reported_usage(answer):
@@ -4344,7 +4307,7 @@ def reported_usage(answer):
     return Usage(prompt, None if cached is None else min(whole_tokens(cached), prompt), completion)
 
 
-class ObjectTap(Tap):
+class JsonUsageReader(UsageReader):
     """Reads the tokens in an answer that is one JSON object; of a large one its beginning and its end are kept."""
 
     def __init__(self):
@@ -4361,7 +4324,7 @@ class ObjectTap(Tap):
                 decoded_answer(data, not self._end))
         return self._reported
 
-    def pass_on(self, piece, last):
+    def feed(self, piece, last):
         if len(self._beginning) < WHOLE_BYTES:
             self._beginning += piece
         else:
@@ -4370,15 +4333,15 @@ class ObjectTap(Tap):
         return piece
 
 
-class StreamTap(Tap):
+class StreamUsageReader(UsageReader):
     """Reads the tokens in a stream of lines: where none reports them, the pieces that went by count.
 
     marks: what a line has in it that may report them, what each piece has, and how the last line may begin, if that is
     another one. White space may be anywhere. No text has the quoted ones, for its quotes are escaped.
     """
 
-    def __init__(self, marks):
-        self._mark, self._piece_mark, *self._last_lines = marks
+    def __init__(self, markers):
+        self._marker, self._piece_marker, *self._final_lines = markers
         self._line = b""        # one that has not ended yet
         self._pieces = 0
         self._recent = deque(maxlen=8)      # whole lines
@@ -4388,25 +4351,25 @@ class StreamTap(Tap):
         usage = self.reported or Usage()
         return usage if usage.completion else usage._replace(completion=self._pieces)
 
-    def pass_on(self, piece, last):
+    def feed(self, piece, last):
         data = self._line + piece if self._line else piece
         end = len(data) if last else data.rfind(b"\n") + 1 or data.rfind(b"\r") + 1
-        self.look_at(data[:end])
+        self.scan(data[:end])
         self._line = data[end:] if len(data) - end <= LINE_LIMIT else b""
         if last:
             self.finish()
         return piece
 
-    def look_at(self, lines):
+    def scan(self, lines):
         """Count the pieces in whole lines, and read the tokens in the line that reports them."""
-        self._pieces += lines.count(self._piece_mark)
+        self._pieces += lines.count(self._piece_marker)
         if lines:
             self._recent.append(lines)
-        if self._mark in lines:
+        if self._marker in lines:
             for line in lines.splitlines():
-                if self._mark in line and b'"choices":[{' not in line:   # there /v1/completions has zeros
+                if self._marker in line and b'"choices":[{' not in line:   # there /v1/completions has zeros
                     self.read(line)
-        for start in self._last_lines:
+        for start in self._final_lines:
             if lines.startswith(start) or b"\n" + start in lines:
                 self.ended = True
 
@@ -4424,7 +4387,7 @@ class StreamTap(Tap):
             self.ended = self.ended or answer.get("done", b'"done":true' in line) is True
 
 
-class SplicedTap(StreamTap):
+class UsageStripper(StreamUsageReader):
     """Takes the usage out again that a stream of events reports only because the gateway asked for it."""
 
     alters = True
@@ -4433,12 +4396,12 @@ class SplicedTap(StreamTap):
     USAGE = re.compile(rb',\s*"usage"\s*:\s*(?:null|\{(?:[^{}]|\{[^{}]*\})*\})(?=\s*\}\s*\Z)')
     NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 
-    def pass_on(self, piece, last):
+    def feed(self, piece, last):
         data = self._event + piece
         end = max(data.rfind(b"\n\n") + 2, data.rfind(b"\n\r\n") + 3, data.rfind(b"\r\r") + 2)
         end = len(data) if last or len(data) > LINE_LIMIT else end if end > 2 else 0    # 2: not found
         events, self._event = data[:end], data[end:]
-        self.look_at(events)
+        self.scan(events)
         if last:
             self.finish()
         if b'"usage"' not in events:
@@ -4457,26 +4420,26 @@ class SplicedTap(StreamTap):
         return event[:usage.start()] + event[usage.end():] + end if usage else event + end
 
 
-STREAM_MARKS = {    # by content type and path, where that matters
+STREAM_MARKERS = {    # by content type and path, where that matters
     "application/x-ndjson": (b"true", b"false"),    # the values of "done"
     "text/event-stream": (b'"prompt_tokens"', b'"choices"', b"data: [DONE]"),
     "/v1/messages": (b'"input_tokens"', b'"content_block_delta"', b"event: message_stop"),
     "/v1/responses": (b'"input_tokens"', b'.delta"', b"event: response.completed", b"event: response.incomplete",
                       b"event: response.failed")}
-TELLS_NO_TOKENS = ("/api/embeddings", "/v1/audio/transcriptions")
+REPORTS_NO_USAGE = ("/api/embeddings", "/v1/audio/transcriptions")
 
 
-def tap_for(reply, route, asked):
+def usage_reader_for(response, route, body_info):
     """Return what is to look at an answer; None if it can have cost nothing."""
-    kind = reply.head.kind
-    if route.kind != "inference" or not 200 <= reply.status < 300:
+    kind = response.head.kind
+    if route.category != "inference" or not 200 <= response.status < 300:
         return None
-    if route.path in TELLS_NO_TOKENS or kind not in STREAM_MARKS and kind != "application/json":
-        return Tap()
+    if route.path in REPORTS_NO_USAGE or kind not in STREAM_MARKERS and kind != "application/json":
+        return UsageReader()
     if kind == "application/json":
-        return ObjectTap()
-    marks = STREAM_MARKS.get(route.path, STREAM_MARKS[kind])
-    return SplicedTap(marks) if asked.usage_at and kind == "text/event-stream" else StreamTap(marks)
+        return JsonUsageReader()
+    markers = STREAM_MARKERS.get(route.path, STREAM_MARKERS[kind])
+    return UsageStripper(markers) if body_info.insert_at and kind == "text/event-stream" else StreamUsageReader(markers)
 
 
 class TokenRatio:
@@ -4495,7 +4458,7 @@ class TokenRatio:
         with self._lock:
             sizes, counts = self._sums.pop(model, self.BEFORE)
             self._sums[model] = sizes * 0.9 + size, counts * 0.9 + tokens
-            if len(self._sums) > KNOWN_NAMES:
+            if len(self._sums) > MODEL_CACHE_SIZE:
                 del self._sums[next(iter(self._sums))]
 
     def tokens(self, model, size):
@@ -4507,119 +4470,117 @@ class TokenRatio:
 class PromptCount:
     """A with block around a request's time upstream, after which its prompt has a count, Ollama's or an estimate."""
 
-    __slots__ = ("_ratio", "_record", "_body")
+    __slots__ = ("_ratio", "_context", "_body")
 
-    def __init__(self, ratio, record, body):
-        self._ratio, self._record, self._body = ratio, record, body
+    def __init__(self, ratio, context, body):
+        self._ratio, self._context, self._body = ratio, context, body
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
-        tap, token, body = self._record.tap, self._record.token, self._body
-        if self._record.route in TELLS_NO_TOKENS:
+        usage_reader, token, body = self._context.usage_reader, self._context.token, self._body
+        if self._context.route in REPORTS_NO_USAGE:
             return
-        if kind is None and not token.tokens_per_day and isinstance(tap, ObjectTap):
+        if kind is None and not token.tokens_per_day and isinstance(usage_reader, JsonUsageReader):
             return  # whole, and no budget depends on it: it is read in the background
         with contextlib.suppress(Refusal):      # a disk that fails to give the body back
-            if tap and tap.reported:
-                if tap.reported.prompt and token.tokens_per_day and body.size <= LEARNING_BYTES:
-                    self._learn(body.look(prompt_text_bytes), tap.reported.prompt)
-            elif tap or kind and issubclass(kind, ClientLeft):      # else Ollama did not take the request
-                self._record.estimate = self._ratio.tokens(self._model, body.look(prompt_text_bytes))
+            if usage_reader and usage_reader.reported:
+                if usage_reader.reported.prompt and token.tokens_per_day and body.size <= LEARNING_BYTES:
+                    self._learn(body.look(prompt_text_bytes), usage_reader.reported.prompt)
+            elif usage_reader or kind and issubclass(kind, ClientLeft):      # else Ollama did not take the request
+                self._context.estimate = self._ratio.tokens(self._model, body.look(prompt_text_bytes))
 
     @property
     def _model(self):
-        return canonical(self._record.model)
+        return normalize_model(self._context.model)
 
     def _learn(self, size, tokens):
         if size * 2 > self._body.size:      # images are tokens without text
             self._ratio.learn(self._model, size, tokens)
 
 
-def only_listed(reply, key, globs):
+def filter_models(response, key, globs):
     """Read a list of models and return it as bytes, those alone that a token's globs name; raise Refusal."""
     data = bytearray()
-    while not reply.complete:
-        data += reply.read()
+    while not response.complete:
+        data += response.read()
         if len(data) > LIST_BYTES:
             raise Refusal("upstream_failed", f"Ollama's list of models is larger than {LIST_BYTES} bytes")
-    if not 200 <= reply.status < 300:
+    if not 200 <= response.status < 300:
         return bytes(data)
     name = "id" if key == "data" else "model"
     try:
         whole = json.loads(bytes(data))
-        whole[key] = [model for model in whole[key] or () if is_listed(model[name], globs)]
+        whole[key] = [model for model in whole[key] or () if model_allowed(model[name], globs)]
         return json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # or of another shape
         raise Refusal("upstream_failed", "Ollama's list of models cannot be read") from None
 
 
-def relay(reply, client, route, asked, token, leave):
+def relay(response, client, route, body_info, token, leave):
     """Pass the answer on, each piece when it comes, but for the last one: return that.
 
     While the client does not read, nothing is read for it. A client may ask again as soon as it has seen a stream's
     last line, and not wait for the body's end: before that line goes out, the request has to `leave` its place.
     """
-    record, lines = client.record, reply.head.lines
-    if reply.status == 503 and not reply.field("retry-after"):  # Ollama's queue is full
+    context, lines = client.context, response.head.lines
+    if response.status == 503 and not response.field("retry-after"):  # Ollama's queue is full
         lines += f"Retry-After: {RETRY_SECONDS}\r\n"
-    if route.lists and token.models:
-        listed = only_listed(reply, route.lists, token.models)
-        client.start(reply.status, reply.head.phrase, lines, reply.field("content-type"), len(listed))
+    if route.model_list_key and token.models:
+        listed = filter_models(response, route.model_list_key, token.models)
+        client.start(response.status, response.head.phrase, lines, response.field("content-type"), len(listed))
         return listed
-    if route.kind == "inference" and 200 <= reply.status < 300:
-        record.known_model = canonical(asked.model)
-    tap = record.tap = tap_for(reply, route, asked)
-    client.start(reply.status, reply.head.phrase, lines, reply.field("content-type"),
-                 None if tap and tap.alters else reply.length)
+    if route.category == "inference" and 200 <= response.status < 300:
+        context.model_label = normalize_model(body_info.model)
+    usage_reader = context.usage_reader = usage_reader_for(response, route, body_info)
+    client.start(response.status, response.head.phrase, lines, response.field("content-type"),
+                 None if usage_reader and usage_reader.alters else response.length)
     while True:
-        if reply.waiting:
+        if response.waiting:
             client.flush()
         try:
-            piece = reply.read()
+            piece = response.read()
         except Refusal:
-            if tap and tap.held:
-                client.write(tap.held)
+            if usage_reader and usage_reader.held:
+                client.write(usage_reader.held)
             raise
-        if tap:
-            piece = tap.pass_on(piece, reply.complete)
-            if tap.ended:
+        if usage_reader:
+            piece = usage_reader.feed(piece, response.complete)
+            if usage_reader.ended:
                 leave()
-        if reply.complete:
+        if response.complete:
             return piece
         client.write(piece)
 
-
-# == Record ===================================================================
-
+# == Logging and metrics ======================================================
 
 PLAIN = re.compile(r"[!#-<>-\[\]-~]+")
 
 
-@functools.lru_cache(KNOWN_NAMES)   # without it a small answer takes 6 % more CPU: the same values come again and again
+@functools.lru_cache(MODEL_CACHE_SIZE)   # without it a small answer takes 6 % more CPU: the same values come again and again
 def log_value(value):
     """Return a value for a log line: as it is if it is plain, else quoted, control characters escaped."""
     text = "-" if value in (None, "") else str(value)
     return text if PLAIN.fullmatch(text) else json.dumps(text)
 
 
-def log_line(record):
+def log_line(context):
     """Return what there is to say of a finished request: never a secret, never a prompt."""
-    first = "-" if record.answered is None else f"{record.answered - record.began:.3f}"
-    token = "-" if record.token is None else log_value(f"{record.token.user}/{record.token.name}")
-    line = (f"id={record.id} peer={record.peer} token={token} method={record.method or '-'} "
-            f"path={log_value(record.path)} model={log_value(record.model)} status={record.status or '-'} "
-            f"bytes={record.sent} first={first} total={record.ended - record.began:.3f}")
-    if record.admitted:
-        usage = record.tokens
+    first = "-" if context.answered is None else f"{context.answered - context.began:.3f}"
+    token = "-" if context.token is None else log_value(f"{context.token.user}/{context.token.name}")
+    line = (f"id={context.id} peer={context.peer} token={token} method={context.method or '-'} "
+            f"path={log_value(context.path)} model={log_value(context.model)} status={context.status or '-'} "
+            f"bytes={context.sent} first={first} total={context.ended - context.began:.3f}")
+    if context.admitted:
+        usage = context.tokens
         prompt, completion = ("-" if tokens is None else tokens for tokens in (usage.prompt, usage.completion))
-        line += f" queued={record.queued:.3f} prompt={prompt} completion={completion}"
+        line += f" queued={context.queued:.3f} prompt={prompt} completion={completion}"
         line += f" cached={usage.cached}" if usage.cached else ""
         line += f" estimated={usage.estimated}" if usage.estimated else ""
-    if record.outcome:
-        line += f" outcome={record.outcome}"
-    return line + f" why={log_value(record.why)}" if record.why else line
+    if context.outcome:
+        line += f" outcome={context.outcome}"
+    return line + f" why={log_value(context.why)}" if context.why else line
 
 
 def write_all(descriptor, data):
@@ -4683,7 +4644,7 @@ class LogWriter(logging.Handler):
     def format(self, record):
         """Return a record's lines, each with the time in UTC and the level before it."""
         seconds, fraction = divmod(record.created, 1)
-        before = f"{show_instant(seconds)[:19]}.{int(fraction * 1000):03d}Z {record.levelname} "
+        before = f"{format_instant(seconds)[:19]}.{int(fraction * 1000):03d}Z {record.levelname} "
         return before + super().format(record).replace("\n", "\n" + before) + "\n"
 
     def emit(self, record):
@@ -4705,7 +4666,7 @@ class LogWriter(logging.Handler):
             lines += "".join([self._queue.get() for _ in range(self._queue.qsize())])
             dropped, report = self.dropped, ""
             if dropped > reported:
-                text = f"dropped {count(dropped - reported, 'log line')}: {self.name} is too slow or cannot be written"
+                text = f"dropped {plural(dropped - reported, 'log line')}: {self.name} is too slow or cannot be written"
                 report = self.format(logging.makeLogRecord({"levelname": "WARNING", "msg": text}))
             try:
                 self._write((lines + report).encode("utf-8", "backslashreplace"))
@@ -4746,7 +4707,7 @@ COUNTERS = {
     "rate_limited_total": ("Requests refused for a limit.", ("limit",)),
     "upstream_errors_total": ("Requests that failed because Ollama could not be reached or broke off.", ("code",)),
 }
-LIMIT_OF_REFUSAL = {limit.refusal: limit.column for limit in LIMITS}
+LIMIT_BY_REFUSAL = {limit.refusal: limit.column for limit in LIMITS}
 HISTOGRAMS = {
     "first_byte_seconds": "Time from an inference request's head to its answer's first byte.",
     "queue_wait_seconds": "Time that an inference request waited for its turn.",
@@ -4755,7 +4716,7 @@ HISTOGRAMS = {
 BUCKETS = (0.005, 0.02, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
-class Meters:
+class Metrics:
     """Counts finished requests for Prometheus; a model is named only if Ollama has it, and the series are bounded."""
 
     def __init__(self, gauges):
@@ -4763,36 +4724,36 @@ class Meters:
         self._counts = {name: {} for name in COUNTERS}
         self._buckets = {name: {} for name in HISTOGRAMS}
 
-    def observe(self, record):
+    def observe(self, context):
         """Count a finished request."""
-        user, name = (record.token.user, record.token.name) if record.token else ("", "")
-        model, usage = record.known_model, record.tokens
+        user, name = (context.token.user, context.token.name) if context.token else ("", "")
+        model, usage = context.model_label, context.tokens
         with self._lock:
-            self._count("requests_total", user, name, model, record.route, record.status or "none")
+            self._count("requests_total", user, name, model, context.route, context.status or "none")
             for kind in "prompt", "cached", "completion":
                 if getattr(usage, kind):
                     self._count("tokens_total", user, name, model, kind, by=getattr(usage, kind))
-            if record.outcome == "left":
+            if context.outcome == "left":
                 self._count("cancelled_total")
-            if record.code and REFUSALS[record.code].status == 429:
-                self._count("rate_limited_total", LIMIT_OF_REFUSAL.get(record.code, "failed_credentials"))
-            if record.code in ("upstream_failed", "upstream_silent"):
-                self._count("upstream_errors_total", record.code)
-            if record.admitted:
-                self._time("queue_wait_seconds", model, record.queued)
-                self._time("duration_seconds", model, record.ended - record.began)
-                if record.answered:
-                    self._time("first_byte_seconds", model, record.answered - record.began)
+            if context.code and REFUSALS[context.code].status == 429:
+                self._count("rate_limited_total", LIMIT_BY_REFUSAL.get(context.code, "failed_credentials"))
+            if context.code in ("upstream_failed", "upstream_silent"):
+                self._count("upstream_errors_total", context.code)
+            if context.admitted:
+                self._time("queue_wait_seconds", model, context.queued)
+                self._time("duration_seconds", model, context.ended - context.began)
+                if context.answered:
+                    self._time("first_byte_seconds", model, context.answered - context.began)
 
     def _count(self, name, *labels, by=1):
         series = self._counts[name]
-        if labels not in series and len(series) >= MOST_SERIES:
+        if labels not in series and len(series) >= MAX_SERIES:
             labels = ("other",) * len(labels)
         series[labels] = series.get(labels, 0) + by
 
     def _time(self, name, model, seconds):
         series = self._buckets[name]
-        if model not in series and len(series) >= MOST_SERIES:
+        if model not in series and len(series) >= MAX_SERIES:
             model = "other"
         counts = series.get(model)
         if counts is None:
@@ -4826,17 +4787,17 @@ class Meters:
 class Journal:
     """Writes down finished requests in a thread of its own: a log line each, and twice a second the account."""
 
-    def __init__(self, account, meters, log):
-        self._account, self._meters, self._log = account, meters, log
-        self._records = deque()
+    def __init__(self, ledger, metrics, log):
+        self._ledger, self._metrics, self._log = ledger, metrics, log
+        self._finished = deque()
         self._stirred, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
-    def write(self, record):
+    def write(self, context):
         """Take a record to be written soon."""
-        record.ended = time.monotonic()
-        self._records.append(record)
+        context.ended = time.monotonic()
+        self._finished.append(context)
         if not self._stirred.is_set():
             self._stirred.set()
 
@@ -4844,14 +4805,14 @@ class Journal:
         stored = time.monotonic()
         while not self._closing.is_set():
             self._stirred.wait(STORE_SECONDS)
-            self._closing.wait(JOURNAL_SECONDS)  # gather: a wake-up for each request would cost it more than the line
+            self._closing.wait(GATHER_SECONDS)  # gather: a wake-up for each request would cost it more than the line
             self._stirred.clear()
-            self._write_records()
+            self._write_finished()
             if time.monotonic() - stored >= STORE_SECONDS:
                 stored = time.monotonic()
-                self._attempt(self._account.store)
-        self._write_records()
-        self._attempt(self._account.store)
+                self._attempt(self._ledger.store)
+        self._write_finished()
+        self._attempt(self._ledger.store)
 
     @staticmethod
     def _attempt(action, *args):
@@ -4859,16 +4820,16 @@ class Journal:
         try:
             return action(*args)
         except Exception:
-            LOG.exception("the journal failed%s", "".join(f" at {arg.id}" for arg in args if isinstance(arg, Record)))
+            LOG.exception("the journal failed%s", "".join(f" at {arg.id}" for arg in args if isinstance(arg, RequestContext)))
 
-    def _write_records(self):
-        records, lines = [self._records.popleft() for _ in range(len(self._records))], []
-        for record in records:
-            self._attempt(self._account.end, record)
-            self._attempt(self._meters.observe, record)
-            lines.append(self._attempt(log_line, record))
-        self._attempt(self._account.used, {record.token.id for record in records if record.token})
-        if records:
+    def _write_finished(self):
+        contexts, lines = [self._finished.popleft() for _ in range(len(self._finished))], []
+        for context in contexts:
+            self._attempt(self._ledger.finish, context)
+            self._attempt(self._metrics.observe, context)
+            lines.append(self._attempt(log_line, context))
+        self._attempt(self._ledger.used, {context.token.id for context in contexts if context.token})
+        if contexts:
             self._attempt(self._log, "\n".join(filter(None, lines)))   # at once: that costs less than line by line
 
     def close(self):
@@ -4876,7 +4837,6 @@ class Journal:
         self._closing.set()
         self._stirred.set()
         self._thread.join()
-
 
 # == OpenAPI ==================================================================
 
@@ -4939,7 +4899,7 @@ POST   /api/experimental/web_fetch | fetch a page with the host's account
 SCHEMAS = f"""
 Object:
 Health: status!, upstream!, version!
-TokenChanges: admin: boolean, expires_at?, {", ".join(f"{column}: any" for column in LIMIT_OF)}
+TokenChanges: admin: boolean, expires_at?, {", ".join(f"{column}: any" for column in LIMIT_BY_COLUMN)}
 NewToken: user!, name!, *TokenChanges
 named: id!: integer, user!, name!, hint!, created_at!, expires_at!?, admin!: boolean, *limits
 limits: {", ".join(f"{limit.column}!?: {limit.json_type}" for limit in LIMITS)}
@@ -5015,15 +4975,15 @@ def openapi_parameters(route):
     segments = re.findall(r"\{(\w+)\}", route.path)
     return ([{"name": name, "in": "path", "required": True, "schema": PATH_PARAMETERS[name]} for name in segments]
             + [{"name": name, "in": "query", "schema": schema}
-               for name, schema in QUERY_PARAMETERS.get(route.page, {}).items()])
+               for name, schema in QUERY_PARAMETERS.get(route.handler, {}).items()])
 
 
 def openapi_bodies(route, doc):
     """Return the OpenAPI request body and the content of the answer; of Ollama's routes no more than the types."""
     answer = {"content": {doc.answer if "/" in doc.answer else "application/json": {
         "schema": type_schema("string" if "/" in doc.answer else doc.answer)}}} if doc.answer else {}
-    if route.kind != "page" and route.method in ("POST", "DELETE") and "{key}" not in route.path:
-        kind = "application/octet-stream" if route.streamed else BODY_TYPES.get(route.names, "application/json")
+    if route.category != "page" and route.method in ("POST", "DELETE") and "{key}" not in route.path:
+        kind = "application/octet-stream" if route.streamed else BODY_TYPES.get(route.model_in, "application/json")
         schema = {} if route.streamed else {"schema": {"type": "object"}}
         return {"requestBody": {"content": {kind: schema}}}, answer
     content = {"application/json": {"schema": type_schema(doc.request)}} if doc.request else {}
@@ -5039,19 +4999,19 @@ def possible_refusals(route):
         found |= {408, 413, 415}
     if "{id}" in route.path:
         found.add(404)
-    if route.page == "create_token":
+    if route.handler == "create_token":
         found.add(409)
-    return sorted(found if route.kind == "page" else found | {502, 504})
+    return sorted(found if route.category == "page" else found | {502, 504})
 
 
 def openapi_operation(route):
     """Return the OpenAPI operation of a route."""
     doc, dialect = route_doc(route), dialect_of(route.path)
-    tag = "Admin" if route.path.startswith("/admin") else "Gateway" if route.kind == "page" else dialect.capitalize()
+    tag = "Admin" if route.path.startswith("/admin") else "Gateway" if route.category == "page" else dialect.capitalize()
     body, answer = openapi_bodies(route, doc)
     found = {"operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"), "tags": [tag],
              "summary": doc.summary, "parameters": openapi_parameters(route), **body, "responses": {
-                 "201" if route.page == "create_token" else "200": {"description": "done", **answer},
+                 "201" if route.handler == "create_token" else "200": {"description": "done", **answer},
                  **{str(status): {"$ref": f"#/components/responses/{dialect}-{status}"}
                     for status in possible_refusals(route)},
                  "default": {"$ref": f"#/components/responses/{dialect}"}}}
@@ -5092,8 +5052,7 @@ def openapi_document(routes, base):
             "schemas": {name: object_schema(name) for name in re.findall(r"(?m)^([A-Z]\w+):", SCHEMAS)},
             "responses": openapi_refusals()}}
 
-
-# == Browser ==================================================================
+# == Web pages ================================================================
 
 STYLE = r"""
 :root { color-scheme: light dark; --paper: #faf9f6; --card: #fff; --ink: #1e2422; --dim: #59625d; --line: #dfdcd4;
@@ -5893,7 +5852,7 @@ def docs_page(routes, base):
     for status, meaning in sorted(REFUSALS.values()):
         errors[str(status)] = f"{errors[str(status)]}; or {meaning}" if str(status) in errors else meaning
     links = '<a href="openapi.json">OpenAPI</a>'
-    if any(route.page == "admin" for route in routes):
+    if any(route.handler == "admin" for route in routes):
         links += '<a href="admin">Administration</a>'
     body = DOCS.format(
         version=VERSION, links=links, sign_in=SIGN_IN.format(label="Token", signed_in=""),
@@ -5910,17 +5869,16 @@ def admin_page(base):
     body = ADMIN.format(version=VERSION, sign_in=SIGN_IN.format(label="Admin token", signed_in="Signed in."))
     return html_page("Administration", body, SCRIPT + ADMIN_SCRIPT, base)
 
-
-# == Pages ====================================================================
+# == Own endpoints ============================================================
 
 
 def json_page(value, status=200):
     return status, "application/json", json.dumps(value).encode() + b"\n", [("Cache-Control", "no-store")]
 
 
-def asked_in_query(visit, *known):
+def read_query(page_request, *known):
     """Return the values of a query by their names; raise UsageError for those that are not known, or come twice."""
-    pairs = urllib.parse.parse_qsl(visit.request.query[1:], keep_blank_values=True)
+    pairs = urllib.parse.parse_qsl(page_request.request.query[1:], keep_blank_values=True)
     for at, (name, _) in enumerate(pairs):
         if name not in known or name in dict(pairs[:at]):
             raise UsageError(f'the query\'s "{name[:40]}" is ' + (
@@ -5928,10 +5886,10 @@ def asked_in_query(visit, *known):
     return dict(pairs)
 
 
-def asked_in_body(visit, known):
+def read_json_object(page_request, known):
     """Return the members of a body's JSON object; raise UsageError for one that is none, or has others than known."""
     try:
-        pairs = json.loads(visit.body, object_pairs_hook=tuple)
+        pairs = json.loads(page_request.body, object_pairs_hook=tuple)
     except (ValueError, RecursionError):
         pairs = None
     if not isinstance(pairs, tuple):
@@ -5949,7 +5907,7 @@ def columns_in_body(members):
     for column in SETTABLE:
         if column in members:
             value = members[column]
-            if isinstance(value, list) and column in LIMIT_OF and LIMIT_OF[column].json_type == "string[]":
+            if isinstance(value, list) and column in LIMIT_BY_COLUMN and LIMIT_BY_COLUMN[column].json_type == "string[]":
                 value = ",".join(map(str, value))
             text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
             try:
@@ -5968,10 +5926,10 @@ class Pages:
 
     CHANGED = ("admin", *SETTABLE)
 
-    def __init__(self, routes, base, store, health, account, limiter, meters, gauges):
+    def __init__(self, routes, base, store, health, ledger, limiter, metrics, gauges):
         self._routes, self._base = routes, base
-        self._store, self._health, self._account, self._limiter = store, health, account, limiter
-        self._meters, self._gauges = meters, gauges
+        self._store, self._health, self._ledger, self._limiter = store, health, ledger, limiter
+        self._metrics, self._gauges = metrics, gauges
 
     @staticmethod
     def banner(_):
@@ -5986,39 +5944,39 @@ class Pages:
         """Tell, without a token, whether the gateway and Ollama are there."""
         return json_page({"status": "ok", "upstream": "up" if self._health.up else "down", "version": VERSION})
 
-    def me(self, visit):
+    def me(self, page_request):
         """Tell a token what it may, what of that is left, and what it used in the last seven days."""
         left = {name: {"limit": most, "remaining": left, "reset": reset}
-                for name, most, left, reset in self._limiter.allowances(visit.token)}
-        told = as_json(visit.token)
+                for name, most, left, reset in self._limiter.statuses(page_request.token)}
+        told = token_json(page_request.token)
         del told["last_used_at"], told["expired"]   # it is used now, and is not
-        usage = self._store.usage("day", beginning("7d", self._account.now), visit.token)
+        usage = self._store.usage("day", usage_start("7d", self._ledger.now), page_request.token)
         return json_page(dict(told, left=left, usage=usage))
 
     def metrics(self, _):
         """Tell what Prometheus asks for."""
-        lines = "".join(f"{line}\n" for line in self._meters.lines())
+        lines = "".join(f"{line}\n" for line in self._metrics.lines())
         return 200, "text/plain; version=0.0.4; charset=utf-8", lines.encode()
 
     def status(self, _):
         """Tell what runs and waits, and how Ollama is."""
         health, now = self._health, time.monotonic()
-        requests = [{"user": record.token.user, "name": record.token.name, "model": record.model, "path": record.path,
-                     "waiting": record.admitted is None, "seconds": round(now - record.began, 3)}
-                    for record in self._account.running()]
+        requests = [{"user": context.token.user, "name": context.token.name, "model": context.model, "path": context.path,
+                     "waiting": context.admitted is None, "seconds": round(now - context.began, 3)}
+                    for context in self._ledger.running()]
         return json_page({
             "version": VERSION, **{name: tell() for name, (_, tell) in self._gauges.items()}, "requests": requests,
             "upstream": {"status": "up" if health.up else "down", "version": health.version,
                          "models": health.models, "loaded": health.loaded}})
 
-    def usage(self, visit):
+    def usage(self, page_request):
         """Tell the account: by a key of USAGE_BY, since a time."""
-        asked = asked_in_query(visit, "by", "since")
-        by, since = asked.get("by", "user"), asked.get("since", "7d")
+        body_info = read_query(page_request, "by", "since")
+        by, since = body_info.get("by", "user"), body_info.get("since", "7d")
         if by not in USAGE_BY:
             raise UsageError(f'by: "{by[:40]}" is none of {", ".join(USAGE_BY)}')
         try:
-            return json_page(self._store.usage(by, beginning(since, self._account.now)))
+            return json_page(self._store.usage(by, usage_start(since, self._ledger.now)))
         except ValueError as error:
             raise UsageError(f'since: "{since[:40]}" {error}') from None
 
@@ -6043,39 +6001,38 @@ class Pages:
     def admin(self, _):
         return self._admin
 
-    def list_tokens(self, visit):
-        return json_page([as_json(token) for token in self._store.list(asked_in_query(visit, "user").get("user"))])
+    def list_tokens(self, page_request):
+        return json_page([token_json(token) for token in self._store.list(read_query(page_request, "user").get("user"))])
 
-    def create_token(self, visit):
+    def create_token(self, page_request):
         """Make a token; this answer alone has its secret."""
-        members = asked_in_body(visit, ("user", "name", *self.CHANGED))
+        members = read_json_object(page_request, ("user", "name", *self.CHANGED))
         for key in "user", "name":
             if not isinstance(members.get(key), str):
                 raise UsageError(f"{key}: a text has to be there")
         token, secret = self._store.create(members["user"], members["name"], **columns_in_body(members))
-        return json_page(dict(as_json(token), token=secret), 201)
+        return json_page(dict(token_json(token), token=secret), 201)
 
-    def _token(self, visit):
-        return self._store.get(int(visit.path.split("/")[3]))
+    def _token(self, page_request):
+        return self._store.get(int(page_request.path.split("/")[3]))
 
-    def show_token(self, visit):
-        return json_page(as_json(self._token(visit)))
+    def show_token(self, page_request):
+        return json_page(token_json(self._token(page_request)))
 
-    def update_token(self, visit):
-        changes = columns_in_body(asked_in_body(visit, self.CHANGED))
-        token = self._token(visit)
-        return json_page(as_json(self._store.update(token.user, token.name, **changes)))
+    def update_token(self, page_request):
+        changes = columns_in_body(read_json_object(page_request, self.CHANGED))
+        token = self._token(page_request)
+        return json_page(token_json(self._store.update(token.user, token.name, **changes)))
 
-    def rotate_token(self, visit):
+    def rotate_token(self, page_request):
         """Give a token a new secret; this answer alone has it."""
-        token = self._token(visit)
+        token = self._token(page_request)
         token, secret = self._store.rotate(token.user, token.name)
-        return json_page(dict(as_json(token), token=secret))
+        return json_page(dict(token_json(token), token=secret))
 
-    def delete_token(self, visit):
-        token = self._token(visit)
-        return json_page(as_json(self._store.delete(token.user, token.name)))
-
+    def delete_token(self, page_request):
+        token = self._token(page_request)
+        return json_page(token_json(self._store.delete(token.user, token.name)))
 
 # == Assembly =================================================================
 
@@ -6119,33 +6076,33 @@ def build_server(settings, store, log=None):
     upstream = Upstream(settings.ollama_url, settings.connect_timeout, settings.first_byte_timeout,
                         settings.stall_timeout)
     health = HealthProbe(upstream)
-    limits = ConnectionLimits(settings.max_body, settings.header_timeout, settings.idle_timeout,
-                              BodyStorage(settings.max_spool))
+    limits = ClientLimits(settings.max_body, settings.header_timeout, settings.idle_timeout,
+                          BodyStorage(settings.max_spool))
     # A connection's descriptors at most: its socket, a spooled body, and either the upstream connection or, while it
     # waits in the queue, the two of its wakeup, which are closed before the upstream connection is opened.
-    connections = Connections(connections_that_fit(settings.max_connections, 4 if settings.max_parallel else 3),
-                              settings.trusted_proxies)
-    tokens = TokenTable(store)
-    account = Account(store, tokens)
-    turns = Turns(settings.max_parallel, settings.max_queue, settings.queue_timeout)
-    limiter = Limiter(turns, account)
-    gauges = {"in_flight_requests": ("Inference requests that are upstream.", lambda: turns.running),
-              "queued_requests": ("Inference requests that wait for their turn.", lambda: turns.waiting),
+    connections = ConnectionLimiter(connections_that_fit(settings.max_connections, 4 if settings.max_parallel else 3),
+                                    settings.trusted_proxies)
+    tokens = TokenCache(store)
+    ledger = UsageLedger(store, tokens)
+    queue = FairQueue(settings.max_parallel, settings.max_queue, settings.queue_timeout)
+    limiter = Limiter(queue, ledger)
+    gauges = {"in_flight_requests": ("Inference requests that are upstream.", lambda: queue.running),
+              "queued_requests": ("Inference requests that wait for their turn.", lambda: queue.waiting),
               "connections": ("Open connections of clients.", lambda: len(connections))}
-    meters = Meters(gauges)
+    metrics = Metrics(gauges)
     routes = served_routes(settings.metrics_open, settings.no_admin_api)
     gateway = Gateway(
-        peers=Peers(settings.trusted_proxies),
+        proxies=TrustedProxies(settings.trusted_proxies),
         router=Router(routes, settings.base_path, settings.path_tokens, settings.cors_origins),
-        authenticator=Authenticator(tokens, Failures()),
+        authenticator=Authenticator(tokens, AuthThrottle()),
         limiter=limiter,
         upstream=upstream,
         health=health,
         connections=connections,
         relay=relay,
         count_prompt=functools.partial(PromptCount, TokenRatio()),
-        journal=Journal(account, meters, log or LOG.info),
-        pages=Pages(routes, settings.base_path, store, health, account, limiter, meters, gauges))
+        journal=Journal(ledger, metrics, log or LOG.info),
+        pages=Pages(routes, settings.base_path, store, health, ledger, limiter, metrics, gauges))
     try:
         return GatewayServer(settings.host, settings.port, Handler, gateway, limits, connections, tls)
     except (OSError, UnicodeError) as error:
@@ -6154,34 +6111,33 @@ def build_server(settings, store, log=None):
                       f"{getattr(error, 'strerror', None) or error}; "
                       "choose another with --host and --port") from None
 
-
 # == Commands =================================================================
 
 PROGRAM = "python3 ollama_gateway.py"
 PURPOSE = "Authenticating reverse proxy for Ollama: a token for each person and device"
-UNTYPED = dict(env_file=None, json=False, quiet=False, format=None)  # what commands ask for whether typed or not
+DEFAULT_ARGS = dict(env_file=None, json=False, quiet=False, format=None)  # what commands ask for whether typed or not
 BAR_COLUMNS, MOST_BAR_COLUMNS = 10, 60
 EXPORT_VERSION = 2          # 1 knew no limits
-DEFUSED = ("=", "+", "-", "@", "\t", "'")  # a spreadsheet takes a cell that starts so for a formula, or for a quote
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "'")  # a spreadsheet takes a cell that starts so for a formula, or for a quote
 
 
-def say(text):
+def print_line(text):
     """Print to stdout; raise OSError if it cannot be written."""
     print(text, flush=True)
 
 
-def report(text):
+def print_error(text):
     """Print to stderr, if it can be written."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
 
-def day(seconds, otherwise):
-    return otherwise if seconds is None else show_instant(seconds)[:10]
+def format_day(seconds, otherwise):
+    return otherwise if seconds is None else format_instant(seconds)[:10]
 
 
-def minute(seconds, otherwise):
-    return otherwise if seconds is None else show_instant(seconds)[:16].replace("T", " ")
+def format_minute(seconds, otherwise):
+    return otherwise if seconds is None else format_instant(seconds)[:16].replace("T", " ")
 
 
 def terminal_width():
@@ -6204,7 +6160,7 @@ def text_width(text):
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
-def fit(text, columns):
+def fit_width(text, columns):
     """Return a text cut or padded to so many columns."""
     if text_width(text) > columns:
         while text_width(text) >= columns:
@@ -6213,7 +6169,7 @@ def fit(text, columns):
     return text + " " * (columns - text_width(text))
 
 
-def table(rows, width, elastic, dispensable):
+def format_table(rows, width, elastic, dispensable):
     """Return rows, the first of them the columns' names, as aligned lines that fit the width, 0 for any.
 
     What is too wide is taken from elastic columns, down to 8, and then dispensable ones go, one after the other.
@@ -6226,10 +6182,10 @@ def table(rows, width, elastic, dispensable):
     going = [names.index(name) for name in dispensable if name in names]
     if excess > spare and going:
         rows = [row[:going[0]] + row[going[0] + 1:] for row in rows]
-        return table(rows, width, [names[at] for at in elastic], dispensable)
+        return format_table(rows, width, [names[at] for at in elastic], dispensable)
     for _ in range(min(excess, spare)):
         widths[max(elastic, key=lambda at: widths[at])] -= 1
-    return ["  ".join(fit(cell, columns) for cell, columns in zip(row, widths)).rstrip() for row in rows]
+    return ["  ".join(fit_width(cell, columns) for cell, columns in zip(row, widths)).rstrip() for row in rows]
 
 
 def limit_phrases(token):
@@ -6241,7 +6197,7 @@ def describe(token):
     """Return a token and all it may in a sentence's part."""
     limits = "; ".join(limit_phrases(token))
     return (f'the {"admin " if token.admin else ""}token "{token.user}/{token.name}", which '
-            + (f"expires {show_instant(token.expires_at)}" if token.expires_at else "does not expire")
+            + (f"expires {format_instant(token.expires_at)}" if token.expires_at else "does not expire")
             + (f" (limits: {limits})" if limits else ""))
 
 
@@ -6253,7 +6209,7 @@ def columns_in_flags(args):
             try:
                 found[column] = read_column(column, getattr(args, column))
             except ValueError as error:
-                flag = LIMIT_OF[column].flag if column in LIMIT_OF else "--expires"
+                flag = LIMIT_BY_COLUMN[column].flag if column in LIMIT_BY_COLUMN else "--expires"
                 raise UsageError(f'{flag}: "{getattr(args, column)}" {error}') from None
     return found
 
@@ -6282,7 +6238,7 @@ def local_url(args):
     return url_of(settings) + settings.base_path
 
 
-def framed(text, width):
+def boxed(text, width):
     """Return a line in a frame as wide as needed, or, on a narrower terminal, between rules: selected, it is whole."""
     across, down, *corners = "─│╭╮╰╯" if can_show("─│╭╮╰╯") else "-|++++"
     rule = across * (len(text) + 4)
@@ -6294,13 +6250,13 @@ def framed(text, width):
 def show_secret(args, store, done, token, secret):
     """Show a new secret, this once: alone, as JSON, or with how to use it."""
     if args.quiet:
-        return say(secret)
+        return print_line(secret)
     if args.json:
-        return say(json.dumps(dict(as_json(token), token=secret), indent=2))
-    shown = framed(secret, terminal_width()) if terminal_width() else "    " + secret
-    say(f"{done} {describe(token)}, in {store.path}\n\n{shown}\n\n"
-        "It is shown only now; keep it like a password. To use it:\n\n"
-        f'    curl -H "Authorization: Bearer {secret}" {local_url(args)}/tags')
+        return print_line(json.dumps(dict(token_json(token), token=secret), indent=2))
+    shown = boxed(secret, terminal_width()) if terminal_width() else "    " + secret
+    print_line(f"{done} {describe(token)}, in {store.path}\n\n{shown}\n\n"
+               "It is shown only now; keep it like a password. To use it:\n\n"
+               f'    curl -H "Authorization: Bearer {secret}" {local_url(args)}/tags')
 
 
 def cmd_token_create(args):
@@ -6319,9 +6275,9 @@ TOKEN_COLUMNS = (
     ("USER", lambda token: token.user),
     ("NAME", lambda token: token.name),
     ("SECRET", lambda token: token.hint + "…"),
-    ("CREATED", lambda token: day(token.created_at, "")),
-    ("EXPIRES", lambda token: "expired" if is_expired(token) else day(token.expires_at, "never")),
-    ("LAST USED", lambda token: minute(token.last_used_at, "never")),
+    ("CREATED", lambda token: format_day(token.created_at, "")),
+    ("EXPIRES", lambda token: "expired" if is_expired(token) else format_day(token.expires_at, "never")),
+    ("LAST USED", lambda token: format_minute(token.last_used_at, "never")),
     ("ADMIN", lambda token: "admin" if token.admin else ""),
     *((limit.heading, operator.attrgetter(limit.column)) for limit in LIMITS),
 )
@@ -6331,16 +6287,16 @@ def cmd_token_list(args):
     with open_command_store(args) as store:
         tokens = store.list(getattr(args, "user", None))
         if args.json:
-            return say(json.dumps([as_json(token) for token in tokens], indent=2))
+            return print_line(json.dumps([token_json(token) for token in tokens], indent=2))
         if not tokens:
             whose = f' of "{args.user}"' if hasattr(args, "user") else ""
-            return say(f"No tokens{whose} in {store.path}.")
+            return print_line(f"No tokens{whose} in {store.path}.")
         columns = [(head, *(str(tell(token) or "") for token in tokens)) for head, tell in TOKEN_COLUMNS]
         shown = [column for column in columns if any(column[1:])]
-        for line in table(list(zip(*shown)), terminal_width(), ("USER", "NAME", "MODELS"),
-                          ("CREATED", "EXPIRES", "SECRET", "LAST USED")):
-            say(line)
-        say(f"{count(len(tokens), 'token')} in {store.path}")
+        for line in format_table(list(zip(*shown)), terminal_width(), ("USER", "NAME", "MODELS"),
+                                 ("CREATED", "EXPIRES", "SECRET", "LAST USED")):
+            print_line(line)
+        print_line(f"{plural(len(tokens), 'token')} in {store.path}")
 
 
 def cmd_token_update(args):
@@ -6350,13 +6306,13 @@ def cmd_token_update(args):
     if not changes:
         raise UsageError("token update: say what to change: --expires, --admin, --no-admin, or a limit")
     with open_command_store(args) as store:
-        say(f"Changed {describe(store.update(args.user, args.name, **changes))}, in {store.path}")
+        print_line(f"Changed {describe(store.update(args.user, args.name, **changes))}, in {store.path}")
 
 
 def cmd_token_delete(args):
     with open_command_store(args) as store:
         token = store.delete(args.user, args.name)
-        say(f'Deleted the token "{token.user}/{token.name}" from {store.path}: it stops at its next request.')
+        print_line(f'Deleted the token "{token.user}/{token.name}" from {store.path}: it stops at its next request.')
 
 
 def as_csv(keys, rows):
@@ -6367,7 +6323,7 @@ def as_csv(keys, rows):
     writer.writerow(keys)
     for row in rows:
         cells = ["" if row[key] is None else str(row[key]) for key in keys]
-        writer.writerow(["'" + cell if cell.startswith(DEFUSED) else cell for cell in cells])
+        writer.writerow(["'" + cell if cell.startswith(FORMULA_STARTS) else cell for cell in cells])
     return file.getvalue()
 
 
@@ -6397,16 +6353,16 @@ def export_format(file, form):
 def cmd_token_export(args):
     form = export_format(args.file, args.format)
     with open_command_store(args) as store:
-        rows = [dict(row, **{key: show_instant(row[key]) for key in row if key.endswith("_at")},
+        rows = [dict(row, **{key: format_instant(row[key]) for key in row if key.endswith("_at")},
                      admin=bool(row["admin"])) for row in store.export_rows()]
         if form == "csv":
             text = as_csv(("version",) + TokenStore.EXPORTED, [dict(row, version=EXPORT_VERSION) for row in rows])
         else:
             text = json.dumps({"version": EXPORT_VERSION, "tokens": rows}, indent=2)
         if args.file == "-":
-            return say(text.rstrip("\n"))
+            return print_line(text.rstrip("\n"))
         replace_file(args.file, text.rstrip("\n") + "\n")
-        say(f"Exported {count(len(rows), 'token')} from {store.path} to {args.file}")
+        print_line(f"Exported {plural(len(rows), 'token')} from {store.path} to {args.file}")
 
 
 def exported_rows(text):
@@ -6432,13 +6388,13 @@ def exported_rows(text):
         versions = {row["version"] for row in rows}
     if versions - set(map(str, range(1, EXPORT_VERSION + 1))):
         raise ValueError(f"its version is {' and '.join(sorted(versions))}, this program reads up to {EXPORT_VERSION}")
-    return [dict(dict.fromkeys(LIMIT_OF), **row) for row in rows] if versions == {"1"} else rows
+    return [dict(dict.fromkeys(LIMIT_BY_COLUMN), **row) for row in rows] if versions == {"1"} else rows
 
 
 def imported_limit(column, value):
     """Read a limit of an exported row; raise ValueError naming it."""
     try:
-        return None if value in (None, "") else LIMIT_OF[column].read(str(value))
+        return None if value in (None, "") else LIMIT_BY_COLUMN[column].read(str(value))
     except ValueError as error:
         raise ValueError(f'{column}: "{value}" {error}') from None
 
@@ -6446,7 +6402,7 @@ def imported_limit(column, value):
 def imported_row(row, number):
     """Return an exported row as the store takes it; raise ValueError naming the row and what is wrong with it."""
     try:
-        texts = {key: row.get(key) or None for key in TokenStore.EXPORTED if key not in ("admin", *LIMIT_OF)}
+        texts = {key: row.get(key) or None for key in TokenStore.EXPORTED if key not in ("admin", *LIMIT_BY_COLUMN)}
         for key, value in texts.items():
             if not isinstance(value, str) and (value or key not in ("hint", "expires_at", "last_used_at")):
                 raise ValueError(f"it has no {key}")
@@ -6455,8 +6411,8 @@ def imported_row(row, number):
             raise ValueError("its digest is not a SHA-256")
         if len(hint) > HINT_LENGTH or not hint.isprintable():
             raise ValueError(f"its hint is not up to {HINT_LENGTH} printable characters")
-        times = {key: instant(texts[key]) if texts[key] else None for key in texts if key.endswith("_at")}
-        limits = {key: imported_limit(key, row[key]) for key in LIMIT_OF}
+        times = {key: parse_instant(texts[key]) if texts[key] else None for key in texts if key.endswith("_at")}
+        limits = {key: imported_limit(key, row[key]) for key in LIMIT_BY_COLUMN}
         admin = int(boolean(str(row.get("admin"))))
         check_rights(row.get("user"), row.get("name"), admin, limits["models"])
         return dict(texts, hint=hint, user=check_name("user", texts["user"]), name=check_name("name", texts["name"]),
@@ -6479,15 +6435,15 @@ def cmd_token_import(args):
         raise Failure(f'{args.file} is not a file written by "token export": {error}; nothing was imported') from None
     with open_command_store(args, create=True) as store:
         added = store.import_rows(rows)
-        say(f"Imported {count(added, 'token')} into {store.path}; "
-            f"already there: {len(rows) - added}")
+        print_line(f"Imported {plural(added, 'token')} into {store.path}; "
+                   f"already there: {len(rows) - added}")
 
 
 def tokens_in(row):
     return tokens_used(row["prompt_tokens"], row["cached_tokens"], row["completion_tokens"])
 
 
-def bars(shares, columns):
+def format_bars(shares, columns):
     """Return a bar for each share of 0 to 1, the whole of so many columns long."""
     eighths = "▏▎▍▌▋▊▉"
     if not can_show(eighths):
@@ -6507,32 +6463,32 @@ def usage_table(rows, keys, width):
     names = [[key.upper() for key in keys]] + [[row[key] or "-" for key in keys] for row in rows]
     cells = [[*name, *(cell.rjust(columns) for cell, columns in zip(number, widths))]
              for name, number in zip(names, numbers)]
-    room = width - max(map(text_width, table(cells, 0, (), ()))) - 2
+    room = width - max(map(text_width, format_table(cells, 0, (), ()))) - 2
     if room < BAR_COLUMNS:
-        return table(cells, width, cells[0][:len(keys)],
-                     ("ESTIMATED", "SECONDS", "CANCELLED", "ERRORS", "CACHED", "REQUESTS"))
+        return format_table(cells, width, cells[0][:len(keys)],
+                            ("ESTIMATED", "SECONDS", "CANCELLED", "ERRORS", "CACHED", "REQUESTS"))
     amounts = [tokens_in(row) for row in rows]
-    shares = bars([amount / (max(amounts) or 1) for amount in amounts], min(room, MOST_BAR_COLUMNS))
-    return table([cell + [bar] for cell, bar in zip(cells, ["TOKENS", *shares])], width, cells[0][:len(keys)], ())
+    shares = format_bars([amount / (max(amounts) or 1) for amount in amounts], min(room, MOST_BAR_COLUMNS))
+    return format_table([cell + [bar] for cell, bar in zip(cells, ["TOKENS", *shares])], width, cells[0][:len(keys)], ())
 
 
 def cmd_usage(args):
     """Print the account."""
     by, typed = getattr(args, "by", "user"), getattr(args, "since", "7d")
     try:
-        since = beginning(typed)
+        since = usage_start(typed)
     except ValueError as error:
         raise UsageError(f'--since: "{typed}" {error}') from None
     with open_command_store(args) as store:
         rows = store.usage(by, since)
         if args.json:
-            return say(json.dumps(rows, indent=2))
+            return print_line(json.dumps(rows, indent=2))
         if args.format == "csv":
-            return say(as_csv(USAGE_BY[by] + MEASURED, rows).rstrip("\n"))
+            return print_line(as_csv(USAGE_BY[by] + MEASURED, rows).rstrip("\n"))
         for line in usage_table(rows, USAGE_BY[by], terminal_width()) if rows else ():
-            say(line)
-        say(f"{count(sum(row['requests'] for row in rows), 'request')}, {count(sum(map(tokens_in, rows)), 'token')} "
-            f"since {minute(since, '')} UTC in {store.path}")
+            print_line(line)
+        print_line(f"{plural(sum(row['requests'] for row in rows), 'request')}, {plural(sum(map(tokens_in, rows)), 'token')} "
+                   f"since {format_minute(since, '')} UTC in {store.path}")
 
 
 @contextlib.contextmanager
@@ -6594,23 +6550,23 @@ def announce(settings, server, store):
     """Say on stderr where the gateway is, what stands behind it, and what the owner should mind."""
     host = server.server_address[0]
     health = server.gateway.health
-    state = f"which has {count(len(health.models), 'model')}" if health.up else "which DOES NOT ANSWER yet"
+    state = f"which has {plural(len(health.models), 'model')}" if health.up else "which DOES NOT ANSWER yet"
     tokens = len(store.list())
-    held = f"{count(tokens, 'token')} in {store.path}"
+    held = f"{plural(tokens, 'token')} in {store.path}"
     if not tokens:
         held = f"nobody gets in without a token: make one with {PROGRAM} token create USER NAME --db {store.path}"
-    report(f"ollama_gateway {VERSION} at {server.url}, before {settings.ollama_url.geturl()}, {state}; {held}")
+    print_error(f"ollama_gateway {VERSION} at {server.url}, before {settings.ollama_url.geturl()}, {state}; {held}")
     if server.connections.most < settings.max_connections:
-        report(f"Only {server.connections.most} connections fit the limit of open files, "
-               f"not {settings.max_connections}: raise it (ulimit -n) or lower --max-connections.")
+        print_error(f"Only {server.connections.most} connections fit the limit of open files, "
+                    f"not {settings.max_connections}: raise it (ulimit -n) or lower --max-connections.")
     if not store.writable:
-        report("The database is read-only: a change of tokens counts from the next start.")
+        print_error("The database is read-only: a change of tokens counts from the next start.")
     if remote_file_system(store.path):
         LOG.warning("the database %s is on a network or FUSE file system (%s): its changes may be lost, "
                     "move it to a local disk (--db)", store.path, remote_file_system(store.path))
     if not server.tls and not is_loopback(host):
-        report(f"Warning: {host} can be reached from the network, and without TLS tokens travel in clear: "
-               "use --tls-cert, or a proxy that speaks HTTPS, and --host 127.0.0.1.")
+        print_error(f"Warning: {host} can be reached from the network, and without TLS tokens travel in clear: "
+                    "use --tls-cert, or a proxy that speaks HTTPS, and --host 127.0.0.1.")
 
 
 def cmd_serve(args):
@@ -6623,7 +6579,7 @@ def cmd_serve(args):
         try:
             reload_on_hangup(server, settings, log_file)
             server.gateway.health.start(functools.partial(announce, settings, server, store))
-            with Footprint():
+            with CpuAffinity():
                 server.serve_forever()
         except KeyboardInterrupt:
             with contextlib.suppress(KeyboardInterrupt):  # a second one does not wait
@@ -6657,7 +6613,7 @@ class Parser(argparse.ArgumentParser):
 
     def _print_message(self, message, file=None):
         """Print help or an error; argparse ignores a stdout that cannot be written."""
-        (say if file is sys.stdout else report)(message.rstrip("\n"))
+        (print_line if file is sys.stdout else print_error)(message.rstrip("\n"))
 
     def error(self, message):
         """Say what is wrong, and what was probably meant."""
@@ -6764,7 +6720,6 @@ def add_command(commands, common, name, run, text, examples, takes):
     parser.set_defaults(run=run)
     for add in takes:
         add(parser)
-
 
 # == Menu =====================================================================
 
@@ -6881,7 +6836,7 @@ class WindowsKeys:
         return named_key(key)
 
 
-def moved(key, at, digits, number, page):
+def move_cursor(key, at, digits, number, page):
     """Return where a key leads to in a list of some number of lines, and the digits typed for that so far."""
     if re.fullmatch("[0-9]", key):
         for typed in digits + key, key:
@@ -6892,7 +6847,7 @@ def moved(key, at, digits, number, page):
     return places.get(key, at), ""
 
 
-def edited(key, text, at):
+def edit_line(key, text, at):
     """Return a line and the cursor's place in it after a key."""
     before = max(at - 1, 0)
     if len(key) == 1 and key.isprintable():
@@ -6912,22 +6867,22 @@ def drawing_size():
     return max(columns, 20) - 1, rows
 
 
-def showable(text):
+def printable_text(text):
     """Return a text as stdout can show it, on one line, without a control character."""
     encoding = sys.stdout.encoding or "ascii"
     return _printable(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
-def visible(text, at, columns):
+def visible_part(text, at, columns):
     """Return the part of a line around the cursor that so many columns have room for, and the cursor's column."""
     start, column = at, 0
     while start and column + text_width(text[start - 1]) < columns:
         start -= 1
         column += text_width(text[start])
-    return fit(text[start:start + columns + 1], columns), column
+    return fit_width(text[start:start + columns + 1], columns), column
 
 
-def wrapped(text, columns):
+def wrap_text(text, columns):
     """Return a text as lines of at most so many columns, broken at spaces where it can be."""
     lines = [""]
     for word in re.findall(" *[^ ]+", text):
@@ -6941,7 +6896,7 @@ def wrapped(text, columns):
     return lines
 
 
-def complaint(check, text):
+def validation_error(check, text):
     """Return what a check, which raises, says against a text, or ""."""
     try:
         check(text)
@@ -6956,7 +6911,7 @@ def with_default(question, default):
     return f"{question} [{default}]" if default else question
 
 
-class Keyed:
+class ArrowPrompt:
     """Asks on a terminal, where arrow keys move; what is asked gives way to its answer."""
 
     def __init__(self, keys):
@@ -6981,7 +6936,7 @@ class Keyed:
             key = self._keys.read()
             if key in ("enter", "escape"):
                 return self._settle(title, re.sub("  +", ", ", labels[at]), at) if key == "enter" else self._settle()
-            at, digits = moved(key, at, digits, len(labels), page)
+            at, digits = move_cursor(key, at, digits, len(labels), page)
 
     def ask(self, question, default, check):
         """Return what is typed, or the default for nothing, once the check does not raise; None is back."""
@@ -6993,13 +6948,13 @@ class Keyed:
                 return self._settle()
             if key == "enter":
                 answer = text.strip() or default
-                why = complaint(check, answer)
+                why = validation_error(check, answer)
                 if not why:
                     return self._settle(question, answer, answer)
-            text, at = edited(key, text, at)
+            text, at = edit_line(key, text, at)
 
     def complain(self, text):
-        say(self._painted(showable(text), RED))
+        print_line(self._painted(printable_text(text), RED))
 
     def _painted(self, text, code):
         return f"\x1b[{code}m{text}\x1b[0m" if self._coloured and code else text
@@ -7008,13 +6963,13 @@ class Keyed:
         """Leave of a question a line with its answer, or nothing, and return the answer."""
         self._draw((), column=0)
         if answer is not None:
-            say(fit(showable(f"{question}{'' if question.endswith('?') else ':'} {shown}"), drawing_size()[0]).rstrip())
+            print_line(fit_width(printable_text(f"{question}{'' if question.endswith('?') else ':'} {shown}"), drawing_size()[0]).rstrip())
         return answer
 
     def _draw_list(self, title, labels, at):
         """Draw as much of a list as there is room for, and return how many lines of it that is."""
         columns, rows = drawing_size()
-        head = [(line, BOLD) for line in wrapped(showable(title), columns)]
+        head = [(line, BOLD) for line in wrap_text(printable_text(title), columns)]
         page = max(min(rows - len(head) - 2, len(labels)), 1)
         start = max(min(at - page // 2, len(labels) - page), 0)
         pointer, digits = "❯" if can_show("❯") else ">", len(str(len(labels)))
@@ -7026,9 +6981,9 @@ class Keyed:
 
     def _draw_line(self, question, text, at, why):
         columns = drawing_size()[0]
-        shown, column = visible(showable(text), len(showable(text[:at])), columns - 2)
-        self._draw([*((line, RED) for line in wrapped(showable(why), columns) if why),
-                    *((line, BOLD) for line in wrapped(showable(question), columns)), ("> " + shown, "")], 2 + column)
+        shown, column = visible_part(printable_text(text), len(printable_text(text[:at])), columns - 2)
+        self._draw([*((line, RED) for line in wrap_text(printable_text(why), columns) if why),
+                    *((line, BOLD) for line in wrap_text(printable_text(question), columns)), ("> " + shown, "")], 2 + column)
 
     def _draw(self, lines, column=None):
         """Draw lines in the place of those before, the cursor in a column of the last, or hidden.
@@ -7037,7 +6992,7 @@ class Keyed:
         """
         columns = drawing_size()[0]
         up = sum(max(1, -(-width // (columns + 1))) for width in self._drawn) - 1
-        texts = [fit(showable(text), columns).rstrip() for text, _ in lines]
+        texts = [fit_width(printable_text(text), columns).rstrip() for text, _ in lines]
         self._drawn = [text_width(text) for text in texts]
         print((f"\x1b[{up}A" if up > 0 else "") + "\r\x1b[J"
               + "\n".join(self._painted(text, code) for text, (_, code) in zip(texts, lines))
@@ -7045,7 +7000,7 @@ class Keyed:
               end="", flush=True)
 
 
-class Numbered:
+class LinePrompt:
     """Asks line by line, for pipes and for terminals that cannot move their cursor."""
 
     @contextlib.contextmanager
@@ -7055,33 +7010,33 @@ class Numbered:
         try:
             yield self
         except (EOFError, KeyboardInterrupt):
-            say("")
+            print_line("")
             raise
 
     def choose(self, title, labels, at=0):
         """Return which label is chosen; None is back."""
         digits = len(str(len(labels)))
         for number, text in enumerate([title, *labels]):
-            say(f"{number:{digits}}  {showable(text)}" if number else showable(text))
-        say(f"{0:{digits}}  Back")
+            print_line(f"{number:{digits}}  {printable_text(text)}" if number else printable_text(text))
+        print_line(f"{0:{digits}}  Back")
         answer = self.ask("Number", str(at + 1), functools.partial(self._check_number, len(labels)))
         return int(answer) - 1 if answer and int(answer) else None
 
     def ask(self, question, default, check):
         """Return the next line, or the default for an empty one, once the check does not raise; Escape is back."""
         while True:
-            answer = input(showable(with_default(question, default)) + ": ").strip() or default
+            answer = input(printable_text(with_default(question, default)) + ": ").strip() or default
             if not sys.stdin.isatty():
-                say(showable(answer))  # else the next prompt would follow on the same line
+                print_line(printable_text(answer))  # else the next prompt would follow on the same line
             if answer == "\x1b":
                 return None
-            why = complaint(check, answer)
+            why = validation_error(check, answer)
             if not why:
                 return answer
             self.complain(why)
 
     def complain(self, text):
-        say(showable(text))
+        print_line(printable_text(text))
 
     @staticmethod
     def _check_number(most, text):
@@ -7089,7 +7044,7 @@ class Numbered:
             raise ValueError(f"is not a number from 0 to {most}")
 
 
-def in_turn(*questions):
+def ask_in_sequence(*questions):
     """Ask one question after the other, each told the answers so far, one back for None; return all answers or None."""
     answers = []
     while len(answers) < len(questions):
@@ -7111,36 +7066,36 @@ NO_YES = ("No", "Yes")
 class Menu:
     """What there is to choose; each action collects what a command line would say, and runs the command."""
 
-    def __init__(self, asker, **args):
-        self._asker, self._args = asker, dict(UNTYPED, **args)
+    def __init__(self, prompt, **args):
+        self._prompt, self._args = prompt, dict(DEFAULT_ARGS, **args)
 
     def run(self):
         """Offer the actions until it is left."""
         at = 0
         while True:
-            say("")
-            at = self._asker.choose("Ollama Gateway", [label for label, _ in self.ACTIONS], at)
+            print_line("")
+            at = self._prompt.choose("Ollama Gateway", [label for label, _ in self.ACTIONS], at)
             if at is None or self.ACTIONS[at][1] is None:
                 return
             with self._going_on():
                 self.ACTIONS[at][1](self)
 
     def generate(self):
-        answers = in_turn(self._ask_user, self._ask_name, lambda *_: self._ask_right("expires_at", "none"),
-                          lambda *_: self._ask_right("admin", "No"), lambda *before: self._ask_limits(before[-1]))
+        answers = ask_in_sequence(self._ask_user, self._ask_name, lambda *_: self._ask_right("expires_at", "none"),
+                                  lambda *_: self._ask_right("admin", "No"), lambda *before: self._ask_limits(before[-1]))
         if answers:
             user, name, expires_at, admin, limits = answers
             self._do(cmd_token_create, user=user, name=name, expires_at=expires_at, admin=bool(admin), **limits)
 
     def export(self):
-        answers = in_turn(self._ask_file, self._ask_to_replace)
+        answers = ask_in_sequence(self._ask_file, self._ask_to_replace)
         if answers and answers[1]:
             self._do(cmd_token_export, file=answers[0])
 
     def usage(self):
         keys = [*USAGE_BY]
-        answers = in_turn(lambda: self._asker.choose("Usage by", keys),
-                          lambda _: self._asker.ask("Since (7d, 12h, 2027-01-31)", "7d", beginning))
+        answers = ask_in_sequence(lambda: self._prompt.choose("Usage by", keys),
+                                  lambda _: self._prompt.ask("Since (7d, 12h, 2027-01-31)", "7d", usage_start))
         if answers:
             self._do(cmd_usage, by=keys[answers[0]], since=answers[1])
 
@@ -7150,14 +7105,14 @@ class Menu:
         try:
             yield
         except (UsageError, Failure) as error:
-            self._asker.complain(str(error))
+            self._prompt.complain(str(error))
 
     def _do(self, command, **typed):
         command(argparse.Namespace(**self._args, **typed))
 
     def _confirm(self, command, question):
         """Have a token picked, and run a command on it if that is meant."""
-        picked = self._pick(lambda token: self._asker.choose(question.format(f'"{token.user}/{token.name}"'), NO_YES))
+        picked = self._pick(lambda token: self._prompt.choose(question.format(f'"{token.user}/{token.name}"'), NO_YES))
         if picked and picked[-1]:
             self._do(command, user=picked[0], name=picked[1].name)
 
@@ -7165,10 +7120,10 @@ class Menu:
         """Ask for a user, for one of their tokens, and what is then to be asked of that; return all answers or None."""
         tokens = self._tokens()
         if not tokens:
-            return self._asker.complain("There are no tokens yet: generate one first.")
-        return in_turn(lambda: self._ask_whose(tokens),
-                       lambda user: self._ask_which([token for token in tokens if token.user == user]),
-                       lambda _, token: then(token))
+            return self._prompt.complain("There are no tokens yet: generate one first.")
+        return ask_in_sequence(lambda: self._ask_whose(tokens),
+                               lambda user: self._ask_which([token for token in tokens if token.user == user]),
+                               lambda _, token: then(token))
 
     def _tokens(self):
         with open_command_store(argparse.Namespace(**self._args)) as store:
@@ -7176,26 +7131,26 @@ class Menu:
 
     def _ask_whose(self, tokens):
         held = Counter(token.user for token in tokens)
-        at = self._asker.choose("Whose token?", [f"{user} ({count(held[user], 'token')})" for user in held])
+        at = self._prompt.choose("Whose token?", [f"{user} ({plural(held[user], 'token')})" for user in held])
         return None if at is None else [*held][at]
 
     def _ask_which(self, tokens):
         heads, tell = ("NAME", "SECRET", "EXPIRES"), dict(TOKEN_COLUMNS)
         rows = [heads, *([tell[head](token) for head in heads] for token in tokens)]
         width = max(terminal_width() - 8, 0)  # what stands before each of them, and one column
-        at = self._asker.choose("Which token?", table(rows, width, ("NAME",), ("EXPIRES",))[1:])
+        at = self._prompt.choose("Which token?", format_table(rows, width, ("NAME",), ("EXPIRES",))[1:])
         return None if at is None else tokens[at]
 
     def _ask_user(self):
         users = list(dict.fromkeys(token.user for token in self._tokens()))
         if not users:
             return self._ask_new_user()
-        answers = in_turn(lambda: self._asker.choose("Whose token?", ["A new user", *users]),
-                          lambda at: users[at - 1] if at else self._ask_new_user())
+        answers = ask_in_sequence(lambda: self._prompt.choose("Whose token?", ["A new user", *users]),
+                                  lambda at: users[at - 1] if at else self._ask_new_user())
         return answers and answers[-1]
 
     def _ask_new_user(self):
-        return self._asker.ask("User (a person)", "", functools.partial(check_name, "user"))
+        return self._prompt.ask("User (a person)", "", functools.partial(check_name, "user"))
 
     def _ask_name(self, user):
         """Ask for the name of a token that the user does not have yet."""
@@ -7205,19 +7160,19 @@ class Menu:
             if check_name("name", name) in taken:
                 raise token_exists(user, name)
         names = itertools.chain(["laptop"], map("laptop-{}".format, itertools.count(2)))
-        return self._asker.ask("Name (a device, a program)", next(n for n in names if n not in taken), check)
+        return self._prompt.ask("Name (a device, a program)", next(n for n in names if n not in taken), check)
 
     def _ask_right(self, column, present):
         if column == "admin":
-            return self._asker.choose(RIGHTS[column], NO_YES, NO_YES.index(present))
-        return self._asker.ask(RIGHTS[column], present, functools.partial(read_column, column))
+            return self._prompt.choose(RIGHTS[column], NO_YES, NO_YES.index(present))
+        return self._prompt.ask(RIGHTS[column], present, functools.partial(read_column, column))
 
     def _ask_limits(self, admin):
         """Return the limits of a new token by column; an admin's has no list of models."""
-        columns = [column for column in LIMIT_OF if not (admin and column == "models")]
+        columns = [column for column in LIMIT_BY_COLUMN if not (admin and column == "models")]
         each = [lambda *_, column=column: self._ask_right(column, "none") for column in columns]
-        answers = in_turn(lambda: self._asker.choose("Limits", ("No limits", "Set them, one by one")),
-                          lambda wanted: in_turn(*each) if wanted else ())
+        answers = ask_in_sequence(lambda: self._prompt.choose("Limits", ("No limits", "Set them, one by one")),
+                                  lambda wanted: ask_in_sequence(*each) if wanted else ())
         return answers and dict(zip(columns, answers[-1]))
 
     def _change_rights(self, token):
@@ -7225,10 +7180,10 @@ class Menu:
         at = 0
         while True:
             token = next((same for same in self._tokens() if same.id == token.id), token)
-            present = {"expires_at": show_instant(token.expires_at) or "none", "admin": NO_YES[token.admin],
-                       **{column: str(getattr(token, column) or "none") for column in LIMIT_OF}}
+            present = {"expires_at": format_instant(token.expires_at) or "none", "admin": NO_YES[token.admin],
+                       **{column: str(getattr(token, column) or "none") for column in LIMIT_BY_COLUMN}}
             rows = [(RIGHTS[column].partition(" (")[0], present[column]) for column in RIGHTS]
-            at = self._asker.choose(f'Change "{token.user}/{token.name}"', table(rows, 0, (), ()), at)
+            at = self._prompt.choose(f'Change "{token.user}/{token.name}"', format_table(rows, 0, (), ()), at)
             if at is None:
                 return None
             column = [*RIGHTS][at]
@@ -7242,11 +7197,11 @@ class Menu:
         def check(file):
             if not file.lower().endswith((".csv", ".json")):
                 raise ValueError("ends neither in .csv nor in .json")
-        file = self._asker.ask("File (.csv or .json)", "tokens.csv", check)
+        file = self._prompt.ask("File (.csv or .json)", "tokens.csv", check)
         return file and os.path.expanduser(file)
 
     def _ask_to_replace(self, file):
-        return not os.path.exists(file) or self._asker.choose(f"Replace {file}, which is there?", NO_YES)
+        return not os.path.exists(file) or self._prompt.choose(f"Replace {file}, which is there?", NO_YES)
 
     ACTIONS = (  # the first of them as in the replaced system
         ("Generate a token", generate),
@@ -7259,12 +7214,12 @@ class Menu:
         ("Exit", None))
 
 
-def choose_asker():
+def choose_prompt():
     """Return who asks: arrow keys need a terminal at both ends, and one that can move its cursor."""
     dumb = os.environ.get("TERM", "dumb" if os.name == "posix" else "") == "dumb"
     if dumb or not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return Numbered()
-    return Keyed(UnixKeys() if os.name == "posix" else WindowsKeys())
+        return LinePrompt()
+    return ArrowPrompt(UnixKeys() if os.name == "posix" else WindowsKeys())
 
 
 def cmd_token_menu(args):
@@ -7273,18 +7228,52 @@ def cmd_token_menu(args):
         raise Failure("token menu: stdin is closed, and the answers come from there")
     with open_command_store(args, create=True) as store:
         path = store.path
-    say(f"The tokens are in {path}")
+    print_line(f"The tokens are in {path}")
     try:
-        with choose_asker().held() as asker:
-            Menu(asker, env_file=args.env_file, db=path).run()
+        with choose_prompt().held() as prompt:
+            Menu(prompt, env_file=args.env_file, db=path).run()
     except (EOFError, KeyboardInterrupt):
-        say("Left the menu.")
+        print_line("Left the menu.")
 
 
 MENU = ("menu", cmd_token_menu, "manage the tokens from a menu, with arrow keys", ("token menu",), ())
 
-
 # == Doctor ===================================================================
+
+
+def try_to_listen(host, port):
+    """Raise OSError where a GatewayServer could not listen now."""
+    family, kind, _, _, address = look_up(host, port, socket.AI_PASSIVE)[0]
+    with socket.socket(family, kind) as probe:
+        if GatewayServer.allow_reuse_address:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address)
+        probe.listen()
+
+
+def local_addresses():
+    """Return this machine's addresses by which others may reach it, sorted: no loopback, nothing link-local."""
+    found = set()
+    with contextlib.suppress(OSError), open("/proc/net/fib_trie", encoding="ascii") as file:
+        found.update(re.findall(r"\|-- (\S+)\n\s+/32 host LOCAL", file.read()))
+    with contextlib.suppress(OSError), open("/proc/net/if_inet6", encoding="ascii") as file:
+        found.update(str(ipaddress.IPv6Address(int(line.split()[0], 16))) for line in file)
+    with contextlib.suppress(OSError):
+        found.update(entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None))
+    for family, elsewhere in (socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"):  # RFC 5737, RFC 3849
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((elsewhere, 9))   # which sends nothing, and tells which address would
+            found.add(probe.getsockname()[0])
+    addresses = map(address_of, found)
+    return sorted(str(address) for address in addresses
+                  if not (address.is_loopback or address.is_link_local or address.is_unspecified))
+
+
+def is_local_host(host):
+    """Tell whether a host's name is this machine's; raise OSError for one that has no address."""
+    found = {address_of(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+    return any(address.is_loopback or str(address) in local_addresses() for address in found)
+
 
 FLOORS = (("Python", "%d.%d.%d" % sys.version_info[:3], (3, 8)), ("SQLite", SQLITE_VERSION, (3, 26)))
 STREAM_TOKENS = 48      # that a model is asked for, to see whether they arrive one by one
@@ -7292,15 +7281,15 @@ TELLING_SECONDS = 0.02  # an answer that took less cannot tell
 TOKEN_VARIABLE = "GATEWAY_TOKEN"
 
 
-class Verdict(NamedTuple):
+class CheckResult(NamedTuple):
     """What a check found: fine (True), not fine (False) or not to be told (None), and what to do."""
 
-    fine: Optional[bool]
+    ok: Optional[bool]
     text: str
     advice: str = ""
 
 
-def reason_of(refusal):
+def cause_of(refusal):
     """Return what kept an answer away, of whomever it was asked."""
     return re.sub(r"^Ollama (did not answer: |cannot be reached: )?", "", str(refusal))
 
@@ -7309,36 +7298,36 @@ def check_settings(settings):
     """Tell which settings are not by default, and where they come from."""
     told = [f"{source} {raw}" if source.startswith("--") else f"{source}: {raw}"
             for source, raw in settings.given.values()]
-    yield Verdict(True, f"settings: {'; '.join(told) or 'all by default'}")
+    yield CheckResult(True, f"settings: {'; '.join(told) or 'all by default'}")
 
 
 def check_versions():
     """Tell the versions of what the gateway stands on."""
     for name, found, least in FLOORS:
         wanted = ".".join(map(str, least))
-        fine = tuple(map(int, found.split(".")[:2])) >= least
-        yield Verdict(fine, f"{name} {found}", "" if fine else f"install {name} {wanted} or newer")
+        ok = tuple(map(int, found.split(".")[:2])) >= least
+        yield CheckResult(ok, f"{name} {found}", "" if ok else f"install {name} {wanted} or newer")
 
 
 def check_database(settings):
     """Tell whether the database can be used, by its owner alone."""
     path = os.path.abspath(settings.db)
     try:
-        found = inspect(path)
+        found = describe_database(path)
     except Failure as error:
-        return (yield Verdict(False, str(error)))
+        return (yield CheckResult(False, str(error)))
     newest = len(MIGRATIONS)
     upgrade = "" if found.version == newest else f", upgraded to {newest} at the next start"
-    yield Verdict(True, f"the database {path} has {count(found.tokens, 'token')} (version {found.version}{upgrade})",
-                  "" if found.tokens else f"nobody gets in: {PROGRAM} token create USER NAME")
+    yield CheckResult(True, f"the database {path} has {plural(found.tokens, 'token')} (version {found.version}{upgrade})",
+                      "" if found.tokens else f"nobody gets in: {PROGRAM} token create USER NAME")
     if os.name == "posix" and found.mode & 0o077:
-        yield Verdict(False, f"others on this machine may read the database ({found.mode:o})", f"chmod 600 {path}")
+        yield CheckResult(False, f"others on this machine may read the database ({found.mode:o})", f"chmod 600 {path}")
     kind = remote_file_system(path)
     if kind:
-        yield Verdict(False, f"the database is on a network or FUSE file system ({kind}): its changes may be lost",
-                      "move it to a local disk and name it with --db")
+        yield CheckResult(False, f"the database is on a network or FUSE file system ({kind}): its changes may be lost",
+                          "move it to a local disk and name it with --db")
     if not found.writable:
-        yield Verdict(False, "the database is read-only for this user", f"make {path} and its folder writable")
+        yield CheckResult(False, "the database is read-only for this user", f"make {path} and its folder writable")
 
 
 def names_in(listed):
@@ -7360,19 +7349,19 @@ def check_ollama(settings):
             _, listed = ollama.probe("/api/tags")
             refused, _ = ollama.probe("/api/version", "Origin: https://chat.example\r\n")
         except Refusal as refusal:
-            return (yield Verdict(False, f"Ollama at {url}: {reason_of(refusal)}", "start it, or see --ollama-url"))
+            return (yield CheckResult(False, f"Ollama at {url}: {cause_of(refusal)}", "start it, or see --ollama-url"))
     if status == 403:
-        return (yield Verdict(False, f"Ollama at {url} refuses to be asked by that name",
-                              "name it localhost, or by its IP address, in --ollama-url"))
+        return (yield CheckResult(False, f"Ollama at {url} refuses to be asked by that name",
+                                  "name it localhost, or by its IP address, in --ollama-url"))
     if status != 200 or "version" not in (told or ()):
-        return (yield Verdict(False, f"what answers at {url} is not Ollama (status {status})",
-                              "name Ollama's address: --ollama-url URL"))
+        return (yield CheckResult(False, f"what answers at {url} is not Ollama (status {status})",
+                                  "name Ollama's address: --ollama-url URL"))
     models = names_in(listed)
-    yield Verdict(True, f"Ollama {told['version']} answers at {url}, with {count(len(models), 'model')}"
-                  + (f": {', '.join(models[:5])}{', …' if len(models) > 5 else ''}" if models else ""),
-                  "" if models else "get one: ollama pull llama3.2")
-    yield Verdict(True, "Ollama takes our Host" + ("; other sites' Origin it refuses, but the gateway passes none on"
-                                                   if refused == 403 else " and any Origin"))
+    yield CheckResult(True, f"Ollama {told['version']} answers at {url}, with {plural(len(models), 'model')}"
+                      + (f": {', '.join(models[:5])}{', …' if len(models) > 5 else ''}" if models else ""),
+                      "" if models else "get one: ollama pull llama3.2")
+    yield CheckResult(True, "Ollama takes our Host" + ("; other sites' Origin it refuses, but the gateway passes none on"
+                                                       if refused == 403 else " and any Origin"))
 
 
 def unverified(url):
@@ -7384,7 +7373,7 @@ def unverified(url):
     return context
 
 
-def is_open(host, url):
+def ollama_answers_at(host, url):
     """Tell whether an Ollama answers at a host to whoever asks, as it does at the URL."""
     shown = f"[{host}]" if ":" in host else host
     there = urllib.parse.urlsplit(f"{url.scheme}://{shown}:{port_of(url)}{url.path}")
@@ -7396,26 +7385,26 @@ def is_open(host, url):
             return False
 
 
-def check_ways_around(settings, addresses):
+def check_bypass(settings, addresses):
     """Tell whether Ollama itself can be reached by others, who then need no token."""
     url, port = settings.ollama_url, port_of(settings.ollama_url)
     try:
-        here = is_here(url.hostname)
+        here = is_local_host(url.hostname)
     except OSError as error:
-        return (yield Verdict(False, f"the name {url.hostname} has no address: {error.strerror}", "see --ollama-url"))
+        return (yield CheckResult(False, f"the name {url.hostname} has no address: {error.strerror}", "see --ollama-url"))
     if not here:
-        return (yield Verdict(None, f"who else reaches Ollama on {url.hostname} cannot be seen from here",
-                              "see to it there that this machine alone does"))
-    found = [address for address in addresses if is_open(address, url)]
+        return (yield CheckResult(None, f"who else reaches Ollama on {url.hostname} cannot be seen from here",
+                                  "see to it there that this machine alone does"))
+    found = [address for address in addresses if ollama_answers_at(address, url)]
     if found:
-        yield Verdict(False, f"Ollama answers at {', '.join(found)} port {port}: the gateway guards nothing",
-                      "let it listen on loopback only: OLLAMA_HOST=127.0.0.1 (systemctl edit ollama.service; in Docker "
-                      f"publish 127.0.0.1:{port}:{port}), or close the port to others")
-    elif not is_open(url.hostname, url):
-        yield Verdict(None, "whether others reach Ollama itself cannot be told while it does not answer")
+        yield CheckResult(False, f"Ollama answers at {', '.join(found)} port {port}: the gateway guards nothing",
+                          "let it listen on loopback only: OLLAMA_HOST=127.0.0.1 (systemctl edit ollama.service; in Docker "
+                          f"publish 127.0.0.1:{port}:{port}), or close the port to others")
+    elif not ollama_answers_at(url.hostname, url):
+        yield CheckResult(None, "whether others reach Ollama itself cannot be told while it does not answer")
     else:
-        yield Verdict(True, f"Ollama's port {port} is closed at this machine's other addresses"
-                      + (f": {', '.join(addresses)}" if addresses else ": it has none"))
+        yield CheckResult(True, f"Ollama's port {port} is closed at this machine's other addresses"
+                          + (f": {', '.join(addresses)}" if addresses else ": it has none"))
 
 
 def check_tls(settings):
@@ -7423,14 +7412,14 @@ def check_tls(settings):
     if settings.tls_cert:
         try:
             server_tls(settings)
-            yield Verdict(True, f"the certificate {settings.tls_cert} and its key can be read, and match")
+            yield CheckResult(True, f"the certificate {settings.tls_cert} and its key can be read, and match")
         except Failure as error:
-            yield Verdict(False, str(error), "see --tls-cert and --tls-key")
+            yield CheckResult(False, str(error), "see --tls-cert and --tls-key")
     elif is_loopback(settings.host):
-        yield Verdict(None, f"no TLS: {settings.host} can be reached from this machine only")
+        yield CheckResult(None, f"no TLS: {settings.host} can be reached from this machine only")
     else:
-        yield Verdict(None, f"no TLS: at {settings.host} tokens travel in clear",
-                      "use --tls-cert, or a proxy that speaks HTTPS, and --host 127.0.0.1")
+        yield CheckResult(None, f"no TLS: at {settings.host} tokens travel in clear",
+                          "use --tls-cert, or a proxy that speaks HTTPS, and --host 127.0.0.1")
 
 
 def is_gateway(status, told):
@@ -7438,7 +7427,7 @@ def is_gateway(status, told):
     return status == 200 and {"status", "upstream", "version"} <= set(told or ())
 
 
-def runs(gateway):
+def gateway_running(gateway):
     try:
         return is_gateway(*gateway.probe("/health"))
     except Refusal:
@@ -7450,14 +7439,14 @@ def check_health(where, gateway):
     try:
         status, told = gateway.probe("/health")
     except Refusal as refusal:
-        return (yield Verdict(False, f"the gateway at {where}: {reason_of(refusal)}", "does it run, and there?"))
+        return (yield CheckResult(False, f"the gateway at {where}: {cause_of(refusal)}", "does it run, and there?"))
     if not is_gateway(status, told):
-        yield Verdict(False, f"what answers at {where} is not a gateway of this kind (status {status} to /health)",
-                      "see which server has that address, and what it passes on")
+        yield CheckResult(False, f"what answers at {where} is not a gateway of this kind (status {status} to /health)",
+                          "see which server has that address, and what it passes on")
     elif told["upstream"] != "up":
-        yield Verdict(False, f"the gateway {told['version']} at {where} does not reach Ollama", "see above, or its log")
+        yield CheckResult(False, f"the gateway {told['version']} at {where} does not reach Ollama", "see above, or its log")
     else:
-        yield Verdict(True, f"the gateway {told['version']} answers at {where}, and reaches Ollama")
+        yield CheckResult(True, f"the gateway {told['version']} answers at {where}, and reaches Ollama")
 
 
 def check_address(settings, gateway):
@@ -7465,13 +7454,13 @@ def check_address(settings, gateway):
     where = f"{settings.host} port {settings.port}"
     try:
         try_to_listen(settings.host, settings.port)
-        yield Verdict(True, f"{where} is free: no gateway runs there")
+        yield CheckResult(True, f"{where} is free: no gateway runs there")
     except (OSError, UnicodeError) as error:
-        if runs(gateway):
+        if gateway_running(gateway):
             yield from check_health(where, gateway)
         else:
-            yield Verdict(False, f"cannot listen on {where}: {getattr(error, 'strerror', None) or error}",
-                          "choose another with --host and --port")
+            yield CheckResult(False, f"cannot listen on {where}: {getattr(error, 'strerror', None) or error}",
+                              "choose another with --host and --port")
 
 
 def time_stream(where, gateway, base, fields, model):
@@ -7479,49 +7468,49 @@ def time_stream(where, gateway, base, fields, model):
 
     Ollama tells how long it made it: pieces that come all at once were held back.
     """
-    asked = {"model": model, "prompt": "Count from one to fifty.", "options": {"num_predict": STREAM_TOKENS}}
+    body_info = {"model": model, "prompt": "Count from one to fifty.", "options": {"num_predict": STREAM_TOKENS}}
     arrivals, data = [], b""
-    with gateway.post(f"{base}/generate", fields, json.dumps(asked).encode()) as reply:
-        while not reply.complete:
-            data += reply.read()
+    with gateway.post(f"{base}/generate", fields, json.dumps(body_info).encode()) as response:
+        while not response.complete:
+            data += response.read()
             arrivals.append(time.monotonic())
-        if reply.status == 400:
+        if response.status == 400:
             return None
-        if reply.status != 200:
-            return Verdict(None, f"whether {where} holds streams back was not tried: it answers {reply.status}")
+        if response.status != 200:
+            return CheckResult(None, f"whether {where} holds streams back was not tried: it answers {response.status}")
     try:
         made = json.loads(data.splitlines()[-1])["eval_duration"] / 1e9
     except (ValueError, LookupError, TypeError):
-        return Verdict(False, f"a streamed answer of {where} has no proper end", "see the gateway's log")
+        return CheckResult(False, f"a streamed answer of {where} has no proper end", "see the gateway's log")
     took = arrivals[-1] - arrivals[0]
     told = f"{model} took {made:.2f} s, and its answer arrived within {took:.2f} s"
     if made < TELLING_SECONDS:
-        return Verdict(None, f"whether {where} holds streams back cannot be told: {told}")
+        return CheckResult(None, f"whether {where} holds streams back cannot be told: {told}")
     if took < made / 2:
-        return Verdict(False, f"{where} holds streams back: {told}", "let the proxy pass them on: nginx "
-                       "proxy_buffering off; Caddy flush_interval -1; and no compression of application/x-ndjson")
-    return Verdict(True, f"{where} passes streams on as they come: {told}")
+        return CheckResult(False, f"{where} holds streams back: {told}", "let the proxy pass them on: nginx "
+                           "proxy_buffering off; Caddy flush_interval -1; and no compression of application/x-ndjson")
+    return CheckResult(True, f"{where} passes streams on as they come: {told}")
 
 
 def check_stream(where, gateway, base, secret):
     """Tell whether a streamed answer comes through as it is made, or held back by what stands before the gateway."""
     if not secret:
-        return (yield Verdict(None, f"whether {where} holds streams back was not tried",
-                              f"give a token in the variable {TOKEN_VARIABLE}"))
+        return (yield CheckResult(None, f"whether {where} holds streams back was not tried",
+                                  f"give a token in the variable {TOKEN_VARIABLE}"))
     fields = f"Authorization: Bearer {secret}\r\nContent-Type: application/json\r\n"
     try:
         status, listed = gateway.probe(f"{base}/tags", fields)
         if status != 200:
             mistaken = status in (401, 404)
-            return (yield Verdict(False, f"{where} answers {status} to the token: {(listed or {}).get('error', '')}",
-                                  f"give a valid one in {TOKEN_VARIABLE}, and the gateway's --base-path" * mistaken))
+            return (yield CheckResult(False, f"{where} answers {status} to the token: {(listed or {}).get('error', '')}",
+                                      f"give a valid one in {TOKEN_VARIABLE}, and the gateway's --base-path" * mistaken))
         for model in names_in(listed):
             verdict = time_stream(where, gateway, base, fields, model)
             if verdict:
                 return (yield verdict)
-        yield Verdict(None, f"whether {where} holds streams back was not tried: no model there makes text")
+        yield CheckResult(None, f"whether {where} holds streams back was not tried: no model there makes text")
     except Refusal as refusal:
-        yield Verdict(False, f"a streamed answer of {where}: {reason_of(refusal)}")
+        yield CheckResult(False, f"a streamed answer of {where}: {cause_of(refusal)}")
 
 
 def secret_to_try(url):
@@ -7542,19 +7531,19 @@ def check_all(settings, url, secret, addresses):
     yield from check_versions()
     yield from check_database(settings)
     yield from check_ollama(settings)
-    yield from check_ways_around(settings, addresses)
+    yield from check_bypass(settings, addresses)
     yield from check_tls(settings)
     local = urllib.parse.urlsplit(url_of(settings))
     with contextlib.closing(upstream_at(local, settings, unverified(local))) as gateway:
         verdict, = check_address(settings, gateway)
         yield verdict
-        if verdict.fine and runs(gateway):
+        if verdict.ok and gateway_running(gateway):
             yield from check_stream(local.geturl(), gateway, settings.base_path, secret)
     if url:
         with contextlib.closing(upstream_at(url, settings)) as gateway:
             verdict, = check_health(url.geturl(), gateway)
             yield verdict
-            if verdict.fine:
+            if verdict.ok:
                 yield from check_stream(url.geturl(), gateway, settings.base_path, secret)
 
 
@@ -7567,18 +7556,18 @@ def cmd_doctor(args):
     secret = secret_to_try(url)
     try:
         settings = load_settings(vars(args), os.environ, args.env_file)
-        verdicts = check_all(settings, url, secret, own_addresses())
+        verdicts = check_all(settings, url, secret, local_addresses())
     except UsageError as error:
-        verdicts = [Verdict(False, f"settings: {error}", "the other checks wait for that"), *check_versions()]
-    marks = dict(zip((True, False, None), ("✓", "✗", "-") if can_show("✓✗") else ("ok  ", "FAIL", "--  ")))
+        verdicts = [CheckResult(False, f"settings: {error}", "the other checks wait for that"), *check_versions()]
+    markers = dict(zip((True, False, None), ("✓", "✗", "-") if can_show("✓✗") else ("ok  ", "FAIL", "--  ")))
     found = []
     for verdict in verdicts:
-        found.append(verdict.fine)
-        say(f"{marks[verdict.fine]} {_printable(verdict.text)}")    # part of it may come from elsewhere
+        found.append(verdict.ok)
+        print_line(f"{markers[verdict.ok]} {_printable(verdict.text)}")    # part of it may come from elsewhere
         if verdict.advice:
-            say(f"{' ' * len(marks[True])} {verdict.advice}")
+            print_line(f"{' ' * len(markers[True])} {verdict.advice}")
     failed = found.count(False)
-    say(f"{failed} of {count(len(found), 'check')} failed" if failed else f"{count(len(found), 'check')}, none failed")
+    print_line(f"{failed} of {plural(len(found), 'check')} failed" if failed else f"{plural(len(found), 'check')}, none failed")
     return 1 if failed else 0
 
 
@@ -7589,7 +7578,6 @@ def add_url(parser):
 
 DOCTOR = ("doctor", cmd_doctor, "diagnose the configuration, Ollama and the network",
           ("doctor", "doctor --port 8000 --url https://ollama.example/"), (add_serve, add_url))
-
 
 # == Main =====================================================================
 
@@ -7617,17 +7605,17 @@ def build_parser():
 def run_command(argv):
     """Run a command; return its exit status."""
     try:
-        args = build_parser().parse_args(argv, argparse.Namespace(**UNTYPED))
+        args = build_parser().parse_args(argv, argparse.Namespace(**DEFAULT_ARGS))
         return args.run(args) or 0
     except SystemExit as stop:  # argparse has spoken
         return stop.code or 0
     except (UsageError, Failure) as error:
-        report(f"ollama_gateway: {error}")
+        print_error(f"ollama_gateway: {error}")
         return 2 if isinstance(error, UsageError) else 1
     except BrokenPipeError:
         return 1
     except OSError as error:
-        report(f"ollama_gateway: cannot write the output: {error}")
+        print_error(f"ollama_gateway: cannot write the output: {error}")
         return 1
     except KeyboardInterrupt:
         return 130

@@ -796,7 +796,7 @@ class Case(unittest.TestCase):
 
     def find(self, *secrets, db=None):
         """The tokens of these secrets, None for one that is unknown, as a server that opens the database sees them."""
-        with contextlib.closing(gateway.open_store(db or self.db)) as store, contextlib.closing(gateway.TokenTable(store)) as table:
+        with contextlib.closing(gateway.open_store(db or self.db)) as store, contextlib.closing(gateway.TokenCache(store)) as table:
             return [table.find(secret) for secret in secrets]
 
     def bytes_of_all_files(self):
@@ -939,7 +939,7 @@ def log_fields(line):
 
 def found(store, secret):
     """The token that the server would find for a secret."""
-    with contextlib.closing(gateway.TokenTable(store)) as table:
+    with contextlib.closing(gateway.TokenCache(store)) as table:
         return table.find(secret)
 
 
@@ -1217,7 +1217,7 @@ class Store(Case):
                "estimated_tokens": 0}
         self.assertEqual(store.usage("user", 0), [{"user": "ada", **row}])
         self.assertEqual(store.export_rows(), exported)
-        with contextlib.closing(gateway.TokenTable(store)) as table:
+        with contextlib.closing(gateway.TokenCache(store)) as table:
             self.assertEqual(table.spent(table.find(secret), 20_000), 90)
         store.add_usage({(hour, "ada", "laptop", "tiny:latest", "/api/chat"): (1, 0, 0, 10, 4, 5, 1.0, 2)}, {})
         self.assertEqual([list(row.values()) for row in store.usage("user", 0)], [["ada", 5, 2, 1, 40, 4, 65, 6.0, 2]])
@@ -1248,7 +1248,7 @@ class Commands(CommandCase):
 
     def test_limits_are_set_shown_and_lifted(self):
         made = json.loads(self.succeeds("token", "create", "ada", "laptop", "--json", *LIMITS))
-        self.assertEqual([made[key] for key in gateway.LIMIT_OF], [["llama3*", "qwen2.5:7b"], 60, 2, 100000])
+        self.assertEqual([made[key] for key in gateway.LIMIT_BY_COLUMN], [["llama3*", "qwen2.5:7b"], 60, 2, 100000])
         self.assertRegex(self.succeeds("token", "list"), r"(?s)MODELS +RPM +PARALLEL +A DAY.* llama3\*,qwen2.5:7b +60 +2 +100000")
         for flags, changes in ((("--rpm", "none"), {"rpm": None}), (("--models", "x", "--max-parallel", "9"), {"models": ["x"], "max_parallel": 9}),
                                (("--tokens-per-day", "none", "--models", "none"), {"tokens_per_day": None, "models": None})):
@@ -1517,7 +1517,7 @@ class ExportAndImport(CommandCase):
                 self.assertIn("row 1", self.fails("token", "import", "-", stdin=json.dumps({"version": 2, "tokens": [row]})))
 
     def test_an_export_of_before_the_limits_is_read_too(self):
-        row = {key: value for key, value in self.ROW.items() if key not in gateway.LIMIT_OF}
+        row = {key: value for key, value in self.ROW.items() if key not in gateway.LIMIT_BY_COLUMN}
         cells = [["version", *row], ["1", *("" if value is None else str(value) for value in row.values())]]
         for text in (json.dumps({"version": 1, "tokens": [row]}), "\n".join(map(",".join, cells))):
             self.succeeds("token", "import", "-", "--db", self.other, stdin=text)
@@ -1745,7 +1745,7 @@ class Menu(CommandCase):
         self.assertTrue(box, out)
         self.assertIn(f"Bearer {box[2]}", out)
         token, = self.find(box[2])
-        self.assertEqual((token.user, token.name, gateway.day(token.expires_at, ""), token.admin, token.models, token.rpm, token.max_parallel,
+        self.assertEqual((token.user, token.name, gateway.format_day(token.expires_at, ""), token.admin, token.models, token.rpm, token.max_parallel,
                           token.tokens_per_day), ("ada", "laptop", "2099-01-31", 0, "tiny*", 60, None, 5000))
         menu.press("\x1b")
         self.assertEqual(menu.ends(), (0, True))
@@ -1888,14 +1888,14 @@ class Menu(CommandCase):
         """What a question is answered by some keys and Enter."""
         master, slave = pty.openpty()
         with open(master, "wb", buffering=0) as terminal, open(slave, encoding="utf-8") as stdin, unittest.mock.patch("sys.stdin", stdin), \
-                contextlib.redirect_stdout(io.StringIO()), gateway.Keyed(gateway.UnixKeys()).held() as asker:
+                contextlib.redirect_stdout(io.StringIO()), gateway.ArrowPrompt(gateway.UnixKeys()).held() as asker:
             terminal.write(keys.encode() + b"\r")
             return asker.ask("?", "", str)
 
     def test_a_line_longer_than_the_terminal_shows_the_part_around_the_cursor(self):
         for at, shown in ((0, ("abcdefghi…", 0)), (3, ("abcdefghi…", 3)), (26, ("rstuvwxyz ", 9)), (20, ("lmnopqrst…", 9))):
-            self.assertEqual(gateway.visible("abcdefghijklmnopqrstuvwxyz", at, 10), shown)
-        self.assertEqual(gateway.visible("日本語日本語日本語", 9, 10), ("語日本語  ", 8))
+            self.assertEqual(gateway.visible_part("abcdefghijklmnopqrstuvwxyz", at, 10), shown)
+        self.assertEqual(gateway.visible_part("日本語日本語日本語", 9, 10), ("語日本語  ", 8))
 
     def test_no_line_is_wider_than_the_terminal(self):
         menu = self.menu(f"{'x' * 64}/{'y' * 64}", f"{'日' * 64}/{'本' * 64}", columns=40)
@@ -2020,7 +2020,7 @@ class Table(unittest.TestCase):
     def test_it_fits_the_terminal_and_elsewhere_nothing_is_cut(self):
         for width, kept in ((0, "CREATED"), (200, "CREATED"), (80, "CREATED"), (70, "LAST USED"), (54, "SECRET"), (43, "LAST USED")):
             with self.subTest(width):
-                lines = gateway.table(self.ROWS, width, ("USER", "NAME"), ("CREATED", "EXPIRES", "SECRET"))
+                lines = gateway.format_table(self.ROWS, width, ("USER", "NAME"), ("CREATED", "EXPIRES", "SECRET"))
                 self.assertIn(kept, lines[0])
                 self.assertTrue(all(gateway.text_width(line) <= (width or 200) for line in lines), lines)
                 self.assertEqual("a" * 30 in lines[1], width in (0, 200))
@@ -2926,15 +2926,15 @@ class Relaying(GatewayCase):
         client.close()
 
     def test_a_request_whose_reused_connection_leads_to_a_vanished_upstream_is_sent_once_more(self):
-        client, read_head = self.primed(), gateway.UpstreamWire.read_head
+        client, read_head = self.primed(), gateway.UpstreamConnection.read_head
 
         def vanish_once(wire, *args):
             if wire.reused:
                 raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))   # as the system reports it
             return read_head(wire, *args)
-        with unittest.mock.patch.object(gateway.UpstreamWire, "read_head", vanish_once):
+        with unittest.mock.patch.object(gateway.UpstreamConnection, "read_head", vanish_once):
             self.assertStatus(self.again(client), 200)
-        with unittest.mock.patch.object(gateway.UpstreamWire, "read_head", side_effect=TimeoutError(errno.ETIMEDOUT, "timed out")):
+        with unittest.mock.patch.object(gateway.UpstreamConnection, "read_head", side_effect=TimeoutError(errno.ETIMEDOUT, "timed out")):
             self.assertIn("cannot be reached", self.assertRefused(self.again(client), 502))
 
     def test_an_upstream_that_restarted_is_found_again(self):
@@ -3097,7 +3097,7 @@ class Leaving(GatewayCase):
 
     def test_a_client_that_vanished_within_its_request_has_left(self):
         lost = TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))  # what keep-alive makes of a read
-        with unittest.mock.patch.object(gateway.ClientWire, "read_piece", side_effect=lost):
+        with unittest.mock.patch.object(gateway.ClientConnection, "read_piece", side_effect=lost):
             self.begin("POST", "/api/chat", CHAT)
             self.assertEqual(self.logged()["outcome"], "left")
 
@@ -3924,7 +3924,7 @@ class ModelName(unittest.TestCase):
 
     def read(self, body):
         try:
-            return gateway.asked_in_json(body).model
+            return gateway.inspect_json(body).model
         except gateway.Unreadable as error:
             return error
 
@@ -4006,12 +4006,12 @@ class ModelName(unittest.TestCase):
         own = ("tiny:latest", "library/tiny:latest", "registry.ollama.ai/library/tiny:latest")
         for name in ("tiny", "TINY:Latest", "library/tiny", "registry.ollama.ai/library/tiny", "Registry.Ollama.AI/library/tiny:latest",
                      "https://registry.ollama.ai/library/tiny", "://registry.ollama.ai/library/tiny", " tiny\n"):
-            self.assertEqual(gateway.spellings(name), own, name)
-        self.assertEqual(gateway.spellings("ada/tiny:7b"), ("ada/tiny:7b", "registry.ollama.ai/ada/tiny:7b"))
-        self.assertEqual(gateway.spellings("hf.co:443/ada/tiny"), ("hf.co:443/ada/tiny:latest",))
+            self.assertEqual(gateway.name_variants(name), own, name)
+        self.assertEqual(gateway.name_variants("ada/tiny:7b"), ("ada/tiny:7b", "registry.ollama.ai/ada/tiny:7b"))
+        self.assertEqual(gateway.name_variants("hf.co:443/ada/tiny"), ("hf.co:443/ada/tiny:latest",))
         for name in ("", "tiny:", ":tiny", "/tiny", "//tiny", "x://tiny", "a/b/c/d", "tiny@sha256:1", "tiny:a:b", "ti ny", "tiny\0", "../tiny",
                      "tïny"):
-            self.assertEqual(gateway.spellings(name), (), name)
+            self.assertEqual(gateway.name_variants(name), (), name)
 
     def test_globs_name_models_in_any_spelling(self):
         for globs, inside, outside in (
@@ -4023,9 +4023,9 @@ class ModelName(unittest.TestCase):
             ("*", "tiny ada/tiny hf.co/ada/tiny", "big:cloud big:1b-cloud big-cloud big:cloud:local a:b:c"),
             ("big:*cloud,x", "big:cloud big:1b-cloud x", "big:1b other:cloud")):
             for name in inside.split():
-                self.assertTrue(gateway.is_listed(name, globs), (name, globs))
+                self.assertTrue(gateway.model_allowed(name, globs), (name, globs))
             for name in outside.split():
-                self.assertFalse(gateway.is_listed(name, globs), (name, globs))
+                self.assertFalse(gateway.model_allowed(name, globs), (name, globs))
 
 
 # == Lists of models ==========================================================
@@ -4077,16 +4077,16 @@ class Listed(GatewayCase):
 
     def test_another_model_is_forbidden_on_every_route_that_names_one(self):
         for route in gateway.ROUTES:
-            if not route.names or route.access == "admin":
+            if not route.model_in or route.access == "admin":
                 continue
             for model, status in (("tiny", 200), ("Library/TINY:latest", 200), ("ada/x:7b", 200), ("secret", 403), ("tiny:7b", 403),
                                   ("big:cloud", 403)):
                 with self.subTest(route.path, model=model):
                     self.fake.received.clear()
                     path, body, headers = route.path.replace("{model}", model.replace("/", "%2F")), {"model": model}, ()
-                    if route.names == "form":
+                    if route.model_in == "form":
                         body, headers = form((b"model", model.encode()), (b"prompt", b"secret")), FORM_TYPE
-                    answer = self.ask(route.method, path, None if route.names == "path" else body, headers, token=self.listed)
+                    answer = self.ask(route.method, path, None if route.model_in == "path" else body, headers, token=self.listed)
                     if status == 200:
                         self.assertTrue(self.fake.received, answer)
                     else:
@@ -4206,18 +4206,18 @@ class FreeAccount:
     def day_left(self):
         return 3600
 
-    def begin(self, record):
+    def start(self, context):
         """Count nothing."""
 
-    count = begin
+    update = start
 
 
 class LimitsByTheClock(unittest.TestCase):
 
     def setUp(self):
         self.now = 1000.0
-        self.account = FreeAccount()
-        self.limiter = gateway.Limiter(gateway.Turns(0, 1, 1), self.account, lambda: self.now)
+        self.ledger = FreeAccount()
+        self.limiter = gateway.Limiter(gateway.FairQueue(0, 1, 1), self.ledger, lambda: self.now)
         self.route = next(route for route in gateway.ROUTES if route.path == "/api/chat")
 
     def token(self, **limits):
@@ -4225,13 +4225,13 @@ class LimitsByTheClock(unittest.TestCase):
         return gateway.Token(**{**blank, "id": 1, "user": "ada", "name": "laptop", **limits})
 
     def fields(self, token):
-        return self.limiter.fields(token, gateway.Record("", 0))
+        return self.limiter.fields(token, gateway.RequestContext("", 0))
 
     def hold(self, token):
         """Let a request in; return what ends it, or the refusal's code."""
         held = contextlib.ExitStack()
         try:
-            record = gateway.Record("", 0)
+            record = gateway.RequestContext("", 0)
             record.token = token
             held.enter_context(self.limiter.admit(self.route, token, record)).wait_turn(token, None, None)
         except gateway.Refusal as refusal:
@@ -4276,9 +4276,9 @@ class LimitsByTheClock(unittest.TestCase):
 
     def test_a_days_tokens_are_not_exceeded_by_new_requests(self):
         token = self.token(tokens_per_day=10)
-        self.account.spent_today = 9
+        self.ledger.spent_today = 9
         self.assertTrue(callable(self.hold(token)))
-        self.account.spent_today = 13
+        self.ledger.spent_today = 13
         self.assertEqual(self.hold(token), ("budget_spent", "3600"))
 
     def test_a_lower_limit_counts_at_once(self):
@@ -4294,26 +4294,26 @@ class LimitsByTheClock(unittest.TestCase):
         ends = [self.hold(token), self.hold(token)]
         self.assertEqual(self.fields(token), (("RateLimit-Limit", 2), ("RateLimit-Remaining", 0), ("RateLimit-Reset", 5)))
         ends[0](), ends[1]()
-        self.account.spent_today = 900
+        self.ledger.spent_today = 900
         self.assertEqual(self.fields(token), (("RateLimit-Limit", 1000), ("RateLimit-Remaining", 100), ("RateLimit-Reset", 3600)))
         self.assertEqual(self.fields(self.token()), ())
 
     def test_a_request_is_not_told_of_what_itself_holds(self):
-        token, record = self.token(max_parallel=1), gateway.Record("", 0)
+        token, record = self.token(max_parallel=1), gateway.RequestContext("", 0)
         with self.limiter.admit(self.route, token, record):
             self.assertEqual(dict(self.limiter.fields(token, record))["RateLimit-Remaining"], 1)
             self.assertEqual(dict(self.fields(token))["RateLimit-Remaining"], 0)
         self.assertEqual(dict(self.limiter.fields(token, record))["RateLimit-Remaining"], 1)
 
     def test_what_cannot_be_read_refuses(self):
-        self.account.spent = unittest.mock.Mock(side_effect=gateway.Failure("no"))
+        self.ledger.spent = unittest.mock.Mock(side_effect=gateway.Failure("no"))
         self.assertEqual(self.hold(self.token(tokens_per_day=10))[0], "uncounted")
         self.assertEqual(self.fields(self.token(tokens_per_day=10)), ())
 
     def test_read_only_routes_pass_by(self):
         token = self.token(rpm=1)
         self.hold(token)
-        with self.limiter.admit(gateway.Route("GET", "/api/tags", "token", "read"), token, gateway.Record("", 0)):
+        with self.limiter.admit(gateway.Route("GET", "/api/tags", "token", "read"), token, gateway.RequestContext("", 0)):
             pass
 
 
@@ -4588,14 +4588,14 @@ class Uploads(GatewayCase):
 class TurnsInOrder(unittest.TestCase):
 
     def setUp(self):
-        self.turns = gateway.Turns(1, 100, 60)
+        self.queue = gateway.FairQueue(1, 100, 60)
         self.addCleanup(LEAKS.check)
 
     def line_up(self, user):
         """Take a place; return it and what gives it up."""
-        place = self.turns.line_up(user)
+        place = self.queue.enqueue(user)
         cleanup = contextlib.ExitStack()
-        cleanup.callback(self.turns.leave, place)
+        cleanup.callback(self.queue.leave, place)
         self.addCleanup(cleanup.close)
         return place, cleanup.close
 
@@ -4603,7 +4603,7 @@ class TurnsInOrder(unittest.TestCase):
         """End one request after another and return whose turns they were."""
         order = []
         while lined_up:
-            (called,) = [pair for pair in lined_up if pair[0].called]
+            (called,) = [pair for pair in lined_up if pair[0].granted]
             order.append(called[0].user)
             lined_up.remove(called)
             called[1]()
@@ -4621,7 +4621,7 @@ class TurnsInOrder(unittest.TestCase):
         lined_up, order = [self.line_up("a") for _ in range(10)], []
         lined_up.append(self.line_up("b"))
         while len(order) < 10:
-            (called,) = [pair for pair in lined_up if pair[0].called]
+            (called,) = [pair for pair in lined_up if pair[0].granted]
             order.append(called[0].user)
             lined_up.remove(called)
             called[1]()
@@ -4634,19 +4634,19 @@ class TurnsInOrder(unittest.TestCase):
         places = [place for place, _ in lined_up]
         called = []
         for place in places:
-            place.bell and setattr(place.bell, "ring", lambda place=place: called.append(place))
+            place.wakeup and setattr(place.wakeup, "set", lambda place=place: called.append(place))
         self.assertEqual(self.served(list(lined_up)), "abcaba")
         self.assertEqual([place for place in called if place.user == "a"], places[1:3])
-        self.assertEqual(self.turns._served, {}, "who was served when is forgotten when nobody waits")
+        self.assertEqual(self.queue._served, {}, "who was served when is forgotten when nobody waits")
 
     def test_more_places_are_taken_at_once(self):
-        self.turns = gateway.Turns(3, 100, 60)
+        self.queue = gateway.FairQueue(3, 100, 60)
         lined_up = [self.line_up(user) for user in "aaaab"]
-        self.assertEqual([place.called for place, _ in lined_up], [True, True, True, False, False])
-        self.assertEqual((self.turns.running, self.turns.waiting), (3, 2))
+        self.assertEqual([place.granted for place, _ in lined_up], [True, True, True, False, False])
+        self.assertEqual((self.queue.running, self.queue.waiting), (3, 2))
         lined_up[1][1]()
         lined_up[0][1]()
-        self.assertEqual((self.turns.running, self.turns.waiting), (3, 0))
+        self.assertEqual((self.queue.running, self.queue.waiting), (3, 0))
 
     def test_who_gives_up_a_place_is_passed_over(self):
         lined_up = [self.line_up(user) for user in "aabab"]
@@ -4655,7 +4655,7 @@ class TurnsInOrder(unittest.TestCase):
         self.assertEqual(self.served(lined_up), "aba")
 
     def test_so_many_of_a_user_may_wait(self):
-        self.turns = gateway.Turns(1, 2, 60)
+        self.queue = gateway.FairQueue(1, 2, 60)
         for user in "aaa":
             self.line_up(user)
         with self.assertRaises(gateway.Refusal) as caught:
@@ -4664,8 +4664,8 @@ class TurnsInOrder(unittest.TestCase):
         self.line_up("b")
 
     def test_without_a_limit_nobody_waits(self):
-        self.turns = gateway.Turns(0, 1, 60)
-        self.assertTrue(all(self.line_up("a")[0].called for _ in range(50)))
+        self.queue = gateway.FairQueue(0, 1, 60)
+        self.assertTrue(all(self.line_up("a")[0].granted for _ in range(50)))
 
 
 class Queue(GatewayCase):
@@ -4882,7 +4882,7 @@ class Tapping(unittest.TestCase):
 
     def tap(self, path, kind, ours):
         reply = unittest.mock.Mock(status=200, **{"head.kind": kind.partition(";")[0]})
-        return gateway.tap_for(reply, next(route for route in gateway.ROUTES if route.path == path), gateway.Asked("tiny", int(ours)))
+        return gateway.usage_reader_for(reply, next(route for route in gateway.ROUTES if route.path == path), gateway.BodyInfo("tiny", int(ours)))
 
     def test_recorded_answers_split_at_every_byte(self):
         for path, kind, body, ours, cost in RECORDED + SPELLED:
@@ -4890,7 +4890,7 @@ class Tapping(unittest.TestCase):
             with self.subTest(path, ours=ours, body=body):
                 for split in range(1, len(body), 1 if (path, kind, body, ours, cost) in RECORDED else 7):
                     tap = self.tap(path, kind, ours)
-                    self.assertEqual(tap.pass_on(body[:split], False) + tap.pass_on(body[split:], True), expected, split)
+                    self.assertEqual(tap.feed(body[:split], False) + tap.feed(body[split:], True), expected, split)
                     self.assertEqual(tap.tokens[:3], cost, split)
 
     def test_recorded_answers_byte_by_byte(self):
@@ -4898,14 +4898,14 @@ class Tapping(unittest.TestCase):
             with self.subTest(path, ours=ours):
                 tap = self.tap(path, kind, ours)
                 for at in range(len(body)):
-                    tap.pass_on(body[at:at + 1], at == len(body) - 1)
+                    tap.feed(body[at:at + 1], at == len(body) - 1)
                 self.assertEqual(tap.tokens[:3], cost)
 
     def test_recorded_answers_at_once(self):
         for path, kind, body, ours, cost in RECORDED + SPELLED:
             with self.subTest(path, ours=ours):
                 tap = self.tap(path, kind, ours)
-                tap.pass_on(body, True)
+                tap.feed(body, True)
                 self.assertEqual(tap.tokens[:3], cost)
 
     def test_an_answers_end_is_taken_for_its_numbers_only_if_they_are_its_own(self):
@@ -4919,42 +4919,42 @@ class Tapping(unittest.TestCase):
             for pieces in (answer,), (answer[:20], answer[20:]):
                 tap = self.tap("/api/chat", JSON, False)
                 for piece in pieces:
-                    tap.pass_on(piece, piece is pieces[-1])
+                    tap.feed(piece, piece is pieces[-1])
                 self.assertEqual(tap.tokens[::2], cost, pieces)
 
     def test_a_tools_arguments_are_no_usage(self):
         tap = self.tap("/api/chat", NDJSON, False)
         call = b'{"message":{"tool_calls":[{"function":{"arguments":{"done":true,"response":{"eval_count":99},"eval_count":77}}}]},%s}\n'
-        tap.pass_on(call % b'"done":false', False)
+        tap.feed(call % b'"done":false', False)
         self.assertEqual((tap.tokens[::2], tap.ended), ((0, 1), False))
-        tap.pass_on(call % b'"done":true,"prompt_eval_count":3,"eval_count":4', True)
+        tap.feed(call % b'"done":true,"prompt_eval_count":3,"eval_count":4', True)
         self.assertEqual(tap.tokens[::2], (3, 4))
 
     def test_what_is_held_of_a_broken_stream_is_as_if_nothing_had_been_asked(self):
         tap = self.tap("/v1/completions", SSE, True)
-        self.assertEqual(tap.pass_on(b'data: {"x":1}\n\ndata: {"id":"1","usage":{"pro', False), b'data: {"x":1}\n\n')
+        self.assertEqual(tap.feed(b'data: {"x":1}\n\ndata: {"id":"1","usage":{"pro', False), b'data: {"x":1}\n\n')
         self.assertEqual(tap.held, b'data: {"id":"1"')
 
     def test_an_answer_that_is_not_streamed_is_read_whatever_its_size(self):
         tap = self.tap("/api/embed", JSON, False)
-        tap.pass_on(b'{"model":"tiny-embed","embeddings":[', False)
+        tap.feed(b'{"model":"tiny-embed","embeddings":[', False)
         for _ in range(2000):
-            tap.pass_on(b"[" + b"-0.1646678," * 400 + b"1],", False)
-        tap.pass_on(b'[1]],"total_duration":1203041,"load_duration":501230,"prompt_eval_count":7}', True)
+            tap.feed(b"[" + b"-0.1646678," * 400 + b"1],", False)
+        tap.feed(b'[1]],"total_duration":1203041,"load_duration":501230,"prompt_eval_count":7}', True)
         self.assertEqual(tap.tokens[::2], (7, 0))
 
     def test_a_line_as_long_as_a_context_is_read(self):
         tap = self.tap("/api/generate", NDJSON, False)
         line = b'{"done":true,"context":[' + b"29901," * 130_000 + b'1],"prompt_eval_count":9,"eval_count":2}\n'
         for at in range(0, len(line), 65536):
-            tap.pass_on(line[at:at + 65536], False)
+            tap.feed(line[at:at + 65536], False)
         self.assertEqual(tap.tokens[::2], (9, 2))
         for size in range(600, 900, 7):     # around what is kept of a value, whole and in halves
             line = b'{"done":true , "context" : [' + b"29901," * size + b'1] ,"prompt_eval_count":9,"eval_count":2}'
             for pieces in (line,), (line[:2000], line[2000:]):
                 tap = self.tap("/api/generate", JSON, False)
                 for piece in pieces:
-                    tap.pass_on(piece, piece is pieces[-1])
+                    tap.feed(piece, piece is pieces[-1])
                 self.assertEqual(tap.tokens[::2], (9, 2), (size, len(pieces)))
 
     def test_usage_of_answers_too_long_to_be_decoded_as_a_whole(self):
@@ -4971,7 +4971,7 @@ class Tapping(unittest.TestCase):
             for size in len(answer), 10_000:
                 tap = self.tap(path, kind, False)
                 for at in range(0, len(answer), size):
-                    tap.pass_on(answer[at:at + size], at + size >= len(answer))
+                    tap.feed(answer[at:at + size], at + size >= len(answer))
                 self.assertEqual(tap.tokens[::2], cost, answer[:40])
 
     def test_events_that_end_in_crlf_are_passed_on_at_once(self):
@@ -4979,18 +4979,18 @@ class Tapping(unittest.TestCase):
             tap = self.tap("/v1/chat/completions", SSE, True)
             event = b'data: {"choices":[{"delta":{"content":"x"}}],"usage":null}' + ending
             for _ in range(2):
-                self.assertEqual(tap.pass_on(event, False), event.replace(b',"usage":null', b""))
+                self.assertEqual(tap.feed(event, False), event.replace(b',"usage":null', b""))
             self.assertEqual((tap.held, tap.tokens[::2]), (b"", (0, 2)))
 
     def test_an_early_end_of_each_stream_is_seen(self):
         for path, kind, body, ours, _ in RECORDED + SPELLED[:1] + SPELLED[3:4]:
             tap = self.tap(path, kind, ours)
-            tap.pass_on(body, False)
+            tap.feed(body, False)
             self.assertEqual(tap.ended, kind in (NDJSON, SSE), path)
 
     def test_zero_usage_within_a_stream_is_no_report(self):
         tap = self.tap("/v1/completions", SSE, True)
-        tap.pass_on(events(TEXT_HEAD + '{"text":" tier"}],' + TEXT_TAIL + NO_USAGE + "}"), False)
+        tap.feed(events(TEXT_HEAD + '{"text":" tier"}],' + TEXT_TAIL + NO_USAGE + "}"), False)
         self.assertEqual((tap.reported, tap.tokens[::2]), (None, (0, 1)))
 
     def test_missing_counts_are_zero_only_in_a_last_line(self):
@@ -5005,12 +5005,12 @@ class Tapping(unittest.TestCase):
     def test_odd_numbers_are_none(self):
         for value in (b"-5", b"1e9", b'"7"', b"null", b"[1]"):
             tap = self.tap("/api/embed", JSON, False)
-            tap.pass_on(b'{"prompt_eval_count":' + value + b"}", True)
+            tap.feed(b'{"prompt_eval_count":' + value + b"}", True)
             self.assertEqual(tap.tokens[::2], (0, 0), value)
 
     def test_the_gateway_waits_for_no_line_but_where_it_takes_something_out(self):
         for kind, path, ours in ((NDJSON, "/api/chat", False), (SSE, "/v1/chat/completions", False)):
-            self.assertEqual(self.tap(path, kind, ours).pass_on(b'data: {"cho', False), b'data: {"cho')
+            self.assertEqual(self.tap(path, kind, ours).feed(b'data: {"cho', False), b'data: {"cho')
 
 
 class PromptEstimate(Case):
@@ -5051,7 +5051,7 @@ class PromptEstimate(Case):
             ratio.learn("wordy:latest", 10, 50_000)
         for model, tokens in (("tiny:latest", 800), ("terse:latest", 300), ("wordy:latest", 2400), ("other:latest", 600)):
             self.assertEqual(ratio.tokens(model, 2400), tokens)
-        for number in range(gateway.KNOWN_NAMES):
+        for number in range(gateway.MODEL_CACHE_SIZE):
             ratio.learn(f"model-{number}", 10, 1)
         self.assertEqual(ratio.tokens("terse:latest", 2400), 600)
 
@@ -5313,26 +5313,26 @@ class AccountByTheClock(Case):
         self.now = 20_000 * 86400.0 + 86400 - 10    # ten seconds before midnight
         self.store = self.open_store()
         self.token = self.store.create("ada", "laptop", tokens_per_day=10)[0]
-        self.account = self.open_account()
+        self.ledger = self.open_account()
 
     def open_account(self):
-        return gateway.Account(self.store, self.enter(contextlib.closing(gateway.TokenTable(self.store))), lambda: self.now)
+        return gateway.UsageLedger(self.store, self.enter(contextlib.closing(gateway.TokenCache(self.store))), lambda: self.now)
 
     def use(self, completion, account=None):
-        record = gateway.Record("", 0)
-        record.token, record.route, record.known_model, record.status = self.token, "/api/chat", "tiny:latest", 200
-        record.tap = unittest.mock.Mock(tokens=gateway.Usage(completion=completion))
-        (account or self.account).begin(record)
+        record = gateway.RequestContext("", 0)
+        record.token, record.route, record.model_label, record.status = self.token, "/api/chat", "tiny:latest", 200
+        record.usage_reader = unittest.mock.Mock(tokens=gateway.Usage(completion=completion))
+        (account or self.ledger).start(record)
         record.released = record.began
-        (account or self.account).end(record)
+        (account or self.ledger).finish(record)
 
     def set_clock(self, seconds):
         """Set the clock and return the warnings that the account logs when it is asked for the budget then."""
         self.now = seconds
         with self.assertLogs("ollama_gateway") as logs:
             gateway.LOG.info("the clock is set")
-            self.account.spent(self.token)
-            self.account.day_left()
+            self.ledger.spent(self.token)
+            self.ledger.day_left()
             self.use(0)
         return logs.output[1:]
 
@@ -5341,85 +5341,85 @@ class AccountByTheClock(Case):
         today = self.now
         self.assertEqual(self.set_clock(today + 365 * 86400), [])
         self.use(10)
-        self.assertEqual(self.account.spent(self.token), 10)
+        self.assertEqual(self.ledger.spent(self.token), 10)
         warning, = self.set_clock(today)
         self.assertRegex(warning, r"WARNING.*back from 2025-10-04T23:59:50Z to 2024-10-04T23:59:50Z")
-        self.assertEqual((self.account.spent(self.token), self.account.day_left()), (10, 10))
+        self.assertEqual((self.ledger.spent(self.token), self.ledger.day_left()), (10, 10))
         self.assertEqual(self.set_clock(today + 10), [])
-        self.assertEqual((self.account.spent(self.token), self.account.day_left()), (0, 86400))
+        self.assertEqual((self.ledger.spent(self.token), self.ledger.day_left()), (0, 86400))
 
     def test_clock_back_by_two_hours_across_midnight_refills_no_budget(self):
         self.use(10)
         self.now += 3600
         self.use(9)
         self.assertEqual(self.set_clock(self.now - 2 * 3600), [])
-        self.assertEqual((self.account.spent(self.token), self.account.day_left()), (9, 86400 + 3600 + 10))
+        self.assertEqual((self.ledger.spent(self.token), self.ledger.day_left()), (9, 86400 + 3600 + 10))
         self.assertEqual(self.set_clock(self.now + 2 * 3600), [])
-        self.assertEqual(self.account.spent(self.token), 9)
+        self.assertEqual(self.ledger.spent(self.token), 9)
 
     def test_clock_back_by_two_days_is_followed_with_one_warning(self):
         self.use(10)
         self.assertEqual(len(self.set_clock(self.now - 2 * 86400)), 1)
-        self.assertEqual((self.account.spent(self.token), self.account.day_left()), (0, 10))
+        self.assertEqual((self.ledger.spent(self.token), self.ledger.day_left()), (0, 10))
         self.use(3)
-        self.account.store()
+        self.ledger.store()
         self.assertEqual(self.set_clock(self.now - 3600), [])
         self.assertEqual([row["completion_tokens"] for row in self.store.usage("day", 0)], [3, 10])
 
     def test_tokens_of_a_request_that_cannot_be_read_leave_the_other_requests_counted(self):
-        record = gateway.Record("", 0)
-        record.token, record.route, record.known_model, record.status = self.token, "/api/chat", "tiny:latest", 200
-        record.tap = unittest.mock.Mock(tokens=gateway.Usage(3, None, 4))
-        self.account.begin(record)
-        self.account.store()
-        type(record.tap).tokens = unittest.mock.PropertyMock(side_effect=RecursionError("too deep"))
+        record = gateway.RequestContext("", 0)
+        record.token, record.route, record.model_label, record.status = self.token, "/api/chat", "tiny:latest", 200
+        record.usage_reader = unittest.mock.Mock(tokens=gateway.Usage(3, None, 4))
+        self.ledger.start(record)
+        self.ledger.store()
+        type(record.usage_reader).tokens = unittest.mock.PropertyMock(side_effect=RecursionError("too deep"))
         with self.assertLogs("ollama_gateway", "ERROR") as logs:
             for _ in range(2):
                 self.use(5)
-                self.account.store()
-            self.account.end(record)
-            self.account.store()
+                self.ledger.store()
+            self.ledger.finish(record)
+            self.ledger.store()
         self.assertEqual(len(logs.output), 1)
         row, = self.store.usage("user", 0)
         self.assertEqual((row["requests"], row["prompt_tokens"], row["completion_tokens"]), (3, 3, 14))
 
     def test_budget_day_ends_at_midnight_utc_and_is_not_reopened_by_an_hour_back(self):
         self.use(4)
-        self.assertEqual((self.account.spent(self.token), self.account.day_left()), (4, 10))
+        self.assertEqual((self.ledger.spent(self.token), self.ledger.day_left()), (4, 10))
         self.now += 10
-        self.assertEqual((self.account.spent(self.token), self.account.day_left()), (0, 86400))
+        self.assertEqual((self.ledger.spent(self.token), self.ledger.day_left()), (0, 86400))
         self.use(3)
         self.now -= 3600    # somebody sets the clock back
         self.use(2)
-        self.assertEqual(self.account.spent(self.token), 5)
-        self.account.store()
+        self.assertEqual(self.ledger.spent(self.token), 5)
+        self.ledger.store()
         self.assertEqual([row["completion_tokens"] for row in self.store.usage("day", 0)], [4, 5])
 
     def test_what_is_not_stored_yet_counts_too(self):
         self.use(4)
-        self.account.store()
+        self.ledger.store()
         self.use(3)
         for _ in range(3):
             self.now += 1
-            self.assertEqual(self.account.spent(self.token), 7)
-        self.account.store()
+            self.assertEqual(self.ledger.spent(self.token), 7)
+        self.ledger.store()
         self.now += 1
-        self.assertEqual(self.account.spent(self.token), 7)
+        self.assertEqual(self.ledger.spent(self.token), 7)
 
     def test_another_gateways_use_counts_once_it_is_stored(self):
         other = self.open_account()
-        self.assertEqual(self.account.spent(self.token), 0)
+        self.assertEqual(self.ledger.spent(self.token), 0)
         self.use(9, other)
         other.store()
         self.now += 1
-        self.assertEqual(self.account.spent(self.token), 9)
+        self.assertEqual(self.ledger.spent(self.token), 9)
 
     def test_a_database_that_is_locked_leaves_the_budget_as_it_was_known(self):
         self.use(4)
-        self.assertEqual(self.account.spent(self.token), 4)
+        self.assertEqual(self.ledger.spent(self.token), 4)
         self.now += 5
-        with unittest.mock.patch.object(gateway.TokenTable, "spent", side_effect=gateway.Failure("locked")):
-            self.assertEqual(self.account.spent(self.token), 4)
+        with unittest.mock.patch.object(gateway.TokenCache, "spent", side_effect=gateway.Failure("locked")):
+            self.assertEqual(self.ledger.spent(self.token), 4)
             with self.assertRaises(gateway.Failure):
                 self.open_account().spent(self.token)
 
@@ -5431,18 +5431,18 @@ class AccountByTheClock(Case):
             thread.start()
             asked.wait(GUARD)
             real(rows, uses)
-        thread = threading.Thread(target=lambda: (asked.set(), told.append(self.account.spent(self.token))))
+        thread = threading.Thread(target=lambda: (asked.set(), told.append(self.ledger.spent(self.token))))
         with unittest.mock.patch.object(self.store, "add_usage", slowly):
-            self.account.store()
+            self.ledger.store()
         thread.join(GUARD)
         self.assertEqual(told, [60])
 
     def test_a_database_that_cannot_be_written_still_has_a_budget(self):
         self.store.writable = False
         self.use(4)
-        self.account.store()
+        self.ledger.store()
         self.now += 5
-        self.assertEqual(self.account.spent(self.token), 4)
+        self.assertEqual(self.ledger.spent(self.token), 4)
         self.assertEqual(self.store.usage("user", 0), [])
 
 
@@ -5483,13 +5483,13 @@ class UsageCommand(CommandCase):
         for text, start in (("7d", midnight - 6 * 86400), ("1d", midnight), ("1w", midnight - 6 * 86400), ("12h", midnight - 3600),
                             ("24h", midnight - 13 * 3600), ("1.5d", midnight - 25 * 3600), ("2024-10-01", midnight - 3 * 86400)):
             with self.subTest(text):
-                self.assertEqual(gateway.beginning(text, lambda: midnight + 11 * 3600 + 37 * 60), start)
+                self.assertEqual(gateway.usage_start(text, lambda: midnight + 11 * 3600 + 37 * 60), start)
 
     def test_usage_by_day_since_7d_has_seven_rows(self):
         with contextlib.closing(gateway.open_store(self.db)) as store:
             store.add_usage({(self.hour - hours * 3600, "ada", "laptop", "", "/api/chat"): [1, 0, 0, 1, 0, 1, 1, 0] for hours in range(9 * 24)}, {})
         days = [row["day"] for row in self.rows("--by", "day", "--since", "7d")]
-        self.assertEqual(days, [gateway.show_instant((self.hour // 86400 - back) * 86400)[:10] for back in range(6, -1, -1)])
+        self.assertEqual(days, [gateway.format_instant((self.hour // 86400 - back) * 86400)[:10] for back in range(6, -1, -1)])
         self.assertEqual([row["day"] for row in self.rows("--by", "day")], days)
 
     def test_csv_is_text_to_a_spreadsheet(self):
@@ -5618,12 +5618,12 @@ class Metrics(GatewayCase):
         self.eventual("requests_total", ('a\\"b\\\\c', "d}e,f", "", "/api/tags", "200"))
 
     def test_the_series_are_bounded(self):
-        meters, record = gateway.Meters({}), gateway.Record("", 0)
+        meters, record = gateway.Metrics({}), gateway.RequestContext("", 0)
         record.admitted = record.answered = record.ended = 1.0
         record.token = self.store.list("ada")[0]
-        with unittest.mock.patch.object(gateway, "MOST_SERIES", 3):
+        with unittest.mock.patch.object(gateway, "MAX_SERIES", 3):
             for number in range(9):
-                record.known_model = f"m{number}"
+                record.model_label = f"m{number}"
                 meters.observe(record)
         lines = [line for line in meters.lines() if "requests_total{" in line or "duration_seconds_count" in line]
         self.assertEqual(len(lines), 8)
@@ -6002,9 +6002,9 @@ class BackgroundLog(Case):
     def test_one_bad_record_does_not_lose_the_rest_of_its_batch(self):
         store = self.open_store()
         token = store.create("ada", "laptop")[0]
-        account, meters = gateway.Account(store, None), gateway.Meters({})
+        account, meters = gateway.UsageLedger(store, None), gateway.Metrics({})
         first, go, lines = threading.Event(), self.hold(), []
-        observe, line = gateway.Meters.observe, gateway.log_line
+        observe, line = gateway.Metrics.observe, gateway.log_line
 
         def log(text):
             first.set()
@@ -6017,13 +6017,13 @@ class BackgroundLog(Case):
                     raise RuntimeError(f"{name} is bad")
                 return action(*args)
             return act
-        with unittest.mock.patch.object(gateway.Meters, "observe", fails_for("r2", observe)), \
+        with unittest.mock.patch.object(gateway.Metrics, "observe", fails_for("r2", observe)), \
                 unittest.mock.patch.object(gateway, "log_line", fails_for("r3", line)), \
                 self.assertLogs("ollama_gateway", "ERROR") as logs, contextlib.closing(gateway.Journal(account, meters, log)) as journal:
             for number in range(6):
-                record = gateway.Record("", 0)
-                record.id, record.token, record.route, record.known_model, record.status = f"r{number}", token, "/api/chat", "m", 200
-                account.begin(record)
+                record = gateway.RequestContext("", 0)
+                record.id, record.token, record.route, record.model_label, record.status = f"r{number}", token, "/api/chat", "m", 200
+                account.start(record)
                 record.released = record.began
                 journal.write(record)
                 self.assertTrue(first.wait(GUARD))  # the others are one batch
@@ -6035,11 +6035,11 @@ class BackgroundLog(Case):
 
     def test_account_is_stored_when_the_log_fails(self):
         store = self.open_store()
-        account, record = gateway.Account(store, None), gateway.Record("", 0)
-        record.token, record.route, record.known_model, record.status = store.create("ada", "laptop")[0], "/api/chat", "m", 200
-        account.begin(record)
+        account, record = gateway.UsageLedger(store, None), gateway.RequestContext("", 0)
+        record.token, record.route, record.model_label, record.status = store.create("ada", "laptop")[0], "/api/chat", "m", 200
+        account.start(record)
         log = unittest.mock.Mock(side_effect=RuntimeError("no log"))
-        with self.assertLogs("ollama_gateway", "ERROR"), contextlib.closing(gateway.Journal(account, gateway.Meters({}), log)) as journal:
+        with self.assertLogs("ollama_gateway", "ERROR"), contextlib.closing(gateway.Journal(account, gateway.Metrics({}), log)) as journal:
             record.released = record.began
             journal.write(record)
         self.assertEqual([row["requests"] for row in store.usage("user", 0)], [1])
@@ -6481,7 +6481,7 @@ class FailedCredentials(GatewayCase):
         return self.ask("GET", path, headers=list(headers.items()), token="nonsense", server=server)
 
     def test_many_failures_of_an_address_end_in_429_and_a_valid_token_passes(self):
-        statuses = [self.guess().status for _ in range(gateway.MOST_FAILURES + 3)]
+        statuses = [self.guess().status for _ in range(gateway.MAX_FAILURES + 3)]
         self.assertEqual(set(statuses[:gateway.FREE_FAILURES]), {401})
         answer = self.guess("/v1/models")
         self.assertRefused(answer, 429, "/v1/models")
@@ -6489,13 +6489,13 @@ class FailedCredentials(GatewayCase):
         self.assertStatus(self.ask("GET", "/api/tags"), 200)
 
     def test_no_credential_at_all_is_no_guess(self):
-        for _ in range(gateway.MOST_FAILURES + 3):
+        for _ in range(gateway.MAX_FAILURES + 3):
             self.assertStatus(self.ask("GET", "/api/tags", token=""), 401)
 
     def test_behind_a_trusted_proxy_the_address_that_it_reports_counts(self):
         server = self.serve(trusted_proxies="127.0.0.0/8, 10.0.0.0/8")
         forwarded = {"X-Forwarded-For": "6.6.6.6, 192.0.2.7, 10.1.1.1"}
-        for _ in range(gateway.MOST_FAILURES + 3):
+        for _ in range(gateway.MAX_FAILURES + 3):
             self.guess(server=server, **forwarded)
         self.assertStatus(self.guess(server=server, **forwarded), 429)
         self.assertStatus(self.guess(server=server, **{"X-Forwarded-For": "192.0.2.8"}), 401)
@@ -6528,15 +6528,15 @@ class FailedCredentials(GatewayCase):
 
     def test_failures_are_forgiven_one_by_one(self):
         now = [0.0]
-        failures = gateway.Failures(clock=lambda: now[0])
+        failures = gateway.AuthThrottle(clock=lambda: now[0])
         self.assertEqual([failures.add("192.0.2.7") for _ in range(3)], [1, 2, 3])
-        now[0] += 2 * gateway.FORGIVEN_SECONDS
+        now[0] += 2 * gateway.LEAK_SECONDS
         self.assertEqual((failures.add("192.0.2.7"), failures.add("192.0.2.8")), (2, 1))
         now[0] += 1e6
         self.assertEqual(failures.add("192.0.2.7"), 1)
 
     def test_addresses_of_ipv6_count_by_their_network_and_few_are_remembered(self):
-        failures = gateway.Failures(clock=lambda: 0.0)
+        failures = gateway.AuthThrottle(clock=lambda: 0.0)
         self.assertEqual([failures.add(peer) for peer in ("2001:db8::1", "2001:db8::2:3", "fe80::1%eth0", "2001:db8:0:1::1")], [1, 2, 1, 1])
         self.assertEqual([failures.add(peer) for peer in ("192.0.2.7", "::ffff:192.0.2.7")], [1, 2])
         for number in range(gateway.FAILING_ADDRESSES):
@@ -6756,7 +6756,7 @@ class OneCore(unittest.TestCase):
 
     def setUp(self):
         self.busy, self.moves = {0: 100.0, 1: 50.0, 2: 70.0}, []
-        self.footprint = gateway.Footprint()
+        self.footprint = gateway.CpuAffinity()
         self.footprint._cores = set(self.busy)
         self.footprint._busy_seconds, self.footprint._move = lambda: dict(self.busy), self.move
 
@@ -6791,7 +6791,7 @@ class OneCore(unittest.TestCase):
     def test_a_thread_that_is_begun_meanwhile_moves_too(self):
         with unittest.mock.patch.object(os, "listdir", side_effect=[["7"], ["7", "8"]]), \
                 unittest.mock.patch.object(os, "sched_setaffinity", create=True) as move:
-            gateway.Footprint()._move(1)
+            gateway.CpuAffinity()._move(1)
         self.assertIn(unittest.mock.call(8, {1}), move.mock_calls)
 
     @unittest.skipUnless(hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1, "needs two cores, and Linux")
@@ -7717,7 +7717,7 @@ class Doctor(GatewayCase, CommandCase):
     def examine(self, *flags, addresses=(), token=""):
         """Run it before the stand-in, and return its exit status and its lines."""
         port = str(self.server.server_address[1])
-        with unittest.mock.patch("ollama_gateway.own_addresses", lambda: list(addresses)), \
+        with unittest.mock.patch("ollama_gateway.local_addresses", lambda: list(addresses)), \
                 unittest.mock.patch("ollama_gateway.can_show", lambda text: True), \
                 unittest.mock.patch.dict(os.environ, {"GATEWAY_TOKEN": token}):
             status, out, err = self.run_command("doctor", "--ollama-url", self.fake.url, "--port", port, *flags)
@@ -7846,14 +7846,14 @@ class Doctor(GatewayCase, CommandCase):
         self.assertIn("127.0.0.3", self.told("is closed", addresses=("127.0.0.3",))[0])
 
     def test_an_ollama_elsewhere_cannot_be_judged(self):
-        with unittest.mock.patch("ollama_gateway.is_here", lambda host: False):
+        with unittest.mock.patch("ollama_gateway.is_local_host", lambda host: False):
             self.assertIn("this machine alone", self.told("cannot be seen from here", mark="-")[1])
 
     def test_addresses_of_this_machine_are_no_loopback(self):
-        for address in gateway.own_addresses():
+        for address in gateway.local_addresses():
             self.assertFalse(address.startswith(("127.", "::1", "fe80", "169.254", "0.0.0.0")), address)
-        self.assertTrue(gateway.is_here("localhost"))
-        self.assertFalse(gateway.is_here("192.0.2.77"))
+        self.assertTrue(gateway.is_local_host("localhost"))
+        self.assertFalse(gateway.is_local_host("192.0.2.77"))
 
     @unittest.skipUnless(shutil.which("openssl"), "needs the openssl command to make a certificate")
     def test_a_certificate_is_tried_with_its_key(self):
@@ -8323,7 +8323,7 @@ class ReplacedDatabase(GatewayCase):
     def test_errors_of_sqlite_are_503_and_no_fault_of_the_gateway(self):
         for error in (sqlite3.DatabaseError("database disk image is malformed"), sqlite3.OperationalError("disk I/O error"),
                       sqlite3.OperationalError("attempt to write a readonly database")):
-            with self.subTest(error), unittest.mock.patch.object(gateway.TokenTable, "_refresh", side_effect=error):
+            with self.subTest(error), unittest.mock.patch.object(gateway.TokenCache, "_refresh", side_effect=error):
                 self.store.update("ada", "laptop", rpm=1000)
                 self.assertOnlyRefused(str(error))
             self.assertStatus(self.ask("GET", "/api/tags"), 200)
@@ -8331,7 +8331,7 @@ class ReplacedDatabase(GatewayCase):
     def test_a_read_only_database_that_is_replaced_is_noticed(self):
         path, secret = self.other()
         with unittest.mock.patch("os.access", lambda path, mode: mode != os.W_OK):
-            with contextlib.closing(gateway.open_store(self.copy())) as store, contextlib.closing(gateway.TokenTable(store)) as table:
+            with contextlib.closing(gateway.open_store(self.copy())) as store, contextlib.closing(gateway.TokenCache(store)) as table:
                 self.assertIsNone(table.find(secret))
                 os.replace(path, store.path)
                 self.assertEqual(table.find(secret).name, "new")
@@ -8344,7 +8344,7 @@ class ReplacedDatabase(GatewayCase):
 
     def test_a_commit_while_the_database_is_replaced_is_no_success(self):
         copy = self.copy()
-        with self.assertRaisesRegex(gateway.Failure, "replaced meanwhile"), self.store._access(writing=True) as db:
+        with self.assertRaisesRegex(gateway.Failure, "replaced meanwhile"), self.store._transaction(writing=True) as db:
             db.execute("UPDATE tokens SET rpm = 1")
             os.replace(copy, self.db)
 
@@ -8382,7 +8382,7 @@ class Promises(unittest.TestCase):
         cls.tree = ast.parse(cls.source)
 
     def test_the_index_lists_the_banners(self):
-        index = re.findall(r"^    ([A-Z]\w+(?: \w+)?) {2,}\S", ast.get_docstring(self.tree), re.MULTILINE)
+        index = re.findall(r"^    ([A-Z]\w+(?: \w+)*) {2,}\S", ast.get_docstring(self.tree), re.MULTILINE)
         self.assertEqual(index, list(sections(self.source)))
 
     def test_banners_reach_the_last_column(self):
@@ -8428,8 +8428,8 @@ class Promises(unittest.TestCase):
             self.assertEqual([line for line in source.splitlines() if len(line) > 150], [])
 
     def test_each_trade_stays_in_its_section(self):
-        for pattern, homes in ((r"\bsqlite3\.", {"Store"}), (r"\burllib\.request\.", {"Forward"}),
-                               (r"\bsocket\.", {"Wire", "Accept", "Parse", "Forward"}),
+        for pattern, homes in ((r"\bsqlite3\.", {"Store"}), (r"\burllib\.request\.", {"Backends"}),
+                               (r"\bsocket\.", {"Connection", "Server", "Backends", "Doctor"}),
                                (r"\bprint\(", {"Commands", "Menu", "Main"}), (r"\binput\(", {"Commands", "Menu"})):
             with self.subTest(pattern):
                 code = {name: re.sub(r'#.*|"""(?s:.*?)"""', "", text) for name, text in sections(self.source).items()}
@@ -8749,7 +8749,8 @@ class Bench:
 
     def rates(self, what, kind, connections, figure="answers"):
         direct, through = self.compare(kind, connections)
-        self.row(f"{what}, {gateway.count(connections, 'connection')}: {figure}/s", direct[figure], through[figure], through[figure] / direct[figure])
+        self.row(f"{what}, {gateway.plural(connections, 'connection')}: {figure}/s", direct[figure], through[figure],
+                 through[figure] / direct[figure])
         return direct, through
 
     def bodies(self):
@@ -8983,7 +8984,7 @@ class LiveAccount(LiveCase):
                      "ada/tiny"):
             with self.subTest(name):
                 known = self.directly("POST", "/api/show", {"model": name}).status == 200
-                self.assertLessEqual(known, gateway.is_listed(name, "tiny"))
+                self.assertLessEqual(known, gateway.model_allowed(name, "tiny"))
                 self.assertEqual(known, self.through("POST", "/api/show", {"model": name}).status == 200)
 
     def test_of_two_equal_keys_the_last_one_wins_in_any_case(self):
