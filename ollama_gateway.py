@@ -682,25 +682,25 @@ class Usage(NamedTuple):
 class RequestContext:
     """What will be known of a request when it has ended."""
 
-    __slots__ = ("id", "peer", "token", "method", "path", "route", "model", "model_label", "status", "sent", "usage_reader",
-                 "estimate", "counted", "counted_in", "began", "queued", "admitted", "released", "failure", "answered",
-                 "ended", "outcome", "code", "why")
+    __slots__ = ("id", "client_address", "token", "method", "path", "route", "model", "model_label", "status", "bytes_sent", "usage_reader",
+                 "estimate", "counted", "counted_in", "started_at", "queue_seconds", "sent_at", "released_at", "failure", "first_byte_at",
+                 "ended_at", "outcome", "refusal_code", "reason")
 
     def __init__(self, peer, now):
-        self.peer, self.began, self.sent, self.queued, self.counted_in = peer, now, 0, 0.0, False
+        self.client_address, self.started_at, self.bytes_sent, self.queue_seconds, self.counted_in = peer, now, 0, 0.0, False
         self.id = self.token = self.method = self.path = self.model = self.status = self.usage_reader = None
         self.route = self.model_label = ""  # the path in the table; the model's full name, once Ollama has owned to it
-        self.admitted = self.released = None    # when it went upstream, and when it came back
+        self.sent_at = self.released_at = None    # when it went upstream, and when it came back
         self.failure = None                     # the class of the exception that brought it back
-        self.answered = self.ended = None       # when its answer began, and when all was over
-        self.outcome = self.code = self.why = None      # "broken" or "left", if it did not end well; the refusal's
+        self.first_byte_at = self.ended_at = None       # when its answer began, and when all was over
+        self.outcome = self.refusal_code = self.reason = None      # "broken" or "left", if it did not end well; the refusal's
         self.counted = None                     # what of it the account has already
         self.estimate = None                    # tokens of a prompt that Ollama has not counted
 
     @property
-    def tokens(self):
+    def usage(self):
         """Return the Usage so far."""
-        usage = Usage() if self.usage_reader is None else self.usage_reader.tokens
+        usage = Usage() if self.usage_reader is None else self.usage_reader.usage
         if self.estimate is None:
             return usage
         return usage._replace(prompt=self.estimate, estimated=self.estimate + (usage.completion or 0))
@@ -2888,14 +2888,14 @@ class ClientStream:
         if self._framing != "none":
             data += encode_chunk(piece, last) if self._framing == "chunked" else piece
             self._tail = (self._tail + piece[-2:])[-2:]
-            self.context.sent += len(piece)
+            self.context.bytes_sent += len(piece)
         if last:    # who has read it may ask again at once
             self.connection.token_id = None
         if data:
             self._send(data)
             self.started = True
-            if self.context.answered is None:
-                self.context.answered = time.monotonic()
+            if self.context.first_byte_at is None:
+                self.context.first_byte_at = time.monotonic()
         self.finished = last
 
     def flush(self):
@@ -2985,7 +2985,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not connections.resume(self.connection):
             return
         self.server.gateway.serve(client)
-        if client.context.code == "no_descriptors":
+        if client.context.refusal_code == "no_descriptors":
             self.server.warn_of_descriptors()
         self.close_connection = not client.reusable
         self.patience = self.server.limits.idle_timeout
@@ -3015,7 +3015,7 @@ class Gateway:
         context = client.context
         try:
             request = client.read_request()
-            context.peer = self._proxies.reported(context.peer, request)
+            context.client_address = self._proxies.reported(context.client_address, request)
             client.extra += self._router.cors_fields(request)
             request, route, path = self._router.match(request)
             context.route = route.path
@@ -3029,13 +3029,13 @@ class Gateway:
                 last = self._forward(client, request, route, path, token, slot)
             client.write(last, last=True)   # only now: whoever has read it finds the limits and the upstream free again
         except Refusal as refusal:
-            context.code, context.why = refusal.code, str(refusal)
+            context.refusal_code, context.reason = refusal.code, str(refusal)
             client.refuse(refusal)
         except Failure as error:    # the client is not authenticated yet: the log alone names path and cause
-            context.code, context.why = error.code, str(error)
+            context.refusal_code, context.reason = error.code, str(error)
             client.refuse(Refusal(error.code))
         except ClientLeft as error:
-            context.outcome, context.why = "left", str(error)
+            context.outcome, context.reason = "left", str(error)
             client.abort()
         except Exception:  # a fault of ours must end one request, not the connection's thread without a word
             LOG.exception("request %s met a fault of the gateway", context.id)
@@ -3045,7 +3045,7 @@ class Gateway:
 
     def _identify(self, client, request, route):
         """Return the request's token, which may use the route; raise Refusal."""
-        token = client.context.token = self._authenticator.identify(request, client.context.peer, client.connection.pause)
+        token = client.context.token = self._authenticator.identify(request, client.context.client_address, client.connection.pause)
         client.limit_fields = functools.partial(self._limiter.fields, token, client.context)
         self._router.permit(route, token, request)
         return token
@@ -3449,13 +3449,13 @@ class UsageLedger:
     def _add_new(self, context, errors=0, cancelled=0):
         """Add what a request has used since it was last counted."""
         token, hour = context.token, int(self.now()) // HOUR * HOUR
-        seconds = (context.released or time.monotonic()) - context.admitted if context.admitted else 0.0
+        seconds = (context.released_at or time.monotonic()) - context.sent_at if context.sent_at else 0.0
         try:
-            usage = context.tokens
+            usage = context.usage
         except Exception:   # a fault in the reader of one answer must not keep requests from being counted
             LOG.exception("request %s: its tokens cannot be read", context.id)
             usage = Usage(*context.counted[3:6], context.counted[7]) if context.counted else Usage(None, None, None)
-            context.usage_reader = types.SimpleNamespace(tokens=usage)
+            context.usage_reader = types.SimpleNamespace(usage=usage)
         row, before = (1, errors, cancelled, *usage[:3], seconds, usage.estimated), context.counted
         context.counted = row
         if before:
@@ -3473,8 +3473,8 @@ class UsageLedger:
     def running(self):
         """Return the records of the requests that run or wait, the oldest first."""
         with self._lock:
-            running = [context for context in self._running if context.released is None]
-        return sorted(running, key=lambda context: context.began)
+            running = [context for context in self._running if context.released_at is None]
+        return sorted(running, key=lambda context: context.started_at)
 
     def used(self, token_ids):
         """Note that tokens are in use."""
@@ -3670,11 +3670,11 @@ class Slot:
         if is_limited(token):
             self._limiter.check_again(self, token)
         self.place = self._limiter.enqueue(token, context)
-        context.queued = self.place.wait(connection)
-        if context.queued:
+        context.queue_seconds = self.place.wait(connection)
+        if context.queue_seconds:
             token = judge()
             self._limiter.check_budget(token)
-        context.admitted = time.monotonic()
+        context.sent_at = time.monotonic()
         return token
 
     def leave(self):
@@ -3751,7 +3751,7 @@ class Limiter:
 
     def leave(self, slot, context):
         """Let a request go; what it used of a budget is missing there from now on. One that was refused counts not."""
-        context.released = time.monotonic()
+        context.released_at = time.monotonic()
         if slot.place is not None:
             if context.token.tokens_per_day:
                 self._ledger.update(context)
@@ -4226,7 +4226,7 @@ class UsageReader:
     held = b""          # what the client is still to get, should no more come
 
     @property
-    def tokens(self):
+    def usage(self):
         """Return the Usage so far."""
         return self.reported or Usage(None, None, None)
 
@@ -4347,7 +4347,7 @@ class StreamUsageReader(UsageReader):
         self._recent = deque(maxlen=8)      # whole lines
 
     @property
-    def tokens(self):
+    def usage(self):
         usage = self.reported or Usage()
         return usage if usage.completion else usage._replace(completion=self._pieces)
 
@@ -4567,20 +4567,20 @@ def log_value(value):
 
 def log_line(context):
     """Return what there is to say of a finished request: never a secret, never a prompt."""
-    first = "-" if context.answered is None else f"{context.answered - context.began:.3f}"
+    first = "-" if context.first_byte_at is None else f"{context.first_byte_at - context.started_at:.3f}"
     token = "-" if context.token is None else log_value(f"{context.token.user}/{context.token.name}")
-    line = (f"id={context.id} peer={context.peer} token={token} method={context.method or '-'} "
+    line = (f"id={context.id} peer={context.client_address} token={token} method={context.method or '-'} "
             f"path={log_value(context.path)} model={log_value(context.model)} status={context.status or '-'} "
-            f"bytes={context.sent} first={first} total={context.ended - context.began:.3f}")
-    if context.admitted:
-        usage = context.tokens
+            f"bytes={context.bytes_sent} first={first} total={context.ended_at - context.started_at:.3f}")
+    if context.sent_at:
+        usage = context.usage
         prompt, completion = ("-" if tokens is None else tokens for tokens in (usage.prompt, usage.completion))
-        line += f" queued={context.queued:.3f} prompt={prompt} completion={completion}"
+        line += f" queued={context.queue_seconds:.3f} prompt={prompt} completion={completion}"
         line += f" cached={usage.cached}" if usage.cached else ""
         line += f" estimated={usage.estimated}" if usage.estimated else ""
     if context.outcome:
         line += f" outcome={context.outcome}"
-    return line + f" why={log_value(context.why)}" if context.why else line
+    return line + f" why={log_value(context.reason)}" if context.reason else line
 
 
 def write_all(descriptor, data):
@@ -4727,7 +4727,7 @@ class Metrics:
     def observe(self, context):
         """Count a finished request."""
         user, name = (context.token.user, context.token.name) if context.token else ("", "")
-        model, usage = context.model_label, context.tokens
+        model, usage = context.model_label, context.usage
         with self._lock:
             self._count("requests_total", user, name, model, context.route, context.status or "none")
             for kind in "prompt", "cached", "completion":
@@ -4735,15 +4735,15 @@ class Metrics:
                     self._count("tokens_total", user, name, model, kind, by=getattr(usage, kind))
             if context.outcome == "left":
                 self._count("cancelled_total")
-            if context.code and REFUSALS[context.code].status == 429:
-                self._count("rate_limited_total", LIMIT_BY_REFUSAL.get(context.code, "failed_credentials"))
-            if context.code in ("upstream_failed", "upstream_silent"):
-                self._count("upstream_errors_total", context.code)
-            if context.admitted:
-                self._time("queue_wait_seconds", model, context.queued)
-                self._time("duration_seconds", model, context.ended - context.began)
-                if context.answered:
-                    self._time("first_byte_seconds", model, context.answered - context.began)
+            if context.refusal_code and REFUSALS[context.refusal_code].status == 429:
+                self._count("rate_limited_total", LIMIT_BY_REFUSAL.get(context.refusal_code, "failed_credentials"))
+            if context.refusal_code in ("upstream_failed", "upstream_silent"):
+                self._count("upstream_errors_total", context.refusal_code)
+            if context.sent_at:
+                self._time("queue_wait_seconds", model, context.queue_seconds)
+                self._time("duration_seconds", model, context.ended_at - context.started_at)
+                if context.first_byte_at:
+                    self._time("first_byte_seconds", model, context.first_byte_at - context.started_at)
 
     def _count(self, name, *labels, by=1):
         series = self._counts[name]
@@ -4796,7 +4796,7 @@ class Journal:
 
     def write(self, context):
         """Take a record to be written soon."""
-        context.ended = time.monotonic()
+        context.ended_at = time.monotonic()
         self._finished.append(context)
         if not self._stirred.is_set():
             self._stirred.set()
@@ -5962,7 +5962,7 @@ class Pages:
         """Tell what runs and waits, and how Ollama is."""
         health, now = self._health, time.monotonic()
         requests = [{"user": context.token.user, "name": context.token.name, "model": context.model, "path": context.path,
-                     "waiting": context.admitted is None, "seconds": round(now - context.began, 3)}
+                     "waiting": context.sent_at is None, "seconds": round(now - context.started_at, 3)}
                     for context in self._ledger.running()]
         return json_page({
             "version": VERSION, **{name: tell() for name, (_, tell) in self._gauges.items()}, "requests": requests,

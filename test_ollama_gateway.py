@@ -4891,7 +4891,7 @@ class Tapping(unittest.TestCase):
                 for split in range(1, len(body), 1 if (path, kind, body, ours, cost) in RECORDED else 7):
                     tap = self.tap(path, kind, ours)
                     self.assertEqual(tap.feed(body[:split], False) + tap.feed(body[split:], True), expected, split)
-                    self.assertEqual(tap.tokens[:3], cost, split)
+                    self.assertEqual(tap.usage[:3], cost, split)
 
     def test_recorded_answers_byte_by_byte(self):
         for path, kind, body, ours, cost in RECORDED + SPELLED:
@@ -4899,14 +4899,14 @@ class Tapping(unittest.TestCase):
                 tap = self.tap(path, kind, ours)
                 for at in range(len(body)):
                     tap.feed(body[at:at + 1], at == len(body) - 1)
-                self.assertEqual(tap.tokens[:3], cost)
+                self.assertEqual(tap.usage[:3], cost)
 
     def test_recorded_answers_at_once(self):
         for path, kind, body, ours, cost in RECORDED + SPELLED:
             with self.subTest(path, ours=ours):
                 tap = self.tap(path, kind, ours)
                 tap.feed(body, True)
-                self.assertEqual(tap.tokens[:3], cost)
+                self.assertEqual(tap.usage[:3], cost)
 
     def test_an_answers_end_is_taken_for_its_numbers_only_if_they_are_its_own(self):
         call = b'{"message":{"tool_calls":[{"function":{"arguments":{"usage":{"prompt_tokens":99},"total_duration":1,"eval_count":77}}}]},'
@@ -4920,15 +4920,15 @@ class Tapping(unittest.TestCase):
                 tap = self.tap("/api/chat", JSON, False)
                 for piece in pieces:
                     tap.feed(piece, piece is pieces[-1])
-                self.assertEqual(tap.tokens[::2], cost, pieces)
+                self.assertEqual(tap.usage[::2], cost, pieces)
 
     def test_a_tools_arguments_are_no_usage(self):
         tap = self.tap("/api/chat", NDJSON, False)
         call = b'{"message":{"tool_calls":[{"function":{"arguments":{"done":true,"response":{"eval_count":99},"eval_count":77}}}]},%s}\n'
         tap.feed(call % b'"done":false', False)
-        self.assertEqual((tap.tokens[::2], tap.ended), ((0, 1), False))
+        self.assertEqual((tap.usage[::2], tap.ended), ((0, 1), False))
         tap.feed(call % b'"done":true,"prompt_eval_count":3,"eval_count":4', True)
-        self.assertEqual(tap.tokens[::2], (3, 4))
+        self.assertEqual(tap.usage[::2], (3, 4))
 
     def test_what_is_held_of_a_broken_stream_is_as_if_nothing_had_been_asked(self):
         tap = self.tap("/v1/completions", SSE, True)
@@ -4941,21 +4941,21 @@ class Tapping(unittest.TestCase):
         for _ in range(2000):
             tap.feed(b"[" + b"-0.1646678," * 400 + b"1],", False)
         tap.feed(b'[1]],"total_duration":1203041,"load_duration":501230,"prompt_eval_count":7}', True)
-        self.assertEqual(tap.tokens[::2], (7, 0))
+        self.assertEqual(tap.usage[::2], (7, 0))
 
     def test_a_line_as_long_as_a_context_is_read(self):
         tap = self.tap("/api/generate", NDJSON, False)
         line = b'{"done":true,"context":[' + b"29901," * 130_000 + b'1],"prompt_eval_count":9,"eval_count":2}\n'
         for at in range(0, len(line), 65536):
             tap.feed(line[at:at + 65536], False)
-        self.assertEqual(tap.tokens[::2], (9, 2))
+        self.assertEqual(tap.usage[::2], (9, 2))
         for size in range(600, 900, 7):     # around what is kept of a value, whole and in halves
             line = b'{"done":true , "context" : [' + b"29901," * size + b'1] ,"prompt_eval_count":9,"eval_count":2}'
             for pieces in (line,), (line[:2000], line[2000:]):
                 tap = self.tap("/api/generate", JSON, False)
                 for piece in pieces:
                     tap.feed(piece, piece is pieces[-1])
-                self.assertEqual(tap.tokens[::2], (9, 2), (size, len(pieces)))
+                self.assertEqual(tap.usage[::2], (9, 2), (size, len(pieces)))
 
     def test_usage_of_answers_too_long_to_be_decoded_as_a_whole(self):
         logprobs = b',"logprobs":[' + b'{"token":"eval_count","logprob":-0.1},' * 10_000 + b"{}]}"
@@ -4972,7 +4972,7 @@ class Tapping(unittest.TestCase):
                 tap = self.tap(path, kind, False)
                 for at in range(0, len(answer), size):
                     tap.feed(answer[at:at + size], at + size >= len(answer))
-                self.assertEqual(tap.tokens[::2], cost, answer[:40])
+                self.assertEqual(tap.usage[::2], cost, answer[:40])
 
     def test_events_that_end_in_crlf_are_passed_on_at_once(self):
         for ending in b"\n\n", b"\r\n\r\n", b"\r\r":
@@ -4980,7 +4980,7 @@ class Tapping(unittest.TestCase):
             event = b'data: {"choices":[{"delta":{"content":"x"}}],"usage":null}' + ending
             for _ in range(2):
                 self.assertEqual(tap.feed(event, False), event.replace(b',"usage":null', b""))
-            self.assertEqual((tap.held, tap.tokens[::2]), (b"", (0, 2)))
+            self.assertEqual((tap.held, tap.usage[::2]), (b"", (0, 2)))
 
     def test_an_early_end_of_each_stream_is_seen(self):
         for path, kind, body, ours, _ in RECORDED + SPELLED[:1] + SPELLED[3:4]:
@@ -4991,7 +4991,7 @@ class Tapping(unittest.TestCase):
     def test_zero_usage_within_a_stream_is_no_report(self):
         tap = self.tap("/v1/completions", SSE, True)
         tap.feed(events(TEXT_HEAD + '{"text":" tier"}],' + TEXT_TAIL + NO_USAGE + "}"), False)
-        self.assertEqual((tap.reported, tap.tokens[::2]), (None, (0, 1)))
+        self.assertEqual((tap.reported, tap.usage[::2]), (None, (0, 1)))
 
     def test_missing_counts_are_zero_only_in_a_last_line(self):
         for answer, reported in (({"done": True, "done_reason": "load"}, True), ({"model": "x", "embeddings": []}, True),
@@ -5006,7 +5006,7 @@ class Tapping(unittest.TestCase):
         for value in (b"-5", b"1e9", b'"7"', b"null", b"[1]"):
             tap = self.tap("/api/embed", JSON, False)
             tap.feed(b'{"prompt_eval_count":' + value + b"}", True)
-            self.assertEqual(tap.tokens[::2], (0, 0), value)
+            self.assertEqual(tap.usage[::2], (0, 0), value)
 
     def test_the_gateway_waits_for_no_line_but_where_it_takes_something_out(self):
         for kind, path, ours in ((NDJSON, "/api/chat", False), (SSE, "/v1/chat/completions", False)):
@@ -5321,9 +5321,9 @@ class AccountByTheClock(Case):
     def use(self, completion, account=None):
         record = gateway.RequestContext("", 0)
         record.token, record.route, record.model_label, record.status = self.token, "/api/chat", "tiny:latest", 200
-        record.usage_reader = unittest.mock.Mock(tokens=gateway.Usage(completion=completion))
+        record.usage_reader = unittest.mock.Mock(usage=gateway.Usage(completion=completion))
         (account or self.ledger).start(record)
-        record.released = record.began
+        record.released_at = record.started_at
         (account or self.ledger).finish(record)
 
     def set_clock(self, seconds):
@@ -5369,10 +5369,10 @@ class AccountByTheClock(Case):
     def test_tokens_of_a_request_that_cannot_be_read_leave_the_other_requests_counted(self):
         record = gateway.RequestContext("", 0)
         record.token, record.route, record.model_label, record.status = self.token, "/api/chat", "tiny:latest", 200
-        record.usage_reader = unittest.mock.Mock(tokens=gateway.Usage(3, None, 4))
+        record.usage_reader = unittest.mock.Mock(usage=gateway.Usage(3, None, 4))
         self.ledger.start(record)
         self.ledger.store()
-        type(record.usage_reader).tokens = unittest.mock.PropertyMock(side_effect=RecursionError("too deep"))
+        type(record.usage_reader).usage = unittest.mock.PropertyMock(side_effect=RecursionError("too deep"))
         with self.assertLogs("ollama_gateway", "ERROR") as logs:
             for _ in range(2):
                 self.use(5)
@@ -5619,7 +5619,7 @@ class Metrics(GatewayCase):
 
     def test_the_series_are_bounded(self):
         meters, record = gateway.Metrics({}), gateway.RequestContext("", 0)
-        record.admitted = record.answered = record.ended = 1.0
+        record.sent_at = record.first_byte_at = record.ended_at = 1.0
         record.token = self.store.list("ada")[0]
         with unittest.mock.patch.object(gateway, "MAX_SERIES", 3):
             for number in range(9):
@@ -6024,7 +6024,7 @@ class BackgroundLog(Case):
                 record = gateway.RequestContext("", 0)
                 record.id, record.token, record.route, record.model_label, record.status = f"r{number}", token, "/api/chat", "m", 200
                 account.start(record)
-                record.released = record.began
+                record.released_at = record.started_at
                 journal.write(record)
                 self.assertTrue(first.wait(GUARD))  # the others are one batch
             go.set()
@@ -6040,7 +6040,7 @@ class BackgroundLog(Case):
         account.start(record)
         log = unittest.mock.Mock(side_effect=RuntimeError("no log"))
         with self.assertLogs("ollama_gateway", "ERROR"), contextlib.closing(gateway.Journal(account, gateway.Metrics({}), log)) as journal:
-            record.released = record.began
+            record.released_at = record.started_at
             journal.write(record)
         self.assertEqual([row["requests"] for row in store.usage("user", 0)], [1])
 
