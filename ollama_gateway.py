@@ -16,13 +16,13 @@ The sections, in order (`grep -n '^# =='` lists them):
     Request body          buffered and streamed bodies; what a body says; the names of models
     Store                 the database of tokens and usage: every line of SQL
     Server                the listener, its connections, a request in, a response out
-    Pipeline              the stages of a request, in one function
     Routing and access    the table of routes, who may use them, with which models
     Authentication        the client's address and the token of a request
     Limits and usage      rates, budgets, the fair queue, the usage ledger
     Backends              connections to Ollama, requests and responses, its health
     Relay                 the response from Ollama to the client, and the usage it reports
     Logging and metrics   log lines and metrics, written in the background
+    Pipeline              the stages of a request, in one function
     OpenAPI               the API described for programs
     Web pages             the documentation and the admin page: style, scripts, HTML
     Own endpoints         the gateway's own JSON endpoints and pages
@@ -39,10 +39,10 @@ Calls go up as well as down: a callee stands above its callers. One request, eac
         Gateway.serve                     Pipeline
           Router.match                    Routing and access
           Authenticator.identify          Authentication
-          Limiter.enter                   Limits and usage
+          Slot.__enter__                  Limits and usage
           ClientStream.read_whole_body    Server
-          inspect_body                    Routing and access
-          Slot.wait_turn                  Limits and usage
+          inspect_body, authorize_model   Routing and access
+          Slot.wait                       Limits and usage
           Upstream.open                   Backends
           relay                           Relay
           Journal.write                   Logging and metrics
@@ -680,22 +680,21 @@ class Usage(NamedTuple):
 
 
 class RequestContext:
-    """What will be known of a request when it has ended."""
+    """What is known of a request, from its head to its log line. Times are those of time.monotonic()."""
 
-    __slots__ = ("id", "client_address", "token", "method", "path", "route", "model", "model_label", "status", "bytes_sent", "usage_reader",
-                 "estimate", "counted", "counted_in", "started_at", "queue_seconds", "sent_at", "released_at", "failure", "first_byte_at",
-                 "ended_at", "outcome", "refusal_code", "reason")
+    __slots__ = ("id", "client_address", "method", "path", "route", "token", "slot", "model", "model_label", "status",
+                 "bytes_sent", "usage_reader", "estimate", "started_at", "queue_seconds", "sent_at", "released_at",
+                 "first_byte_at", "ended_at", "outcome", "refusal_code", "reason")
 
-    def __init__(self, peer, now):
-        self.client_address, self.started_at, self.bytes_sent, self.queue_seconds, self.counted_in = peer, now, 0, 0.0, False
-        self.id = self.token = self.method = self.path = self.model = self.status = self.usage_reader = None
-        self.route = self.model_label = ""  # the path in the table; the model's full name, once Ollama has owned to it
-        self.sent_at = self.released_at = None    # when it went upstream, and when it came back
-        self.failure = None                     # the class of the exception that brought it back
-        self.first_byte_at = self.ended_at = None       # when its answer began, and when all was over
-        self.outcome = self.refusal_code = self.reason = None      # "broken" or "left", if it did not end well; the refusal's
-        self.counted = None                     # what of it the account has already
-        self.estimate = None                    # tokens of a prompt that Ollama has not counted
+    def __init__(self, client_address, now):
+        self.client_address, self.started_at, self.bytes_sent, self.queue_seconds = client_address, now, 0, 0.0
+        self.id = self.method = self.path = self.token = self.slot = self.status = None
+        self.route = ""                             # its path in the table of routes
+        self.model, self.model_label = None, ""     # as requested; its full name, once Ollama has accepted it
+        self.usage_reader = self.estimate = None    # the estimate: of a prompt that Ollama has not counted
+        self.sent_at = self.released_at = self.first_byte_at = self.ended_at = None
+        self.outcome = None                         # "left" or "broken" if the response did not reach its end
+        self.refusal_code = self.reason = None
 
     @property
     def usage(self):
@@ -2026,6 +2025,31 @@ def _open(paths, create, patience):
 USAGE_KEY = ("hour", "user", "name", "model", "route")
 MEASURED = ("requests", "errors", "cancelled", "prompt_tokens", "cached_tokens", "completion_tokens", "seconds",
             "estimated_tokens")
+
+
+class UsageRow(NamedTuple):
+    """What MEASURED names, of one or several requests."""
+
+    requests: int
+    errors: int
+    cancelled: int
+    prompt_tokens: Optional[int]
+    cached_tokens: Optional[int]
+    completion_tokens: Optional[int]
+    seconds: float
+    estimated_tokens: int
+
+    def __add__(self, other):
+        return UsageRow(*(b if a is None else a if b is None else a + b for a, b in zip(self, other)))
+
+    def __sub__(self, other):
+        return UsageRow(*(a if a is None or b is None else a - b for a, b in zip(self, other)))
+
+    @property
+    def tokens_used(self):
+        return (self.prompt_tokens or 0) - (self.cached_tokens or 0) + (self.completion_tokens or 0)
+
+
 TOKENS_USED = "ifnull(prompt_tokens, 0) - ifnull(cached_tokens, 0) + ifnull(completion_tokens, 0)"   # as tokens_used
 USAGE_BY = {"user": ("user",), "token": ("user", "name"), "model": ("model",), "day": ("day",)}
 
@@ -2363,7 +2387,7 @@ class TokenCache:
         self._db.execute("PRAGMA busy_timeout = 0")
         self._file, self._files = files[0], files
 
-    def spent(self, token, day):
+    def tokens_used_on(self, token, day):
         """Return the tokens that the account has charged a token's budget on a day; raise Failure."""
         try:
             with self._lock:
@@ -2992,109 +3016,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if client.finished and not client.body.complete:
             client.drain()
 
-# == Pipeline =================================================================
-
-INCLUDE_USAGE = b',"stream_options":{"include_usage":true}'  # before the object's end: of equal keys the last wins
-
-
-NOTHING_TO_COUNT = contextlib.nullcontext()
-
-
-class Gateway:
-    """Conducts each request through the stages that it is handed."""
-
-    def __init__(self, proxies, router, authenticator, limiter, upstream, health, relay, journal, pages, count_prompt,
-                 connections):
-        self.health, self._connections = health, connections
-        self._proxies, self._router, self._authenticator, self._limiter = proxies, router, authenticator, limiter
-        self._upstream, self._relay, self._journal, self._pages = upstream, relay, journal, pages
-        self._count_prompt = count_prompt
-
-    def serve(self, client):
-        """Take one request from its head to its record: it is answered once, and written down once."""
-        context = client.context
-        try:
-            request = client.read_request()
-            context.client_address = self._proxies.reported(context.client_address, request)
-            client.extra += self._router.cors_fields(request)
-            request, route, path = self._router.match(request)
-            context.route = route.path
-            if route.access == "public":
-                return client.answer(*self._visit(route, PageRequest(request, path, None, b"")))
-            token = self._identify(client, request, route)
-            self._connections.authenticate(client.connection, token.id)
-            with self._limiter.admit(route, token, context) as slot:
-                if route.category == "page":
-                    return client.answer(*self._page(client, request, route, path, token))
-                last = self._forward(client, request, route, path, token, slot)
-            client.write(last, last=True)   # only now: whoever has read it finds the limits and the upstream free again
-        except Refusal as refusal:
-            context.refusal_code, context.reason = refusal.code, str(refusal)
-            client.refuse(refusal)
-        except Failure as error:    # the client is not authenticated yet: the log alone names path and cause
-            context.refusal_code, context.reason = error.code, str(error)
-            client.refuse(Refusal(error.code))
-        except ClientLeft as error:
-            context.outcome, context.reason = "left", str(error)
-            client.abort()
-        except Exception:  # a fault of ours must end one request, not the connection's thread without a word
-            LOG.exception("request %s met a fault of the gateway", context.id)
-            client.refuse(Refusal("internal", f"the gateway failed: its log tells more under {context.id}"))
-        finally:
-            self._journal.write(context)
-
-    def _identify(self, client, request, route):
-        """Return the request's token, which may use the route; raise Refusal."""
-        token = client.context.token = self._authenticator.identify(request, client.context.client_address, client.connection.pause)
-        client.limit_fields = functools.partial(self._limiter.fields, token, client.context)
-        self._router.permit(route, token, request)
-        return token
-
-    def _page(self, client, request, route, path, token):
-        """Return the answer of one of our own pages; raise Refusal."""
-        body = client.read_page_body() if route.method in ("POST", "PATCH") else b""
-        if body:    # the token may have been revoked while it arrived
-            token = self._identify(client, request, route)
-        return self._visit(route, PageRequest(request, path, token, body))
-
-    def _forward(self, client, request, route, path, token, slot):
-        """Pass a request on to Ollama and its answer to the client, but for the last piece: return that."""
-        def judge():    # again, whenever time has passed: the token may have been revoked or narrowed
-            token = self._identify(client, request, route)
-            self._router.permit_model(route, body_info, token)
-            return token
-
-        body_info, client.connection.waited = None, False
-        with StreamedBody(client, judge) if route.streamed else client.read_whole_body() as body:
-            if client.connection.waited:
-                token = self._identify(client, request, route)
-            body_info = self._router.read(route, path, request, body, token)
-            client.context.model = body_info.model
-            self._router.permit_model(route, body_info, token)
-            if body_info.insert_at:
-                body.insert(body_info.insert_at, INCLUDE_USAGE)
-            token = slot.wait_turn(token, client.connection, judge)
-            with self._count_prompt(client.context, body) if route.category == "inference" else NOTHING_TO_COUNT, \
-                    self._upstream.open(route.method, path, request, body, client.context.id, client.connection) as response:
-                return self._relay(response, client, route, body_info, token, slot.leave)
-
-    def _visit(self, route, page_request):
-        """Return a page's answer; raise Refusal."""
-        try:
-            return getattr(self._pages, route.handler)(page_request)
-        except UsageError as error:
-            raise Refusal("malformed", str(error)) from None
-        except Failure as error:
-            raise Refusal(error.code, str(error)) from None
-
-    def free_descriptors(self):
-        """Close the idle connections to Ollama."""
-        self._upstream.close()
-
-    def close(self):
-        for stage in self._journal, self._authenticator, self.health, self._upstream:
-            stage.close()
-
 # == Routing and access =======================================================
 
 ROUTES = (
@@ -3152,43 +3073,29 @@ SEGMENTS = {
     "model": "{0}(?:%2[Ff]{0})*".format("(?![.])(?:[A-Za-z0-9._:@~-]|%3[Aa])+"),
 }
 
-
 FOR_ADMINS = {"model": "changes models", "account": "acts as the owner's ollama.com account",
-              "page": "is for whoever runs the gateway"}
-USAGE_ON_REQUEST = ("/v1/chat/completions", "/v1/completions")  # in a stream, by stream_options
+              "page": "is for administrators of the gateway"}
+USAGE_ON_REQUEST = ("/v1/chat/completions", "/v1/completions")  # streams report usage only if stream_options ask for it
 
 
 def served_routes(metrics_open=False, no_admin_api=False):
-    """Return those of the table's routes that a gateway with these settings serves."""
+    """Return the routes that a gateway with these settings serves."""
     routes = [route for route in ROUTES if not (no_admin_api and route.path.startswith("/admin"))]
-    return [route._replace(access="public") if route.handler == "metrics" and metrics_open else route for route in routes]
+    return [route._replace(access="public") if route.path == "/metrics" and metrics_open else route for route in routes]
 
 
 def at_base(path, base):
-    """Return where clients find a path of the table."""
+    """Return the path at which clients find a path of the table."""
     return base + path[len("/api"):] if path.startswith("/api/") else path
 
 
 def path_pattern(path):
-    """Return a regular expression for the paths that one with segments stands for; its group is the segment."""
-    return re.sub(r"\\{(\w+)\\}", lambda match: f"({SEGMENTS[match[1]]})", re.escape(path))
-
-
-def inspect_body(route, path, request, body):
-    """Return what a request asks for; raise Unreadable if that cannot be told."""
-    if route.model_in == "path":
-        return BodyInfo(urllib.parse.unquote(path.rpartition("/")[2]))
-    if not route.model_in or not body.size:
-        return BodyInfo()
-    if route.model_in == "json":
-        return body.look(inspect_json, route.path in USAGE_ON_REQUEST)
-    if request.query:  # where net/http looks first for a form's fields
-        raise Unreadable("there is a query beside the form")
-    return body.look(inspect_form, request.fields.get("content-type", ""))
+    """Return a regular expression for a path with a segment; its group is the segment."""
+    return re.compile(re.sub(r"\\{(\w+)\\}", lambda match: f"({SEGMENTS[match[1]]})", re.escape(path)))
 
 
 class Router:
-    """Finds a request's route: what the table does not name is denied, paths are compared as sent."""
+    """Finds the route of a request. Paths are compared as sent; a path that is not in the table is refused."""
 
     def __init__(self, routes, base="/api", path_tokens=False, cors_origins=()):
         self._path_tokens, self._cors_origins = path_tokens, cors_origins
@@ -3197,18 +3104,18 @@ class Router:
 
     @staticmethod
     def _table(routes, bases):
-        """Return ({path: {method: route}}, [(pattern, {method: route})]) with /api at each base; our own pages win."""
-        pages, ollamas = {}, {}
+        """Return ({path: {method: route}}, [(pattern, {method: route})]) with /api at each base; own pages win."""
+        pages, others = {}, {}
         for route in routes:
             for base in bases:
-                methods = (pages if route.category == "page" else ollamas).setdefault(at_base(route.path, base), {})
+                methods = (pages if route.category == "page" else others).setdefault(at_base(route.path, base), {})
                 methods[route.method] = route
-        found = {**ollamas, **pages}
+        found = {**pages, **others, **pages}    # own pages stand first, and replace others
         return ({path: methods for path, methods in found.items() if "{" not in path},
-                [(re.compile(path_pattern(path)), methods) for path, methods in found.items() if "{" in path])
+                [(path_pattern(path), methods) for path, methods in found.items() if "{" in path])
 
     def match(self, request):
-        """Return the request, a path token moved out of its path, its route and its path upstream; raise Refusal."""
+        """Return the request without a token in its path, its route, and its path upstream; raise Refusal."""
         exact, patterns = self._plain
         behind_token = PATH_TOKEN.fullmatch(request.path) if self._path_tokens else None
         if behind_token:
@@ -3221,52 +3128,20 @@ class Router:
             found = pattern.fullmatch(request.path)
             if found:
                 methods, segment = candidates, found[1]
+                break
         if methods is None:
             raise Refusal("unknown_route")
         method = "GET" if request.method == "HEAD" and "HEAD" not in methods else request.method
         if method not in methods:
-            allowed = sorted(set(methods) | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set()))
-            raise Refusal("wrong_method", f"the path takes {', '.join(allowed)}", [("Allow", ", ".join(allowed))])
+            allowed = ", ".join(sorted({*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])}))
+            raise Refusal("wrong_method", f"this path takes {allowed}", [("Allow", allowed)])
         route = methods[method]
         return request, route, re.sub(r"\{\w+\}", lambda _: segment, route.path) if segment else route.path
 
-    @staticmethod
-    def permit(route, token, request):
-        """Refuse what only an admin token may do, or what cannot be looked into."""
-        encoding = request.fields.get("content-encoding", "identity")
-        if encoding.lower() != "identity" and not token.admin:
-            raise Refusal("encoded", f'the body\'s Content-Encoding is "{encoding[:40]}": send it as it is')
-        if route.access == "admin" and not token.admin:
-            raise Refusal("forbidden", f"{route.path} {FOR_ADMINS[route.category]}: it takes an admin token")
-
-    @staticmethod
-    def read(route, path, request, body, token):
-        """Return what the request asks for, as Ollama will read it; refuse what cannot be told, but to an admin."""
-        try:
-            return inspect_body(route, path, request, body)
-        except Unreadable as error:
-            if token.admin:
-                return BodyInfo()
-            raise Refusal(error.code, f"the model in the body cannot be determined: {error}") from None
-
-    @staticmethod
-    def permit_model(route, body_info, token):
-        """Refuse a model that the token's list does not name or, without a list, that runs on the owner's account."""
-        model, globs = body_info.model, token.models
-        if not route.model_in or token.admin:
-            return
-        if globs is None and is_cloud_model(model):
-            raise Refusal("forbidden", f"{model} runs on the owner's ollama.com account: it takes an admin token, "
-                                       "or one whose list of models names it")
-        if globs and not model:
-            raise Refusal("malformed", f"the request names no model; this token may use {globs}")
-        if globs and not model_allowed(model, globs):
-            raise Refusal("forbidden", f'this token may not use the model "{model[:200]}", only {globs}')
-
     def cors_fields(self, request):
-        """Return the fields that let a configured origin's page read the answer (Fetch 3.2)."""
+        """Return the fields that let a page of a configured origin read the response (Fetch 3.2)."""
         if not self._cors_origins:
-            return []
+            return ()
         origin = request.fields.get("origin")
         if "*" not in self._cors_origins and origin not in self._cors_origins:
             return [("Vary", "Origin")]
@@ -3274,18 +3149,59 @@ class Router:
                    ("Access-Control-Expose-Headers",
                     "X-Request-Id, Retry-After, RateLimit-Limit, RateLimit-Remaining, RateLimit-Reset")]
         if request.method == "OPTIONS":
-            body_info = request.fields.get("access-control-request-headers", "")
+            headers = request.fields.get("access-control-request-headers")
             allowed += [("Access-Control-Allow-Methods", "GET, HEAD, POST, PATCH, DELETE"),
                         ("Access-Control-Max-Age", "7200")]
-            if body_info:  # any may be sent: only those that Ollama needs go further
-                allowed.append(("Access-Control-Allow-Headers", body_info))
+            if headers:     # any may be sent: only those that Ollama needs are forwarded
+                allowed.append(("Access-Control-Allow-Headers", headers))
         return allowed
+
+
+def authorize_route(route, token, request):
+    """Raise Refusal if the token may not use the route, or the body is compressed and cannot be inspected."""
+    encoding = request.fields.get("content-encoding")
+    if encoding and encoding.lower() != "identity" and not token.admin:
+        raise Refusal("encoded", f'the Content-Encoding of the body is "{encoding[:40]}": send it uncompressed')
+    if route.access == "admin" and not token.admin:
+        raise Refusal("forbidden", f"{route.path} {FOR_ADMINS[route.category]}: it takes an admin token")
+
+
+def inspect_body(route, path, request, body, token):
+    """Return the BodyInfo of a request as Ollama will read it; raise Refusal if it is unclear, except to an admin."""
+    try:
+        if route.model_in == "path":
+            return BodyInfo(urllib.parse.unquote(path.rpartition("/")[2]))
+        if not route.model_in or not body.size:
+            return BodyInfo()
+        if route.model_in == "json":
+            return body.look(inspect_json, route.path in USAGE_ON_REQUEST)
+        if request.query:   # net/http looks there first for the fields of a form
+            raise Unreadable("there is a query beside the form")
+        return body.look(inspect_form, request.fields.get("content-type", ""))
+    except Unreadable as error:
+        if token.admin:
+            return BodyInfo()
+        raise Refusal(error.code, f"the model in the body cannot be determined: {error}") from None
+
+
+def authorize_model(route, model, token):
+    """Raise Refusal for a model that is not in the token's list or, without a list, is a cloud model."""
+    if not route.model_in or token.admin:
+        return
+    if token.models is None:
+        if is_cloud_model(model):
+            raise Refusal("forbidden", f"{model} runs on the owner's ollama.com account: it takes an admin token, "
+                                       "or one whose list of models names it")
+    elif not model:
+        raise Refusal("malformed", f"the request names no model; this token may use {token.models}")
+    elif not model_allowed(model, token.models):
+        raise Refusal("forbidden", f'this token may not use the model "{model[:200]}", only {token.models}')
 
 # == Authentication ===========================================================
 
 
 def secret_of(request):
-    """Return the secret that a request shows, "" for none; raise Refusal for more than one."""
+    """Return the secret in a request, "" for none; raise Refusal for several credentials."""
     bearer, secret = request.bearer, request.fields.get("x-api-key")
     if request.repeated and request.repeated & {"authorization", "x-api-key"}:
         raise Refusal("malformed", "there are two credentials of one kind")
@@ -3299,69 +3215,63 @@ def secret_of(request):
     return secret if secret.isascii() else secret.encode("latin-1").decode("utf-8", "surrogateescape")
 
 
-class TrustedProxies:
-    """Tells who asks, where proxies stand before the gateway."""
-
-    def __init__(self, trusted=()):
-        self._trusted = trusted
-
-    def reported(self, peer, request):
-        """Return the connection's address or, of trusted proxies, the rightmost untrusted X-Forwarded-For tells of."""
-        if self._trusted and "x-forwarded-for" in request.fields:
-            for entry in reversed(request.fields["x-forwarded-for"].split(",")):
-                if not any(address_of(peer) in network for network in self._trusted):
-                    break
-                try:
-                    peer = str(address_of(entry))
-                except ValueError:
-                    break  # whatever stands left of nonsense was not written by whom we trust
-        return peer
+def client_address(peer, request, trusted_proxies):
+    """Return the peer's address or, of a trusted proxy, the rightmost address in X-Forwarded-For that is not trusted."""
+    if trusted_proxies and "x-forwarded-for" in request.fields:
+        for entry in reversed(request.fields["x-forwarded-for"].split(",")):
+            if not any(address_of(peer) in network for network in trusted_proxies):
+                break
+            try:
+                peer = str(address_of(entry))
+            except ValueError:
+                break   # a trusted proxy did not write what is left of it
+    return peer
 
 
 class AuthThrottle:
-    """Counts each address's failed credentials; they are forgiven one by one."""
+    """Counts the failed credentials of each address: a leaky bucket."""
 
     def __init__(self, clock=time.monotonic):
         self._clock, self._lock = clock, threading.Lock()
-        self._levels = OrderedDict()    # address: (failures, when), the one that failed last at the end
+        self._levels = OrderedDict()    # {network: (failures, time)}, the latest at the end
 
-    def add(self, peer):
-        """Count one more failure of an address, IPv6 by /64, and return how many are not forgiven yet."""
-        peer, now = network_of(peer), self._clock()
+    def add(self, address):
+        """Count a failure of an address (IPv6: of its /64) and return its present number of failures."""
+        network, now = network_of(address), self._clock()
         with self._lock:
-            level, when = self._levels.pop(peer, (0, now))
+            level, when = self._levels.pop(network, (0, now))
             level = max(level - (now - when) / LEAK_SECONDS, 0) + 1
-            self._levels[peer] = min(level, MAX_FAILURES + 1), now
+            self._levels[network] = min(level, MAX_FAILURES + 1), now
             while len(self._levels) > FAILING_ADDRESSES:
                 self._levels.popitem(last=False)
         return level
 
 
 class Authenticator:
-    """Tells whose token a request shows."""
+    """Finds the token of a request."""
 
-    def __init__(self, tokens, failures, clock=time.time):
-        self._tokens, self._failures, self._clock = tokens, failures, clock
+    def __init__(self, tokens, throttle, clock=time.time):
+        self._tokens, self._throttle, self._clock = tokens, throttle, clock
         self._delays = threading.BoundedSemaphore(DELAYED_AT_ONCE)
 
-    def identify(self, request, peer, pause):
-        """Return the request's token; raise Refusal if there is none that is valid now.
+    def identify(self, request, address, pause):
+        """Return the request's token; raise Refusal if none is valid now.
 
-        A secret that is not valid counts against the peer, and may have to `pause` for its refusal; a valid one never.
+        An invalid secret counts against the address, and its refusal may be delayed by `pause(seconds)`.
         """
         secret = secret_of(request)
         token = self._tokens.find(secret) if secret else None
         if token is not None and (token.expires_at is None or self._clock() < token.expires_at):
             return token
         if secret:
-            self._throttle(peer, pause)
+            self._delay(address, pause)
         text = 'no valid token: send "Authorization: Bearer TOKEN" or "x-api-key: TOKEN", or ask for a new one'
-        if request.path_secret is not None:  # the ollama command shows the text of a 403, and hides a 401's
+        if request.path_secret is not None:     # the ollama command shows the text of a 403, and hides that of a 401
             raise Refusal("forbidden", text)
         raise Refusal("unauthorized", text, [("WWW-Authenticate", "Bearer")])
 
-    def _throttle(self, peer, pause):
-        failures = self._failures.add(peer)
+    def _delay(self, address, pause):
+        failures = self._throttle.add(address)
         if failures <= FREE_FAILURES:
             return
         if failures > MAX_FAILURES or not self._delays.acquire(blocking=False):
@@ -3378,100 +3288,88 @@ class Authenticator:
 
 
 class LimitStatus(NamedTuple):
-    """One of a token's limits, how much of it is left, and in how many seconds there will be more."""
+    """How much is left of one of a token's limits, and in how many seconds there is more."""
 
     name: str
     limit: int
     remaining: int
     reset: int
 
-    def refuse(self):
-        """Raise the Refusal of a limit that is reached."""
-        if self.name == "tokens_per_day":  # SDKs would sleep until midnight, without a word
-            raise Refusal("budget_spent", f"this token's {self.limit} tokens a day are used up: try again after "
-                                          "00:00 UTC", [("X-Should-Retry", "false")], self.reset)
-        row = LIMIT_BY_COLUMN[self.name]
-        raise Refusal(row.refusal, f"this token may have {row.phrase.format(plural(self.limit, 'request'))}: "
-                                     f"try again in {self.reset} s", retry_after=self.reset)
+    def refusal(self):
+        """Return the Refusal of a request that exceeds the limit."""
+        if self.name == "tokens_per_day":   # without X-Should-Retry SDKs sleep until midnight
+            return Refusal("budget_spent", f"this token's {self.limit} tokens a day are used up: try again after "
+                                           "00:00 UTC", [("X-Should-Retry", "false")], self.reset)
+        limit = LIMIT_BY_COLUMN[self.name]
+        return Refusal(limit.refusal, f"this token may have {limit.phrase.format(plural(self.limit, 'request'))}: "
+                                      f"try again in {self.reset} s", retry_after=self.reset)
 
 
 def is_limited(token):
     return bool(token.rpm or token.max_parallel or token.tokens_per_day)
 
 
-class TokenCounters:
-    """A token's running requests, and when it began such within the last minute."""
-
-    __slots__ = ("running", "recent")
-
-    def __init__(self):
-        self.running, self.recent = 0, deque()
-
-
 class UsageLedger:
-    """Who used what: gathered in memory, stored by the journal within a second, and asked by the limiter for budgets.
+    """Collects usage in memory, stores it twice a second, and reports how much of a budget is used.
 
-    Of a request that runs, the account has what went by so far: a killed gateway loses the last second alone. One that
-    has ended is counted when the journal comes to it, behind its back; but a budget is charged before its answer ends.
+    A running request counts with the tokens that have passed so far: a crash loses one second at most. A request of
+    a token with a budget is counted before its last piece is sent, all others by the Journal in the background.
+    Where both locks are needed, _storing is taken first.
     """
 
     def __init__(self, store, tokens, clock=time.time):
         self._store, self._tokens, self._clock = store, tokens, clock
         store.wait_at_most(STORE_SECONDS)   # while the database is locked, log lines are still to be written
-        self._lock = threading.Lock()
-        self._running = set()   # and those that have ended, until the journal has come to them
-        self._storing = threading.Lock()
-        self._pending = {}      # what is yet to be stored
-        self._uses = {}
-        self._spent = {}        # {(user, name): (day, tokens, when that was read)}
-        self._latest = 0        # of the clock
-        self._warned = False
+        self._lock, self._storing = threading.Lock(), threading.Lock()
+        self._running = {}      # {context: the UsageRow counted so far, or None}, until the Journal has finished it
+        self._pending = {}      # {USAGE_KEY: UsageRow} to be stored
+        self._last_used = {}    # {token id: Unix seconds} to be stored
+        self._spent = {}        # {(user, name): (day, tokens used, when they were read)}
+        self._latest = 0        # time of the clock
+        self._failing = False
 
     def start(self, context):
         """Count a request from now on."""
         with self._lock:
-            self._running.add(context)
+            self._running[context] = None
 
     def update(self, context):
-        """Count what a request has used so far."""
+        """Count the usage of a request so far."""
         with self._lock:
-            self._add_new(context)
+            self._count(context)
 
     def finish(self, context):
-        """Count a request to its end, if it began."""
+        """Count a request to its end, if it was started."""
+        if context not in self._running:    # a limit or the queue refused it, or it is not for inference
+            return
         with self._lock:
-            if context in self._running:
-                self._running.remove(context)
-                cancelled = context.failure is not None and issubclass(context.failure, ClientLeft)
-                errors = not cancelled and (context.failure is not None or context.status >= 400)
-                self._add_new(context, int(errors), int(cancelled))
+            cancelled = context.outcome == "left"
+            self._count(context, not cancelled and (context.outcome == "broken" or context.status >= 400), cancelled)
+            del self._running[context]
 
-    def _add_new(self, context, errors=0, cancelled=0):
-        """Add what a request has used since it was last counted."""
-        token, hour = context.token, int(self.now()) // HOUR * HOUR
+    def _count(self, context, failed=False, cancelled=False):
+        """Add the usage of a request since it was last counted."""
+        token, before, hour = context.token, self._running[context], int(self.now()) // HOUR * HOUR
         seconds = (context.released_at or time.monotonic()) - context.sent_at if context.sent_at else 0.0
         try:
-            usage = context.usage
-        except Exception:   # a fault in the reader of one answer must not keep requests from being counted
-            LOG.exception("request %s: its tokens cannot be read", context.id)
-            usage = Usage(*context.counted[3:6], context.counted[7]) if context.counted else Usage(None, None, None)
-            context.usage_reader = types.SimpleNamespace(usage=usage)
-        row, before = (1, errors, cancelled, *usage[:3], seconds, usage.estimated), context.counted
-        context.counted = row
-        if before:
-            row = [n if o is None or n is None else n - o for n, o in zip(row, before)]
-        self._add((hour, token.user, token.name, context.model_label, context.route), row)
-        spent = self._spent.get((token.user, token.name))
-        if spent and spent[0] == utc_day(hour):
-            self._spent[token.user, token.name] = (spent[0], spent[1] + tokens_used(*row[3:6]), spent[2])
+            prompt, cached, completion, estimated = context.usage
+        except Exception:   # a fault in the reader of one response must not keep requests from being counted
+            LOG.exception("request %s: its usage cannot be read", context.id)
+            prompt, cached, completion, estimated = before[3:6] + before[7:] if before else Usage(None, None, None)
+            context.usage_reader = types.SimpleNamespace(usage=Usage(prompt, cached, completion, estimated))
+        row = UsageRow(1, int(failed), int(cancelled), prompt, cached, completion, seconds, estimated)
+        self._running[context] = row
+        new = row - before if before else row
+        self._add((hour, token.user, token.name, context.model_label, context.route), new)
+        day, spent, read_at = self._spent.get((token.user, token.name), (None, 0, 0))
+        if day == utc_day(hour):
+            self._spent[token.user, token.name] = day, spent + new.tokens_used, read_at
 
     def _add(self, key, row):
-        old = self._pending.get(key)
-        self._pending[key] = row if old is None else [o if n is None else n if o is None else o + n
-                                                      for o, n in zip(old, row)]
+        self._pending[key] = self._pending[key] + row if key in self._pending else row
 
     def running(self):
-        """Return the records of the requests that run or wait, the oldest first."""
+        """Return the contexts of the requests that are running or queued, the oldest first."""
         with self._lock:
             running = [context for context in self._running if context.released_at is None]
         return sorted(running, key=lambda context: context.started_at)
@@ -3479,12 +3377,12 @@ class UsageLedger:
     def used(self, token_ids):
         """Note that tokens are in use."""
         with self._lock:
-            self._uses.update(dict.fromkeys(token_ids, int(self._clock())))
+            self._last_used.update(dict.fromkeys(token_ids, int(self._clock())))
 
     def now(self):
-        """Return Unix seconds that stand still while the clock is set back by up to a day: that refills no budget.
+        """Return Unix seconds. They stand still while the clock is set back by less than a day: no budget is refilled.
 
-        A clock that goes back further is followed: it was wrong before.
+        A clock that goes back by more is followed: it was wrong before.
         """
         now, latest = self._clock(), self._latest
         self._latest = now if now <= latest - DAY else max(now, latest)
@@ -3494,231 +3392,188 @@ class UsageLedger:
         return self._latest
 
     def day_left(self):
-        """Return how many seconds are left of the UTC day."""
+        """Return the seconds until the UTC day ends."""
         return day_start(utc_day(self.now()) + 1) - int(self._clock())
 
     def spent(self, token):
-        """Return how many tokens of its day a token with a budget has used; raise Failure if that cannot be read.
+        """Return the tokens of the day's budget that are used, 0 without a budget; raise Failure if they are unknown.
 
-        What other gateways on the database let it use is known a second later.
+        Usage through other gateways on the same database is included a second later.
         """
         if not token.tokens_per_day:
             return 0
         now, key = self._clock(), (token.user, token.name)
         with self._lock:
             day = utc_day(self.now())
-            known_day, spent, known_at = self._spent.get(key, (None, 0, 0))
-            if known_day == day and (abs(now - known_at) < STORE_SECONDS or self._storing.locked()):
+            known_day, spent, read_at = self._spent.get(key, (None, 0, 0))
+            if known_day == day and (abs(now - read_at) < STORE_SECONDS or self._storing.locked()):
                 return spent
-        with self._storing, self._lock:     # what is not pending is in the database, and the other way round
+        with self._storing, self._lock:     # each row is either pending or in the database
             try:
-                stored = self._tokens.spent(token, day)
+                stored = self._tokens.tokens_used_on(token, day)
             except Failure:
                 if known_day != day:
                     raise
                 return spent
-            spent = stored + sum(tokens_used(*row[3:6]) for where, row in self._pending.items()
-                                 if where[1:3] == key and utc_day(where[0]) == day)
-            self._spent[key] = (day, spent, now)
+            spent = stored + sum(row.tokens_used for (hour, *owner, _, _), row in self._pending.items()
+                                 if (*owner,) == key and utc_day(hour) == day)
+            self._spent[key] = day, spent, now
             return spent
 
     def store(self):
-        """Store what was gathered; what cannot be stored is kept for the next time."""
+        """Store the pending rows; rows that cannot be stored are kept for the next time."""
         with self._lock:
             for context in self._running:
                 if context.model_label:
-                    self._add_new(context)
+                    self._count(context)
             if not self._store.writable:
-                today = day_start(utc_day(self.now()))  # budgets still need that
+                today = day_start(utc_day(self.now()))      # budgets still need that
                 self._pending = {key: row for key, row in self._pending.items() if key[0] >= today}
-                return self._uses.clear()
+                return self._last_used.clear()
         with self._storing:
             with self._lock:
                 rows, self._pending = self._pending, {}
-                uses, self._uses = self._uses, {}
+                last_used, self._last_used = self._last_used, {}
             try:
-                if rows or uses:
-                    self._store.add_usage(rows, uses)
-                self._warned = False
+                if rows or last_used:
+                    self._store.add_usage(rows, last_used)
+                self._failing = False
             except Failure as error:
                 with self._lock:
                     for key, row in rows.items():
                         self._add(key, row)
-                    self._uses = {**uses, **self._uses}
-                if not self._warned:
-                    LOG.warning("the account and tokens' last uses are not stored for now: %s", error)
-                self._warned = True
-
-
-class Ticket:
-    """A request's place in the queue."""
-
-    def __init__(self, user, patience):
-        self.user, self.granted, self.wakeup = user, False, None
-        self._patience = patience
-
-    def wait(self, connection):
-        """Wait for the turn and return how many seconds that took; raise Refusal, or ClientLeft."""
-        if self.wakeup is None:
-            return 0.0
-        began = time.monotonic()
-        try:
-            self.wakeup.wait(Deadline(self._patience), connection)
-            self.wakeup.close()   # before the upstream's descriptor is needed
-        except TimeoutError:
-            if not self.granted:
-                raise Refusal("queue_timeout", f"the server is busy: the request waited {self._patience:g} s for its "
-                                               "turn (--queue-timeout): try again later") from None
-        return time.monotonic() - began
+                    self._last_used = {**last_used, **self._last_used}
+                if not self._failing:
+                    LOG.warning("usage and the tokens' last uses are not stored for now: %s", error)
+                self._failing = True
 
 
 class FairQueue:
-    """Lets so many requests at a time go upstream, 0 for any; the others wait, first in, first out within a user.
+    """Grants slots to requests, `size` at once (0: any number); the other requests wait.
 
-    The next turn is the user's whose last one was longest ago.
+    The next slot goes to the user who was granted one longest ago. Requests of one user keep their order.
     """
 
-    def __init__(self, most, max_waiting, patience):
-        self._most, self._most_waiting, self._patience = most, max_waiting, patience
+    def __init__(self, size, max_waiting, timeout):
+        self._size, self._max_waiting, self._timeout = size, max_waiting, timeout
         self._lock = threading.Lock()
-        self._waiting = {}      # {user: their places, in order}
-        self._served = {}       # {user: when the last turn was}, in turns, until nobody runs or waits
-        self._queue = itertools.count(1)
+        self._queue = []        # the slots that wait, in the order of their arrival
+        self._granted = {}      # {user: number of the last grant}, until no request is running or waiting
+        self._numbers = itertools.count(1)
         self.running = 0
 
     @property
     def waiting(self):
-        with self._lock:
-            return sum(map(len, self._waiting.values()))
+        return len(self._queue)
 
-    def enqueue(self, user):
-        """Return a new place, to be given back by `leave`; raise Refusal where too many of the user's wait."""
-        place = Ticket(user, self._patience)
+    def enter(self, slot):
+        """Grant a slot, or queue it; raise Refusal if too many requests of its user are waiting."""
         with self._lock:
-            if not self._most or self.running < self._most and not self._waiting:
-                self._grant(place)
-                return place
-            line = self._waiting.get(place.user, deque())
-            if len(line) >= self._most_waiting:
-                raise Refusal("queue_full", f"the server is busy, and {len(line)} of your requests are waiting "
+            if not self._size or self.running < self._size and not self._queue:
+                return self._grant(slot)
+            waiting = sum(other.user == slot.user for other in self._queue)
+            if waiting >= self._max_waiting:
+                raise Refusal("queue_full", f"the server is busy, and {waiting} of your requests are waiting "
                                             "already (--max-queue): try again later")
             try:
-                place.wakeup = Wakeup()
+                slot.wakeup = Wakeup()
             except OSError:
                 raise Refusal("no_descriptors") from None
-            line.append(place)
-            self._waiting[place.user] = line
-            return place
+            self._queue.append(slot)
 
-    def leave(self, place):
-        """Give back a place, whether its turn has come or not."""
+    def wait(self, slot, cancel_on):
+        """Wait until a slot is granted and return the seconds that took; raise Refusal or ClientLeft."""
+        if slot.wakeup is None:
+            return 0.0
+        started = time.monotonic()
+        try:
+            slot.wakeup.wait(Deadline(self._timeout), cancel_on)
+            slot.wakeup.close()     # before the descriptor of the upstream connection is needed
+        except TimeoutError:
+            if not slot.granted:
+                raise Refusal("queue_timeout", f"the server is busy: the request was queued for {self._timeout:g} s "
+                                               "(--queue-timeout): try again later") from None
+        return time.monotonic() - started
+
+    def leave(self, slot):
+        """Take back a slot, whether it was granted or still waits."""
         with self._lock:
-            if place.granted:
+            if slot.granted:
                 self.running -= 1
                 self._grant_next()
             else:
-                self._waiting[place.user].remove(place)
-                if not self._waiting[place.user]:
-                    del self._waiting[place.user]
-            if not self.running and not self._waiting:
-                self._served.clear()
-        if place.wakeup:
-            place.wakeup.close()
+                self._queue.remove(slot)
+            if not self.running and not self._queue:
+                self._granted.clear()
+        if slot.wakeup:
+            slot.wakeup.close()
 
-    def _grant(self, place):
-        place.granted = True
+    def _grant(self, slot):
+        slot.granted = True
         self.running += 1
-        self._served[place.user] = next(self._queue)
+        self._granted[slot.user] = next(self._numbers)
 
     def _grant_next(self):
-        """Call whose turn it is."""
-        while self._waiting and self.running < self._most:
-            user = min(self._waiting, key=lambda user: self._served.get(user, 0))
-            place = self._waiting[user].popleft()
-            if not self._waiting[user]:
-                del self._waiting[user]
-            self._grant(place)
-            place.wakeup.set()
+        while self._queue and self.running < self._size:
+            slot = min(self._queue, key=lambda slot: self._granted.get(slot.user, 0))   # the first of equal ones
+            self._queue.remove(slot)
+            self._grant(slot)
+            slot.wakeup.set()
 
 
 class Slot:
-    """A request's claim on its token's limits and, from its turn on, on a place upstream: a with block.
+    """A request's share of its token's limits and, from `wait` on, one of the requests upstream: a context manager."""
 
-    `leave` may end it early. Entering raises Refusal.
-    """
+    __slots__ = ("_limiter", "context", "token", "user", "rate_time", "queued", "granted", "wakeup")
 
-    __slots__ = ("_limiter", "_context", "token", "began", "place", "_open")
-
-    def __init__(self, limiter, token, context):
-        self._limiter, self._context = limiter, context
-        self.token = token      # the one whose counters were changed
-        self.began = None       # the time at which the token's rate counts it
-        self.place = None       # in the queue, and upstream
-        self._open = False
+    def __init__(self, limiter, context):
+        self._limiter, self.context = limiter, context
+        self.token, self.user = context.token, context.token.user   # whose counters it holds
+        self.rate_time = None   # the time at which the token's rate counts the request
+        self.queued = False     # it entered the queue: granted or waiting
+        self.granted = False
+        self.wakeup = None      # if it has to wait
 
     def __enter__(self):
+        """Count the request, before its body is read; raise Refusal if it exceeds a limit."""
         self._limiter.enter(self)
-        self._open = self._context.counted_in = True
         return self
 
-    def wait_turn(self, token, connection, judge):
-        """Wait until the request may go upstream; return its token, which `judge` returned if it had to wait.
+    def wait(self, cancel_on, check_again):
+        """Wait until the request may go upstream; raise Refusal or ClientLeft.
 
-        Raises Refusal when it waits too long, or its limits are reached now that its body is there or its turn has come.
+        check_again: raises Refusal if the token has lost its rights meanwhile; it is called after a wait.
         """
-        context = self._context
-        if is_limited(token):
-            self._limiter.check_again(self, token)
-        self.place = self._limiter.enqueue(token, context)
-        context.queue_seconds = self.place.wait(connection)
-        if context.queue_seconds:
-            token = judge()
-            self._limiter.check_budget(token)
-        context.sent_at = time.monotonic()
-        return token
+        self._limiter.wait(self, cancel_on, check_again)
 
-    def leave(self):
-        self.__exit__(None, None, None)
-
-    def __exit__(self, kind, *_):
-        if self._open:
-            self._open = self._context.counted_in = False
-            self._context.failure = kind
-            self._limiter.leave(self, self._context)
-
-
-class NoSlot:
-    """The Admission of a request that is not for inference: it has no limits and does not wait."""
-
-    def __enter__(self):
-        return self
+    def release(self):
+        """Give the slot back, before the end of the with block."""
+        if self.context.slot is self:
+            self.context.slot = None
+            self._limiter.leave(self)
 
     def __exit__(self, *_):
-        """There is nothing to give back."""
-
-    leave = __exit__
-
-    @staticmethod
-    def wait_turn(token, *_):
-        return token
+        self.release()
 
 
-NO_SLOT = NoSlot()
+class TokenCounters:
+    """The number of a token's running requests, and the times of those of the last minute."""
+
+    __slots__ = ("running", "recent")
+
+    def __init__(self):
+        self.running, self.recent = 0, deque()
 
 
 class Limiter:
-    """Holds each token to its limits, and lets inference requests go upstream in turn."""
+    """Enforces the tokens' limits, and lets inference requests go upstream by the fair queue."""
 
     def __init__(self, queue, ledger, clock=time.monotonic):
         self._queue, self._ledger, self._clock = queue, ledger, clock
-        self._lock, self._counters = threading.Lock(), {}      # {token id: Standing}
-
-    def admit(self, route, token, context):
-        """Return the Admission of a request."""
-        return Slot(self, token, context) if route.category == "inference" else NO_SLOT
+        self._lock, self._counters = threading.Lock(), {}   # {token id: TokenCounters}
 
     def enter(self, slot):
-        """Count a request, before its body is read; raise Refusal if it exceeds a limit."""
+        """Count a request; raise Refusal if it exceeds a limit."""
         token = slot.token
         budget = self._budget(token)
         with self._lock:
@@ -3726,50 +3581,51 @@ class Limiter:
             if counters is None:
                 counters = self._counters[token.id] = TokenCounters()
             if is_limited(token):
-                self._refuse_beyond(self._rates(token, counters) + budget)
+                self._check(self._rates(token, counters) + budget)
             counters.running += 1
             if token.rpm:
-                slot.began = self._clock()
-                counters.recent.append(slot.began)
+                slot.rate_time = self._clock()
+                counters.recent.append(slot.rate_time)
+        slot.context.slot = slot
 
-    def check_again(self, slot, token):
-        """Raise Refusal if a request, now that its body is there, exceeds a limit of its token."""
-        budget = self._budget(token)
-        with self._lock:
-            own = 0 if slot.began is None else 1
-            self._refuse_beyond(self._rates(token, self._counters[slot.token.id], 1, own) + budget)
-
-    def enqueue(self, token, context):
-        """Return a request's place in the queue; raise Refusal if that is full."""
-        place = self._queue.enqueue(token.user)
+    def wait(self, slot, cancel_on, check_again):
+        """Check the limits again, now that the body is there, and wait in the queue; see Slot.wait."""
+        context = slot.context
+        if is_limited(context.token):
+            budget = self._budget(context.token)
+            with self._lock:
+                own = self._counters[slot.token.id], 1, slot.rate_time is not None
+                self._check(self._rates(context.token, *own) + budget)
+        self._queue.enter(slot)
+        slot.queued = True
         self._ledger.start(context)
-        return place
+        context.queue_seconds = self._queue.wait(slot, cancel_on)
+        if context.queue_seconds:
+            check_again()
+            self._check(self._budget(context.token))
+        context.sent_at = time.monotonic()
 
-    def check_budget(self, token):
-        """Raise Refusal if a token's budget is used up."""
-        self._refuse_beyond(self._budget(token))
-
-    def leave(self, slot, context):
-        """Let a request go; what it used of a budget is missing there from now on. One that was refused counts not."""
+    def leave(self, slot):
+        """End a request: its usage counts for the budget from now on. A refused request does not count for the rate."""
+        context = slot.context
         context.released_at = time.monotonic()
-        if slot.place is not None:
+        if slot.queued:
             if context.token.tokens_per_day:
                 self._ledger.update(context)
-            self._queue.leave(slot.place)
+            self._queue.leave(slot)
         with self._lock:
             counters = self._counters[slot.token.id]
             counters.running -= 1
-            if slot.place is None and slot.began is not None:
-                with contextlib.suppress(ValueError):   # a minute has passed
-                    counters.recent.remove(slot.began)
+            if not slot.queued and slot.rate_time in counters.recent:
+                counters.recent.remove(slot.rate_time)
             if not counters.running and not counters.recent:
                 del self._counters[slot.token.id]
 
     @staticmethod
-    def _refuse_beyond(statuses):
+    def _check(statuses):
         for status in statuses:
             if not status.remaining:
-                status.refuse()
+                raise status.refusal()
 
     def _budget(self, token):
         if not token.tokens_per_day:
@@ -3777,43 +3633,43 @@ class Limiter:
         try:
             spent = self._ledger.spent(token)
         except Failure as error:
-            raise Refusal("uncounted", f"what this token used today cannot be read: {error}") from None
+            raise Refusal("uncounted", f"the token's usage of today cannot be read: {error}") from None
         return [LimitStatus("tokens_per_day", token.tokens_per_day, max(token.tokens_per_day - spent, 0),
                             self._ledger.day_left())]
 
     def _rates(self, token, counters, own_running=0, own_recent=0):
+        """Return the statuses of rpm and max_parallel, without so many requests of the one that asks."""
         found = []
         if token.rpm:
             recent, now = counters.recent, self._clock()
             while recent and recent[0] <= now - MINUTE:
                 recent.popleft()
-            over = max(len(recent) - token.rpm, 0)  # which one has to be a minute old, that another may follow
+            over = max(len(recent) - token.rpm, 0)  # the next one may come when this one is a minute old
             reset = recent[over] + MINUTE - now if recent else 0
-            left = max(token.rpm - len(recent) + own_recent, 0)
-            found.append(LimitStatus("rpm", token.rpm, left, math.ceil(reset)))
+            found.append(LimitStatus("rpm", token.rpm, max(token.rpm - len(recent) + own_recent, 0), math.ceil(reset)))
         if token.max_parallel:
-            left = max(token.max_parallel - counters.running + own_running, 0)
-            found.append(LimitStatus("max_parallel", token.max_parallel, left, RETRY_SECONDS))
+            remaining = max(token.max_parallel - counters.running + own_running, 0)
+            found.append(LimitStatus("max_parallel", token.max_parallel, remaining, RETRY_SECONDS))
         return found
 
     def statuses(self, token, own=0):
-        """Return what is left of each of a token's limits, but for what of its own the asking request holds."""
+        """Return the LimitStatus of each limit of a token; own: running requests that are not to count."""
         if not is_limited(token):
             return []
         budget = self._budget(token)
         with self._lock:
             return self._rates(token, self._counters.get(token.id, TokenCounters()), own) + budget
 
-    def fields(self, token, context):
-        """Return the fields that tell of the limit nearest exhaustion, none for a token without limits.
+    def fields(self, context):
+        """Return the RateLimit fields of the limit nearest exhaustion, none without limits.
 
-        A client that has read the answer finds it so: what the request itself holds is free again by then.
+        The request itself does not count: it has ended when the client reads them.
         """
-        if not is_limited(token):
+        if context.token is None or not is_limited(context.token):
             return ()
         try:
-            statuses = self.statuses(token, context.counted_in)
-        except Refusal:     # what cannot be read now is no reason not to answer
+            statuses = self.statuses(context.token, context.slot is not None)
+        except Refusal:     # unknown usage is no reason not to answer
             return ()
         nearest = min(statuses, key=lambda status: status.remaining / status.limit)
         return (("RateLimit-Limit", nearest.limit), ("RateLimit-Remaining", nearest.remaining),
@@ -4837,6 +4693,107 @@ class Journal:
         self._closing.set()
         self._stirred.set()
         self._thread.join()
+
+# == Pipeline =================================================================
+
+INCLUDE_USAGE = b',"stream_options":{"include_usage":true}'    # at an object's end: of equal keys the last one wins
+NO_SLOT = contextlib.nullcontext()
+
+
+class Gateway:
+    """Takes each request through all stages."""
+
+    def __init__(self, trusted_proxies, router, connections, authenticator, limiter, endpoints, upstream, ratios, health,
+                 journal):
+        self._trusted_proxies, self._router, self._connections = trusted_proxies, router, connections
+        self._authenticator, self._limiter, self._endpoints = authenticator, limiter, endpoints
+        self._upstream, self._ratios, self.health, self._journal = upstream, ratios, health, journal
+
+    def serve(self, client):
+        """Serve one request: answer it once, and record it once."""
+        context = client.context
+        try:
+            request = client.read_request()
+            context.client_address = client_address(context.client_address, request, self._trusted_proxies)
+            client.extra = self._router.cors_fields(request)
+            request, route, path = self._router.match(request)
+            context.route = route.path
+            if route.access == "public":
+                return client.answer(*self._endpoint(route, PageRequest(request, path, None, b"")))
+            client.limit_fields = functools.partial(self._limiter.fields, context)
+            self._authorize(client, request, route)
+            self._connections.authenticate(client.connection, context.token.id)
+            with Slot(self._limiter, context) if route.category == "inference" else NO_SLOT as slot:
+                if route.category == "page":
+                    return client.answer(*self._page(client, request, route, path))
+                last = self._forward(client, request, route, path, slot)
+            client.write(last, last=True)   # when the slot is free: the client may send its next request at once
+        except (Refusal, Failure) as error:
+            # a Failure's text has a path, and the client is not authenticated yet: only the log shows it
+            refusal = error if isinstance(error, Refusal) else Refusal(error.code)
+            context.refusal_code, context.reason = error.code, str(error)
+            client.refuse(refusal)
+        except ClientLeft as error:
+            if context.usage_reader is None or not context.usage_reader.ended:   # many leave after the last line
+                context.outcome, context.reason = "left", str(error)
+            client.abort()
+        except Exception:   # a fault of the gateway ends one request, with a response and a traceback in the log
+            LOG.exception("request %s met a fault of the gateway", context.id)
+            client.refuse(Refusal("internal", f"the gateway failed: see its log, request {context.id}"))
+        finally:
+            self._journal.write(context)
+
+    def _authorize(self, client, request, route):
+        """Find the request's token, which may use the route; raise Refusal."""
+        context = client.context
+        context.token = self._authenticator.identify(request, context.client_address, client.connection.pause)
+        authorize_route(route, context.token, request)
+
+    def _endpoint(self, route, page_request):
+        """Return the response of one of our own endpoints; raise Refusal."""
+        try:
+            return getattr(self._endpoints, route.handler)(page_request)
+        except UsageError as error:
+            raise Refusal("malformed", str(error)) from None
+        except Failure as error:
+            raise Refusal(error.code, str(error)) from None
+
+    def _page(self, client, request, route, path):
+        body = client.read_page_body() if route.method in ("POST", "PATCH") else b""
+        if body:    # the token may have been revoked while the body arrived
+            self._authorize(client, request, route)
+        return self._endpoint(route, PageRequest(request, path, client.context.token, body))
+
+    def _forward(self, client, request, route, path, slot):
+        """Pass a request on to Ollama and its response to the client; return the last piece, which is not sent yet."""
+        context, connection, model = client.context, client.connection, ""
+
+        def check_again():  # whenever time has passed: the token may have been revoked or narrowed
+            self._authorize(client, request, route)
+            authorize_model(route, model, context.token)
+
+        connection.waited = False
+        with StreamedBody(client, check_again) if route.streamed else client.read_whole_body() as body:
+            if connection.waited:
+                self._authorize(client, request, route)
+            info = inspect_body(route, path, request, body, context.token)
+            context.model = model = info.model
+            authorize_model(route, model, context.token)
+            if info.insert_at:
+                body.insert(info.insert_at, INCLUDE_USAGE)
+            if slot:
+                slot.wait(connection, check_again)
+            with PromptCount(self._ratios, context, body) if slot else NO_SLOT, \
+                    self._upstream.open(route.method, path, request, body, context.id, connection) as response:
+                return relay(response, client, route, info, context.token, slot and slot.release)
+
+    def free_descriptors(self):
+        """Close the idle connections to Ollama."""
+        self._upstream.close()
+
+    def close(self):
+        for stage in self._journal, self._authenticator, self.health, self._upstream:
+            stage.close()
 
 # == OpenAPI ==================================================================
 
@@ -6092,17 +6049,16 @@ def build_server(settings, store, log=None):
     metrics = Metrics(gauges)
     routes = served_routes(settings.metrics_open, settings.no_admin_api)
     gateway = Gateway(
-        proxies=TrustedProxies(settings.trusted_proxies),
+        trusted_proxies=settings.trusted_proxies,
         router=Router(routes, settings.base_path, settings.path_tokens, settings.cors_origins),
+        connections=connections,
         authenticator=Authenticator(tokens, AuthThrottle()),
         limiter=limiter,
+        endpoints=Pages(routes, settings.base_path, store, health, ledger, limiter, metrics, gauges),
         upstream=upstream,
+        ratios=TokenRatio(),
         health=health,
-        connections=connections,
-        relay=relay,
-        count_prompt=functools.partial(PromptCount, TokenRatio()),
-        journal=Journal(ledger, metrics, log or LOG.info),
-        pages=Pages(routes, settings.base_path, store, health, ledger, limiter, metrics, gauges))
+        journal=Journal(ledger, metrics, log or LOG.info))
     try:
         return GatewayServer(settings.host, settings.port, Handler, gateway, limits, connections, tls)
     except (OSError, UnicodeError) as error:

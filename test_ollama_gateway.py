@@ -4218,22 +4218,24 @@ class LimitsByTheClock(unittest.TestCase):
         self.now = 1000.0
         self.ledger = FreeAccount()
         self.limiter = gateway.Limiter(gateway.FairQueue(0, 1, 1), self.ledger, lambda: self.now)
-        self.route = next(route for route in gateway.ROUTES if route.path == "/api/chat")
 
     def token(self, **limits):
         blank = dict.fromkeys(gateway.Token._fields)
         return gateway.Token(**{**blank, "id": 1, "user": "ada", "name": "laptop", **limits})
 
+    def slot(self, token):
+        context = gateway.RequestContext("", 0)
+        context.token = token
+        return gateway.Slot(self.limiter, context)
+
     def fields(self, token):
-        return self.limiter.fields(token, gateway.RequestContext("", 0))
+        return self.limiter.fields(self.slot(token).context)
 
     def hold(self, token):
         """Let a request in; return what ends it, or the refusal's code."""
         held = contextlib.ExitStack()
         try:
-            record = gateway.RequestContext("", 0)
-            record.token = token
-            held.enter_context(self.limiter.admit(self.route, token, record)).wait_turn(token, None, None)
+            held.enter_context(self.slot(token)).wait(None, None)
         except gateway.Refusal as refusal:
             return refusal.code, dict(refusal.fields)["Retry-After"]
         return held.close
@@ -4299,22 +4301,17 @@ class LimitsByTheClock(unittest.TestCase):
         self.assertEqual(self.fields(self.token()), ())
 
     def test_a_request_is_not_told_of_what_itself_holds(self):
-        token, record = self.token(max_parallel=1), gateway.RequestContext("", 0)
-        with self.limiter.admit(self.route, token, record):
-            self.assertEqual(dict(self.limiter.fields(token, record))["RateLimit-Remaining"], 1)
+        token = self.token(max_parallel=1)
+        slot = self.slot(token)
+        with slot:
+            self.assertEqual(dict(self.limiter.fields(slot.context))["RateLimit-Remaining"], 1)
             self.assertEqual(dict(self.fields(token))["RateLimit-Remaining"], 0)
-        self.assertEqual(dict(self.limiter.fields(token, record))["RateLimit-Remaining"], 1)
+        self.assertEqual(dict(self.limiter.fields(slot.context))["RateLimit-Remaining"], 1)
 
     def test_what_cannot_be_read_refuses(self):
         self.ledger.spent = unittest.mock.Mock(side_effect=gateway.Failure("no"))
         self.assertEqual(self.hold(self.token(tokens_per_day=10))[0], "uncounted")
         self.assertEqual(self.fields(self.token(tokens_per_day=10)), ())
-
-    def test_read_only_routes_pass_by(self):
-        token = self.token(rpm=1)
-        self.hold(token)
-        with self.limiter.admit(gateway.Route("GET", "/api/tags", "token", "read"), token, gateway.RequestContext("", 0)):
-            pass
 
 
 class Limited(GatewayCase):
@@ -4592,8 +4589,11 @@ class TurnsInOrder(unittest.TestCase):
         self.addCleanup(LEAKS.check)
 
     def line_up(self, user):
-        """Take a place; return it and what gives it up."""
-        place = self.queue.enqueue(user)
+        """Enter the queue; return the slot and what gives it back."""
+        context = gateway.RequestContext("", 0)
+        context.token = unittest.mock.Mock(user=user)
+        place = gateway.Slot(None, context)
+        self.queue.enter(place)
         cleanup = contextlib.ExitStack()
         cleanup.callback(self.queue.leave, place)
         self.addCleanup(cleanup.close)
@@ -4637,7 +4637,7 @@ class TurnsInOrder(unittest.TestCase):
             place.wakeup and setattr(place.wakeup, "set", lambda place=place: called.append(place))
         self.assertEqual(self.served(list(lined_up)), "abcaba")
         self.assertEqual([place for place in called if place.user == "a"], places[1:3])
-        self.assertEqual(self.queue._served, {}, "who was served when is forgotten when nobody waits")
+        self.assertEqual(self.queue._granted, {}, "who was served when is forgotten when nobody waits")
 
     def test_more_places_are_taken_at_once(self):
         self.queue = gateway.FairQueue(3, 100, 60)
@@ -5418,7 +5418,7 @@ class AccountByTheClock(Case):
         self.use(4)
         self.assertEqual(self.ledger.spent(self.token), 4)
         self.now += 5
-        with unittest.mock.patch.object(gateway.TokenCache, "spent", side_effect=gateway.Failure("locked")):
+        with unittest.mock.patch.object(gateway.TokenCache, "tokens_used_on", side_effect=gateway.Failure("locked")):
             self.assertEqual(self.ledger.spent(self.token), 4)
             with self.assertRaises(gateway.Failure):
                 self.open_account().spent(self.token)
