@@ -1218,7 +1218,7 @@ class Store(Case):
         self.assertEqual(store.usage("user", 0), [{"user": "ada", **row}])
         self.assertEqual(store.export_rows(), exported)
         with contextlib.closing(gateway.TokenCache(store)) as table:
-            self.assertEqual(table.spent(table.find(secret), 20_000), 90)
+            self.assertEqual(table.tokens_used_on(table.find(secret), 20_000), 90)
         store.add_usage({(hour, "ada", "laptop", "tiny:latest", "/api/chat"): (1, 0, 0, 10, 4, 5, 1.0, 2)}, {})
         self.assertEqual([list(row.values()) for row in store.usage("user", 0)], [["ada", 5, 2, 1, 40, 4, 65, 6.0, 2]])
 
