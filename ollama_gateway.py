@@ -43,7 +43,7 @@ Calls go up as well as down: a callee stands above its callers. One request, eac
           ClientStream.read_whole_body    Server
           inspect_body, authorize_model   Routing and access
           Slot.wait                       Limits and usage
-          Upstream.open                   Backends
+          Upstream.send                   Backends
           relay                           Relay
           Journal.write                   Logging and metrics
 
@@ -3678,12 +3678,37 @@ class Limiter:
 # == Backends =================================================================
 
 
+class UpstreamError(Exception):
+    """Ollama gave no complete response; the text is the cause."""
+
+    code, message = "upstream_failed", "Ollama {}"
+
+    def refusal(self):
+        return Refusal(self.code, self.message.format(self))
+
+
+class NotConnected(UpstreamError):
+    """There is no connection to Ollama, or it was lost before the response."""
+
+    message = "Ollama cannot be reached: {}"
+
+
+class NoResponse(UpstreamError):
+    """The response did not begin in time."""
+
+    code, message = "upstream_silent", "Ollama did not answer: {}"
+
+
+class BadResponse(UpstreamError):
+    """The response is not HTTP, too large, or broke off; the text is a predicate."""
+
+
 class EarlyResponse(Exception):
-    """The upstream answers, or hangs up, before it has the whole request."""
+    """Ollama responded, or hung up, before it had the whole request."""
 
 
 class UpstreamConnection(Connection):
-    """A connection to the upstream; watched, it tells when the upstream will not wait for more."""
+    """A connection to Ollama. A streamed request body watches it for an early response."""
 
     reused = False
     idle_since = 0      # by the pool's clock
@@ -3694,18 +3719,18 @@ class UpstreamConnection(Connection):
         self._poll.register(self.descriptor, READABLE)
 
     def is_idle(self):
-        """Tell whether nothing came since the last answer: no end, and no bytes, which would be of nobody's answer."""
+        """Return whether nothing came since the last response: neither an end nor bytes that no request asked for."""
         if self._poll.poll(0) or isinstance(self.sock, ssl.SSLSocket):  # poll costs a third of a read in vain
             return self.alive() and not self.buffer
         return True
 
     def on_readable(self):
-        """Raise EarlyResponse; a word of TLS's own, a session ticket say, is none."""
+        """Raise EarlyResponse, unless TLS alone had something to read, a session ticket for example."""
         if not self.alive() or self.buffer:
             raise EarlyResponse
 
     def until_writable(self, deadline, cancel_on):
-        """Wait to send more of a request, and meanwhile for an answer that does not wait for it."""
+        """Wait to send more of a request; raise EarlyResponse."""
         self.wait(WRITABLE | READABLE, deadline, cancel_on)
         self.on_readable()
 
@@ -3718,16 +3743,22 @@ class UpstreamConnection(Connection):
 
 
 class UpstreamRequest(urllib.request.Request):
-    """A request as it goes up. Its URL is known in parts, so what Request would parse from it is told instead."""
+    """A request to Ollama. It knows no host until it is sent."""
 
-    full_url = data = fragment = None  # in place of Request's properties
+    type, full_url, data, headers = "http", "", None, types.MappingProxyType({})    # for the OpenerDirector
 
-    def __init__(self, base, method, path, fields, body, cancel_on=None, deadline=None):
-        """deadline: one for all of it, from the look-up to the last byte; None: the timeouts of the settings."""
-        self.type, self.host, self.full_url = base.scheme, base.netloc, path
-        self.method, self.headers, self.body, self.cancel_on, self.deadline = method, {}, body, cancel_on, deadline
-        self.head = (f"{method} {base.path}{path} HTTP/1.1\r\nHost: {base.netloc}\r\nAccept-Encoding: identity\r\n"
-                     f"{fields}{body.framing}\r\n").encode("latin-1")
+    def __init__(self, method, target, fields, body, cancel_on=None, deadline=None):
+        """Take path and query (target) and the lines of the head (fields); a hang-up on cancel_on cancels the request.
+
+        deadline: for the whole exchange; None: the timeouts of the settings.
+        """
+        self.method, self.target, self.fields, self.body = method, target, fields, body
+        self.cancel_on, self.deadline = cancel_on, deadline
+
+    def head(self, url):
+        """Return the head in bytes for the host of a URL."""
+        return (f"{self.method} {url.path}{self.target} HTTP/1.1\r\nHost: {url.netloc}\r\n"
+                f"Accept-Encoding: identity\r\n{self.fields}{self.body.framing}\r\n").encode("latin-1")
 
 
 def port_of(url):
@@ -3735,7 +3766,7 @@ def port_of(url):
 
 
 class Resolver:
-    """Looks up a host's addresses in a thread, because getaddrinfo cannot be cancelled and knows no time limit.
+    """Looks up the addresses of a host in a thread: getaddrinfo cannot be cancelled and has no timeout.
 
     One look-up runs at a time, however many requests wait for it: a resolver that hangs holds one thread.
     """
@@ -3743,12 +3774,12 @@ class Resolver:
     def __init__(self, host, port):
         self._host, self._port = host, port
         self._lock, self._waiting, self._running = threading.Lock(), set(), False
-        self._found = None      # by the last look-up: addresses, or an exception
+        self._found = None      # addresses, or the exception of the last look-up
 
     def addresses(self, deadline, cancel_on):
-        """Return getaddrinfo's addresses; raise ConnectionError, or what the watched wire raises."""
+        """Return getaddrinfo's addresses; raise ConnectionError, or what the connection to cancel on raises."""
         if ":" in self._host or self._host.replace(".", "").isdigit():
-            return look_up(self._host, self._port)  # an IP address, for which nobody is asked
+            return look_up(self._host, self._port)  # an IP address needs no resolver
         with contextlib.closing(Wakeup()) as wakeup:
             with self._lock:
                 if not self._running:
@@ -3770,7 +3801,7 @@ class Resolver:
     def _run(self):
         try:
             found = look_up(self._host, self._port)
-        except Exception as error:  # whatever it is, it is raised again in the threads that wait
+        except Exception as error:  # it is raised again in the threads that wait
             found = error
         with self._lock:
             self._found, self._running = found, False
@@ -3779,7 +3810,7 @@ class Resolver:
 
 
 class Pool:
-    """Connections to the upstream, kept alive, the last used first; `clock` is for intervals."""
+    """Kept-alive connections to a host; the last used is taken first. `clock` is for intervals."""
 
     def __init__(self, url, connect_timeout, tls=None, clock=time.monotonic):
         self._host, self._resolver = url.hostname, Resolver(url.hostname, port_of(url))
@@ -3787,46 +3818,36 @@ class Pool:
         self._connect_timeout, self._clock = connect_timeout, clock
         self._idle = deque()
 
-    def lease(self, exchange, fresh=False):
-        """Return a live connection, a kept one unless it must be fresh; raise OSError if there is none to be had.
-
-        A kept one that died idle is found out here, or by who uses it.
-        """
-        self._close_old()
+    def lease(self, request, fresh=False):
+        """Return a live connection, a kept-alive one unless `fresh`; raise OSError."""
         while self._idle and not fresh:
-            with contextlib.suppress(IndexError):
+            try:
                 connection = self._idle.pop()
-                if connection.is_idle():
-                    connection.reused = True
-                    return connection
-                connection.close()
-        return self._connect(exchange)
+            except IndexError:  # another thread took it
+                break
+            if self._clock() - connection.idle_since <= IDLE_SECONDS and connection.is_idle():
+                connection.reused = True
+                return connection
+            connection.close()
+        return self._connect(request)
 
-    def _close_old(self):
-        """Close the connections that were idle for too long: the oldest are at the left."""
-        latest = self._clock() - IDLE_SECONDS
-        try:
-            while self._idle[0].idle_since < latest:
-                self._idle.popleft().close()
-        except IndexError:  # none is left; other threads take some, too
-            pass
-
-    def _connect(self, exchange):
-        """Return a new connection to the first address that takes one; each has an equal share of the time left."""
+    def _connect(self, request):
+        """Return a new connection to the first address that accepts; each has an equal share of the time left."""
         deadline = Deadline(self._connect_timeout, "--connect-timeout")
-        if exchange.deadline and exchange.deadline.left() < self._connect_timeout:
-            deadline = exchange.deadline
-        trouble = OSError("its name has no address")
-        found = self._resolver.addresses(deadline, exchange.cancel_on)
+        if request.deadline and request.deadline.left() < self._connect_timeout:
+            deadline = request.deadline
+        failure = OSError("its name has no address")
+        found = self._resolver.addresses(deadline, request.cancel_on)
         for number, (family, kind, protocol, _, address) in enumerate(found):
             try:
                 with UpstreamConnection(socket.socket(family, kind, protocol)) as connection:
-                    return self._establish(connection, address, deadline.share(len(found) - number), exchange.cancel_on)
+                    share = deadline.share(len(found) - number)
+                    return self._establish(connection, address, share, request.cancel_on)
             except OSError as error:
                 if error.errno in OUT_OF_DESCRIPTORS:
                     raise
-                trouble = error
-        raise ConnectionError(trouble.strerror or str(trouble))
+                failure = error
+        raise ConnectionError(failure.strerror or str(failure))
 
     def _establish(self, connection, address, deadline, cancel_on):
         try:
@@ -3841,32 +3862,35 @@ class Pool:
         return connection
 
     def release(self, connection):
+        """Keep a connection for the next request."""
         connection.idle_since = self._clock()
         if len(self._idle) < POOL_SIZE:
             self._idle.append(connection)
         else:
             connection.close()
 
-    def clear(self):
-        while self._idle:
-            with contextlib.suppress(IndexError):
-                self._idle.pop().close()
+    def close_idle(self, seconds=0):
+        """Close the connections that were idle for so many seconds."""
+        latest = self._clock() - seconds
+        with contextlib.suppress(IndexError):   # none is left; other threads take some, too
+            while self._idle[0].idle_since <= latest:
+                self._idle.popleft().close()
 
 
 class Response:
-    """The upstream's answer: its head at once, its body piece by piece; leaving its with block frees the connection."""
+    """A response of Ollama: its head at once, its body piece by piece. Leaving its with block frees the connection."""
 
-    def __init__(self, head, exchange, connection, pool, stall_timeout):
+    def __init__(self, head, request, connection, pool, stall_timeout):
         parse = parse_cached_response_head if len(head) <= CACHED_HEAD_BYTES else parse_response_head
         self.head = head = parse(head)
         self.status, self.length, self.reusable = head.status, head.length, head.keeps
-        if exchange.method == "HEAD" or head.status in (204, 304):  # RFC 9112 6.3
+        if request.method == "HEAD" or head.status in (204, 304):   # RFC 9112 6.3
             self._body = LengthBody(0)
         elif head.chunked:
             self._body = ChunkedBody()
         else:
             self._body = CloseDelimitedBody() if head.length is None else LengthBody(head.length)
-        self._wire, self._pool, self._exchange = connection, pool, exchange
+        self._connection, self._pool, self._request = connection, pool, request
         self._stall_timeout = stall_timeout
 
     def field(self, name):
@@ -3879,126 +3903,120 @@ class Response:
 
     @property
     def waiting(self):
-        """Tell whether `read` may have to wait."""
-        return not self._wire.buffer and not self._body.complete
+        """Return whether `read` may have to wait."""
+        return not self._connection.buffer and not self._body.complete
 
     def read(self):
-        """Return the body's next piece as soon as it is there, b"" only at its end; raise Refusal if it breaks off."""
-        deadline = self._exchange.deadline or Deadline(self._stall_timeout, "--stall-timeout")
+        """Return the next piece of the body as soon as it is there, b"" only at its end; raise BadResponse."""
+        deadline = self._request.deadline or Deadline(self._stall_timeout, "--stall-timeout")
         try:
-            return self._wire.read_piece(self._body, deadline, self._exchange.cancel_on)
+            return self._connection.read_piece(self._body, deadline, self._request.cancel_on)
         except (OSError, Malformed) as error:
-            raise Refusal("upstream_failed", f"Ollama broke off its answer: {error}") from None
+            raise BadResponse(f"broke off its response: {error}") from None
+
+    def read_all(self, limit):
+        """Return the rest of the body; raise BadResponse if it is larger than the limit."""
+        data = bytearray()
+        while not self.complete:
+            data += self.read()
+            if len(data) > limit:
+                raise BadResponse(f"sent more than {limit} bytes")
+        return bytes(data)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        if self._body.complete and self.reusable and not self._wire.buffer:  # surplus bytes: nobody knows of what
-            self._pool.release(self._wire)
+        if self._body.complete and self.reusable and not self._connection.buffer:   # no request asked for more bytes
+            self._pool.release(self._connection)
         else:
-            self._wire.close()
+            self._connection.close()
 
 
-class PooledHandler(urllib.request.BaseHandler):
-    """What urllib's opener asks to open a URL: pooled connections below, no redirects and no proxies above."""
+class Upstream(urllib.request.BaseHandler):
+    """An Ollama, below urllib's opener: pooled connections, no redirects, no proxies.
 
-    def __init__(self, pool, stall_timeout):
-        self._pool, self._stall_timeout = pool, stall_timeout
+    tls: an SSLContext in place of the system's.
+    """
 
-    def default_open(self, exchange):
-        """Send the exchange and return the Reply; its timeout is for the answer's head.
+    def __init__(self, url, connect_timeout, first_byte_timeout, stall_timeout, tls=None):
+        self._url, self._connect_timeout = url, connect_timeout
+        self._first_byte_timeout, self._stall_timeout = first_byte_timeout, stall_timeout
+        self.pool = Pool(url, connect_timeout, tls)
+        self._opener = urllib.request.OpenerDirector()
+        self._opener.add_handler(self)
 
-        A kept connection may die as we use it: when not a byte of an answer came, and the body can be sent again, it
-        is, once, on a new connection; all other kept ones are as old, and are dropped.
-        """
-        connection = self._pool.lease(exchange, fresh=not exchange.body.replayable)
+    def send(self, request):
+        """Send an UpstreamRequest and return its Response; raise UpstreamError, or Refusal without descriptors."""
         try:
-            return self._exchange(connection, exchange)
+            return self._opener.open(request, timeout=self._first_byte_timeout)
+        except Malformed as error:
+            raise BadResponse(f"does not speak HTTP: {error}") from None
+        except OSError as error:
+            if is_out_of_descriptors(error):
+                raise Refusal("no_descriptors") from None
+            raise (NoResponse if is_late(error) else NotConnected)(error) from None
+
+    def get_json(self, path, fields="", cancel_on=None, deadline=None):
+        """Return the status and the JSON object (None: no object) of the response to GET path; raise as `send` does.
+
+        deadline: for the whole exchange; None: --connect-timeout and PROBE_SECONDS.
+        """
+        deadline = deadline or Deadline(self._connect_timeout + PROBE_SECONDS)
+        with self.send(UpstreamRequest("GET", path, fields, NO_BODY, cancel_on, deadline)) as response:
+            data = response.read_all(PROBE_BYTES)
+        try:
+            found = json.loads(data)
+        except (ValueError, RecursionError):
+            found = None
+        return response.status, found if isinstance(found, dict) else None
+
+    def default_open(self, request):
+        """Exchange a request for a Response, as urllib's opener calls it.
+
+        A kept-alive connection may fail when it is used. If no byte of a response came and the body can be sent again,
+        the request is sent once more on a new connection; the other idle ones are as old, and are closed.
+        """
+        connection = self.pool.lease(request, fresh=not request.body.replayable)
+        try:
+            return self._exchange(connection, request)
         except OSError as error:
             if is_late(error) or not connection.reused or connection.buffer:
                 raise
-        self._pool.clear()
-        return self._exchange(self._pool.lease(exchange, fresh=True), exchange)
+        self.pool.close_idle()
+        return self._exchange(self.pool.lease(request, fresh=True), request)
 
-    def _exchange(self, connection, exchange):
+    def _exchange(self, connection, request):
         with connection:
-            whole = self._send(connection, exchange)
-            deadline = exchange.deadline or Deadline(exchange.timeout, "--first-byte-timeout")
+            whole = self._send(connection, request)
+            deadline = request.deadline or Deadline(request.timeout, "--first-byte-timeout")
             while True:
-                head = connection.read_head(deadline, exchange.cancel_on)
-                connection.reused = False  # it has proved to be alive: what fails from here on is not tried again
-                response = Response(head, exchange, connection, self._pool, self._stall_timeout)
+                head = connection.read_head(deadline, request.cancel_on)
+                connection.reused = False   # it is alive: a later failure is not retried
+                response = Response(head, request, connection, self.pool, self._stall_timeout)
                 if response.status >= 200:
                     response.reusable = response.reusable and whole
                     return response
                 if not whole:
-                    raise Malformed("it interrupted the request with an interim answer")
+                    raise Malformed("it interrupted the request with an interim response")
 
-    def _send(self, connection, exchange):
-        """Send head and body; return whether all of it went: an upstream may answer, and stop reading, before."""
-        head = exchange.head
+    def _send(self, connection, request):
+        """Send head and body; return False if Ollama responded or stopped reading before the end."""
+        head = request.head(self._url)
         try:
-            for piece in exchange.body.pieces(connection):
-                connection.send(head + piece, Deadline(self._stall_timeout, "--stall-timeout"), exchange.cancel_on)
+            for piece in request.body.pieces(connection):
+                connection.send(head + piece, Deadline(self._stall_timeout, "--stall-timeout"), request.cancel_on)
                 head = b""
             if head:
-                connection.send(head, Deadline(self._stall_timeout, "--stall-timeout"), exchange.cancel_on)
+                connection.send(head, Deadline(self._stall_timeout, "--stall-timeout"), request.cancel_on)
             return True
         except TimeoutError:
             raise
         except (EarlyResponse, OSError):
             return False
 
-
-class Upstream:
-    """Ollama, as the gateway sees it; `tls` is an SSLContext that trusts others than the system does."""
-
-    def __init__(self, url, connect_timeout, first_byte_timeout, stall_timeout, tls=None):
-        self._url, self._connect_timeout, self._first_byte_timeout = url, connect_timeout, first_byte_timeout
-        self._pool = Pool(url, connect_timeout, tls)
-        self._opener = urllib.request.OpenerDirector()
-        self._opener.add_handler(PooledHandler(self._pool, stall_timeout))
-
-    def open(self, method, path, request, body, request_id, cancel_on):
-        """Pass a request on and return the Reply; raise Refusal if none comes. Leaving, the watched client ends it."""
-        fields = f"X-Request-Id: {request_id}\r\n{request.forwarded}"
-        return self._send(UpstreamRequest(self._url, method, path + request.query, fields, body, cancel_on))
-
-    def _send(self, exchange):
-        try:
-            return self._opener.open(exchange, timeout=self._first_byte_timeout)
-        except Malformed as error:
-            raise Refusal("upstream_failed", f"Ollama does not talk HTTP: {error}") from None
-        except OSError as error:
-            if is_out_of_descriptors(error):
-                raise Refusal("no_descriptors") from None
-            if is_late(error):
-                raise Refusal("upstream_silent", f"Ollama did not answer: {error}") from None
-            raise Refusal("upstream_failed", f"Ollama cannot be reached: {error}") from None
-
-    def probe(self, path, fields="", cancel_on=None, deadline=None):
-        """Return the status and the JSON object, None for none, of the answer to GET path; raise Refusal.
-
-        fields: of the request's head, as text; deadline: for all of it, or the time to connect and PROBE_SECONDS more.
-        """
-        data = bytearray()
-        deadline = deadline or Deadline(self._connect_timeout + PROBE_SECONDS)
-        with self._send(UpstreamRequest(self._url, "GET", path, fields, NO_BODY, cancel_on, deadline)) as response:
-            while not response.complete and len(data) < PROBE_BYTES:
-                data += response.read()
-        try:
-            answer = json.loads(bytes(data))
-        except (ValueError, RecursionError):
-            answer = None
-        return response.status, answer if isinstance(answer, dict) else None
-
-    def post(self, path, fields, data):
-        """Return the Reply to bytes; raise Refusal."""
-        return self._send(UpstreamRequest(self._url, "POST", path, fields, BufferedBody(data)))
-
     def close(self):
-        self._pool.clear()
+        self.pool.close_idle()
 
 
 class Stopped(Exception):
@@ -4006,7 +4024,7 @@ class Stopped(Exception):
 
 
 class StopSignal(Wakeup):
-    """Ends a wait that watches it by Stopped, as soon as it rings."""
+    """Cancels a wait by Stopped as soon as it is set."""
 
     @property
     def descriptor(self):
@@ -4020,17 +4038,14 @@ class StopSignal(Wakeup):
 
 
 class HealthProbe:
-    """Knows whether Ollama is up and which models it has, from a thread that requests this every few seconds.
-
-    Before the first answers, Ollama counts as down.
-    """
+    """Requests Ollama's version and models every few seconds, in a thread; Ollama is down until the first response."""
 
     def __init__(self, upstream):
         self.up, self.version, self.models, self.loaded = False, None, [], []
         self._upstream, self._stop, self._thread = upstream, None, None
 
     def start(self, on_first=lambda: None):
-        """Start the thread; it calls on_first after the first answers, or after PROBE_SECONDS without them."""
+        """Start the thread; it calls on_first after the first probe, which takes PROBE_SECONDS at most."""
         self._stop = StopSignal()
         self._thread = threading.Thread(target=self._run, args=(on_first,), name="health", daemon=True)
         self._thread.start()
@@ -4044,8 +4059,9 @@ class HealthProbe:
                         on_first()
                 except Stopped:
                     raise
-                except Exception:  # a fault of ours must not end the probing
+                except Exception:  # a fault must not end the probing
                     LOG.exception("the health probe failed")
+                self._upstream.pool.close_idle(IDLE_SECONDS)
                 with contextlib.suppress(TimeoutError):
                     return self._stop.wait(Deadline(HEALTH_SECONDS), None)
 
@@ -4057,18 +4073,19 @@ class HealthProbe:
                                     for found in (tags.get("models"), ps.get("models")))
 
     def _get(self, path, deadline):
-        """Return the JSON object that Ollama answers to GET path, {} for none."""
+        """Return the JSON object in the response to GET path, {} if there is none."""
         try:
-            status, answer = self._upstream.probe(path, cancel_on=self._stop, deadline=deadline)
-        except (Refusal, RuntimeError):     # or no thread could be started for the look-up
+            status, found = self._upstream.get_json(path, cancel_on=self._stop, deadline=deadline)
+        except (UpstreamError, Refusal, RuntimeError):  # RuntimeError: no thread could be started for the look-up
             return {}
-        return answer or {} if status == 200 else {}
+        return found or {} if status == 200 else {}
 
     def close(self):
         if self._thread:
             with contextlib.suppress(OSError):      # the thread has ended
                 self._stop.set()
-            self._thread.join(ABORT_SECONDS)        # it may hang in on_first, if nobody reads what that prints
+            self._thread.join(ABORT_SECONDS)        # it may hang in on_first, if nobody reads stderr
+
 
 # == Relay ====================================================================
 
@@ -4397,7 +4414,7 @@ def relay(response, client, route, body_info, token, leave):
             client.flush()
         try:
             piece = response.read()
-        except Refusal:
+        except UpstreamError:
             if usage_reader and usage_reader.held:
                 client.write(usage_reader.held)
             raise
@@ -4728,11 +4745,12 @@ class Gateway:
                     return client.answer(*self._page(client, request, route, path))
                 last = self._forward(client, request, route, path, slot)
             client.write(last, last=True)   # when the slot is free: the client may send its next request at once
-        except (Refusal, Failure) as error:
-            # a Failure's text has a path, and the client is not authenticated yet: only the log shows it
-            refusal = error if isinstance(error, Refusal) else Refusal(error.code)
-            context.refusal_code, context.reason = error.code, str(error)
-            client.refuse(refusal)
+        except Refusal as refusal:
+            self._refuse(client, refusal)
+        except UpstreamError as error:
+            self._refuse(client, error.refusal())
+        except Failure as error:    # its text may name a path, and the client is not authenticated: only the log has it
+            self._refuse(client, Refusal(error.code), str(error))
         except ClientLeft as error:
             if context.usage_reader is None or not context.usage_reader.ended:   # many leave after the last line
                 context.outcome, context.reason = "left", str(error)
@@ -4742,6 +4760,11 @@ class Gateway:
             client.refuse(Refusal("internal", f"the gateway failed: see its log, request {context.id}"))
         finally:
             self._journal.write(context)
+
+    @staticmethod
+    def _refuse(client, refusal, reason=""):
+        client.context.refusal_code, client.context.reason = refusal.code, reason or str(refusal)
+        client.refuse(refusal)
 
     def _authorize(self, client, request, route):
         """Find the request's token, which may use the route; raise Refusal."""
@@ -4783,8 +4806,10 @@ class Gateway:
                 body.insert(info.insert_at, INCLUDE_USAGE)
             if slot:
                 slot.wait(connection, check_again)
+            fields = f"X-Request-Id: {context.id}\r\n{request.forwarded}"
+            upstream_request = UpstreamRequest(route.method, path + request.query, fields, body, connection)
             with PromptCount(self._ratios, context, body) if slot else NO_SLOT, \
-                    self._upstream.open(route.method, path, request, body, context.id, connection) as response:
+                    self._upstream.send(upstream_request) as response:
                 return relay(response, client, route, info, context.token, slot and slot.release)
 
     def free_descriptors(self):
@@ -7245,11 +7270,6 @@ class CheckResult(NamedTuple):
     advice: str = ""
 
 
-def cause_of(refusal):
-    """Return what kept an answer away, of whomever it was asked."""
-    return re.sub(r"^Ollama (did not answer: |cannot be reached: )?", "", str(refusal))
-
-
 def check_settings(settings):
     """Tell which settings are not by default, and where they come from."""
     told = [f"{source} {raw}" if source.startswith("--") else f"{source}: {raw}"
@@ -7301,11 +7321,11 @@ def check_ollama(settings):
     url, ollama = settings.ollama_url.geturl(), upstream_at(settings.ollama_url, settings)
     with contextlib.closing(ollama):
         try:
-            status, told = ollama.probe("/api/version")
-            _, listed = ollama.probe("/api/tags")
-            refused, _ = ollama.probe("/api/version", "Origin: https://chat.example\r\n")
-        except Refusal as refusal:
-            return (yield CheckResult(False, f"Ollama at {url}: {cause_of(refusal)}", "start it, or see --ollama-url"))
+            status, told = ollama.get_json("/api/version")
+            _, listed = ollama.get_json("/api/tags")
+            refused, _ = ollama.get_json("/api/version", "Origin: https://chat.example\r\n")
+        except UpstreamError as error:
+            return (yield CheckResult(False, f"Ollama at {url}: {error}", "start it, or see --ollama-url"))
     if status == 403:
         return (yield CheckResult(False, f"Ollama at {url} refuses to be asked by that name",
                                   "name it localhost, or by its IP address, in --ollama-url"))
@@ -7335,9 +7355,9 @@ def ollama_answers_at(host, url):
     there = urllib.parse.urlsplit(f"{url.scheme}://{shown}:{port_of(url)}{url.path}")
     with contextlib.closing(Upstream(there, 1, 1, 1, unverified(url))) as ollama:
         try:
-            status, told = ollama.probe("/api/version")
+            status, told = ollama.get_json("/api/version")
             return status == 200 and "version" in (told or ())
-        except Refusal:
+        except UpstreamError:
             return False
 
 
@@ -7385,17 +7405,17 @@ def is_gateway(status, told):
 
 def gateway_running(gateway):
     try:
-        return is_gateway(*gateway.probe("/health"))
-    except Refusal:
+        return is_gateway(*gateway.get_json("/health"))
+    except UpstreamError:
         return False
 
 
 def check_health(where, gateway):
     """Tell whether a gateway answers, and whether it reaches Ollama."""
     try:
-        status, told = gateway.probe("/health")
-    except Refusal as refusal:
-        return (yield CheckResult(False, f"the gateway at {where}: {cause_of(refusal)}", "does it run, and there?"))
+        status, told = gateway.get_json("/health")
+    except UpstreamError as error:
+        return (yield CheckResult(False, f"the gateway at {where}: {error}", "does it run, and there?"))
     if not is_gateway(status, told):
         yield CheckResult(False, f"what answers at {where} is not a gateway of this kind (status {status} to /health)",
                           "see which server has that address, and what it passes on")
@@ -7426,7 +7446,8 @@ def time_stream(where, gateway, base, fields, model):
     """
     body_info = {"model": model, "prompt": "Count from one to fifty.", "options": {"num_predict": STREAM_TOKENS}}
     arrivals, data = [], b""
-    with gateway.post(f"{base}/generate", fields, json.dumps(body_info).encode()) as response:
+    with gateway.send(UpstreamRequest("POST", f"{base}/generate", fields,
+                                      BufferedBody(json.dumps(body_info).encode()))) as response:
         while not response.complete:
             data += response.read()
             arrivals.append(time.monotonic())
@@ -7455,7 +7476,7 @@ def check_stream(where, gateway, base, secret):
                                   f"give a token in the variable {TOKEN_VARIABLE}"))
     fields = f"Authorization: Bearer {secret}\r\nContent-Type: application/json\r\n"
     try:
-        status, listed = gateway.probe(f"{base}/tags", fields)
+        status, listed = gateway.get_json(f"{base}/tags", fields)
         if status != 200:
             mistaken = status in (401, 404)
             return (yield CheckResult(False, f"{where} answers {status} to the token: {(listed or {}).get('error', '')}",
@@ -7465,8 +7486,8 @@ def check_stream(where, gateway, base, secret):
             if verdict:
                 return (yield verdict)
         yield CheckResult(None, f"whether {where} holds streams back was not tried: no model there makes text")
-    except Refusal as refusal:
-        yield CheckResult(False, f"a streamed answer of {where}: {cause_of(refusal)}")
+    except UpstreamError as error:
+        yield CheckResult(False, f"a streamed answer of {where}: {error}")
 
 
 def secret_to_try(url):

@@ -2887,7 +2887,7 @@ class Relaying(GatewayCase):
                 self.assertStatus(self.again(client, method, path, body), 200)
 
     def test_idle_upstream_connections_older_than_60_s_are_not_reused(self):
-        pool, now = self.server.gateway._upstream._pool, [1000.0]
+        pool, now = self.server.gateway._upstream.pool, [1000.0]
         with unittest.mock.patch.object(pool, "_clock", lambda: now[0]):
             client = self.primed()
             now[0] += 60
@@ -2899,7 +2899,7 @@ class Relaying(GatewayCase):
             eventually(lambda: len(self.fake._open) == 1, "the old one's end")
 
     def test_idle_upstream_connections_of_a_burst_are_closed_though_a_newer_one_is_in_use(self):
-        pool, now = self.server.gateway._upstream._pool, [1000.0]
+        pool, now = self.server.gateway._upstream.pool, [1000.0]
         with unittest.mock.patch.object(pool, "_clock", lambda: now[0]):
             hold = self.hold()
             self.fake.replies["/api/chat"] = Reply.stream(hold, LINE)
@@ -2911,13 +2911,14 @@ class Relaying(GatewayCase):
             for _ in range(4):
                 now[0] += 20
                 self.assertStatus(self.ask("GET", "/api/tags"), 200)
+            pool.close_idle(60)     # as the health probe does
             eventually(lambda: len(self.fake._open) == 1, "the end of the others")
             self.assertEqual(self.fake.accepted, 4)
 
     def test_tcp_keep_alive_of_clients_and_of_the_upstream(self):
         client = self.primed()
         client_side, = {**self.server.connections._waiting, **self.server.connections._serving}
-        upstream_side, = self.server.gateway._upstream._pool._idle
+        upstream_side, = self.server.gateway._upstream.pool._idle
         wanted = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
         there_are = {name: value for name, value in wanted.items() if hasattr(socket, name)}
         for side in client_side, upstream_side:
