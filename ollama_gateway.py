@@ -1836,7 +1836,7 @@ def _database_errors(path):
     try:
         yield
     except (sqlite3.Error, OSError, ValueError) as error:   # ValueError: a NUL in the path
-        raise Failure(f"cannot use the database {path!a}: {error}") from error
+        raise Failure(f"cannot use the database {path!r}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -1851,6 +1851,15 @@ def _transaction(db, begin="BEGIN"):
             db.execute("ROLLBACK")
 
 
+def _upgrade(db):
+    """Bring the database to the newest version, even if others are doing the same."""
+    with _transaction(db, "BEGIN IMMEDIATE"):
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        for number, migration in enumerate(MIGRATIONS[version:], version + 1):
+            migration(db, int(time.time()))
+            db.execute(f"PRAGMA user_version = {number}")
+
+
 def _scrub(db):
     """Rewrite the database, so that no page of it, free or live, nor its WAL, holds a clear token."""
     try:
@@ -1863,39 +1872,24 @@ def _scrub(db):
         LOG.warning("clear tokens of the old gateway stay in the database until it is opened again: %s", error)
 
 
-def _migrate(db):
-    """Bring the database to the newest version, even if others are doing the same."""
-    with _transaction(db, "BEGIN IMMEDIATE"):
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        for number, migration in enumerate(MIGRATIONS[version:], version + 1):
-            migration(db, int(time.time()))
-            db.execute(f"PRAGMA user_version = {number}")
-
-
 def _use_wal(db, patience):
-    """Let readers and a writer work side by side; return whether the file system can.
-
-    Setting the mode fails at once while the database is locked, as by others who open a new one: retry until a deadline.
-    """
-    deadline = Deadline(patience)
-    while db.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+    """Let readers and a writer work side by side; return whether the file system can."""
+    deadline = time.monotonic() + patience
+    while True:     # SQLite itself does not wait here for others that open a new database
         try:
             return db.execute("PRAGMA journal_mode = WAL").fetchone()[0] == "wal"
         except sqlite3.OperationalError as error:
-            if "locked" not in str(error):
+            if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
-            deadline.left()
             time.sleep(0.01)
-    return True
 
 
 def _connect(path, writable, patience=BUSY_SECONDS, modes=("mode=ro", "immutable=1")):
     """Open the file; without the right to write, in the first of the modes in which SQLite can read it."""
-    how = dict(timeout=patience, isolation_level=None, check_same_thread=False)
-    if writable:
-        return sqlite3.connect(path, **how)
+    modes = ("mode=rw",) if writable else modes
     for mode in modes:
-        db = sqlite3.connect(f"file:{urllib.parse.quote(path)}?{mode}", uri=True, **how)
+        db = sqlite3.connect(f"file:{urllib.parse.quote(os.fsencode(path))}?{mode}", uri=True, timeout=patience,
+                             isolation_level=None, check_same_thread=False)
         try:
             db.execute("SELECT 1 FROM sqlite_master").fetchone()
             return db
@@ -1969,22 +1963,16 @@ def _make_private(paths):
 
 
 def _empty_wal(db, patience):
-    """Move what was committed into the database file: SQLite would apply a -wal to any file that replaces it.
-
-    Do not wait for readers: the next writer does it then.
-    """
+    """Move what was committed into the database file: SQLite would apply a -wal to any file that replaces it."""
     with contextlib.suppress(sqlite3.Error):
-        db.execute("PRAGMA busy_timeout = 0")
+        db.execute("PRAGMA busy_timeout = 0")   # if there are readers, the next writer does it
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     db.execute(f"PRAGMA busy_timeout = {int(patience * 1000)}")
 
 
 def _remove_wal(paths, files):
-    """Remove the -wal and -shm of a replaced database: SQLite would apply them to the new one.
-
-    Lock the folder, so that two gateways do not remove what the other one has just created.
-    """
-    with contextlib.ExitStack() as stack:
+    """Remove the -wal and -shm of a replaced database: SQLite would apply them to the new one."""
+    with contextlib.ExitStack() as stack:   # with a lock, or one gateway removes what another has just created
         with contextlib.suppress(OSError, ImportError):     # Windows has no such lock, and replaces no open file
             import fcntl
             folder = os.open(os.path.dirname(paths[0]), os.O_RDONLY)
@@ -2001,23 +1989,18 @@ WAL_INDEXES, WAL_INDEXES_LOCK = weakref.WeakValueDictionary(), threading.Lock() 
 def _map_wal_index(path, file):
     """Map the header of a WAL index, 48 bytes of the -shm file that each commit changes; return b"" if that fails.
 
-    It counts transactions and holds salts and checksums of the WAL, so a restart or a recovery of the WAL changes it, too
-    (sqlite.org/walformat.html 2.1). A process that closes any descriptor of a file loses all its locks on the file, and
-    SQLite holds some on this one. So a process maps the file once, and each connection's owner keeps the map longer.
+    It has a count of transactions, and the WAL's salts and checksums, which restart and recovery change, too
+    (sqlite.org/walformat.html 2.1). A process that closes any descriptor of a file loses all its locks on the file
+    (fcntl), and SQLite holds some on this one: so a process maps it once, and keeps the map until it has no connection.
     """
     with contextlib.suppress(OSError, ValueError), WAL_INDEXES_LOCK:
         if os.name == "posix" and file not in WAL_INDEXES:
             descriptor = os.open(path, os.O_RDONLY)     # stays open after an error, for the locks
             header = mmap.mmap(descriptor, 48, access=mmap.ACCESS_READ)
-            weakref.finalize(header, os.close, descriptor)
+            weakref.finalize(header, os.close, descriptor).atexit = False
             WAL_INDEXES[_identify(descriptor)] = header
         return WAL_INDEXES.get(file, b"")
     return b""
-
-
-def tokens_used(prompt, cached, completion):
-    """Return the tokens that a budget is charged: the cached part of a prompt costs no computation."""
-    return (prompt or 0) - (cached or 0) + (completion or 0)
 
 
 class UsageRow(NamedTuple):
@@ -2038,12 +2021,13 @@ class UsageRow(NamedTuple):
 
     @property
     def tokens_used(self):
-        return tokens_used(self.prompt_tokens, self.cached_tokens, self.completion_tokens)
+        """The tokens that a budget is charged: the cached part of a prompt costs no computation."""
+        return (self.prompt_tokens or 0) - (self.cached_tokens or 0) + (self.completion_tokens or 0)
 
 
 USAGE_KEY = ("hour", "user", "name", "model", "route")
 MEASURED = UsageRow._fields
-TOKENS_USED = "ifnull(prompt_tokens, 0) - ifnull(cached_tokens, 0) + ifnull(completion_tokens, 0)"   # as tokens_used
+TOKENS_USED = "ifnull(prompt_tokens, 0) - ifnull(cached_tokens, 0) + ifnull(completion_tokens, 0)"   # as UsageRow's
 USAGE_BY = {"user": ("user",), "token": ("user", "name"), "model": ("model",), "day": ("day",)}
 
 
@@ -2060,10 +2044,7 @@ def token_exists(user, name):
 
 
 class TokenStore(contextlib.AbstractContextManager):
-    """The database of tokens and usage; safe to share between threads and with other processes.
-
-    The file may be replaced or removed at any time: each access first compares device and inode.
-    """
+    """The database of tokens and usage, for threads and processes; each access first follows a replaced file."""
 
     COLUMNS = ", ".join(Token._fields)
     EXPORTED = ("user", "name", "digest", "hint", "created_at", "expires_at", "last_used_at", "admin", *LIMIT_BY_COLUMN)
@@ -2106,7 +2087,7 @@ class TokenStore(contextlib.AbstractContextManager):
                 _make_private(self._paths)
                 is_wal = _use_wal(db, patience)
                 if version < len(MIGRATIONS):
-                    _migrate(db)
+                    _upgrade(db)
                 if db.execute("SELECT scrub_owed FROM state").fetchone()[0]:
                     _scrub(db)
                 _empty_wal(db, patience)
@@ -2129,7 +2110,7 @@ class TokenStore(contextlib.AbstractContextManager):
             return
         if self._unusable and self._unusable[0] == file and time.monotonic() < self._unusable[2]:
             raise Failure(self._unusable[1])
-        if len(self.files) > 1 and file != self.files[0]:
+        if file != self.files[0]:
             _remove_wal(self._paths, self.files)
         self.files = [None]     # even if the old file comes back
         self.close()
@@ -2151,7 +2132,7 @@ class TokenStore(contextlib.AbstractContextManager):
 
     @contextlib.contextmanager
     def _write(self):
-        """Hold a transaction that writes; raise Failure if the database cannot be changed, or was replaced meanwhile."""
+        """Hold a transaction that writes; raise Failure if that is impossible or the file was replaced meanwhile."""
         with self._lock:
             self._reopen_if_replaced()
             if not self.writable:
@@ -2224,10 +2205,7 @@ class TokenStore(contextlib.AbstractContextManager):
             return self._select(db, "? IN (user, '')", "" if user is None else check_name("user", user))
 
     def add_usage(self, rows, uses):
-        """Add to the usage, and set when tokens were last used.
-
-        rows: {USAGE_KEY's values: UsageRow}; uses: {token id: Unix seconds}.
-        """
+        """Add {USAGE_KEY's values: UsageRow} to the usage, and set when tokens were last used: {id: Unix seconds}."""
         columns = USAGE_KEY + MEASURED
         add = ", ".join(f"{column} = coalesce({column} + excluded.{column}, {column}, excluded.{column})"
                         for column in MEASURED)
@@ -2239,10 +2217,7 @@ class TokenStore(contextlib.AbstractContextManager):
                            [(when, token_id, when) for token_id, when in uses.items()])
 
     def usage(self, by, since, token=None):
-        """Return the usage since the start of an hour, of a token or of all: a dictionary for each key of USAGE_BY.
-
-        Tokens are None if Ollama reported none.
-        """
+        """Return the usage since the start of an hour, of a token or of all: a dictionary for each value of `by`."""
         keys, owner = USAGE_BY[by], (token.user, token.name) if token else ()
         sums = ", ".join("round(sum(seconds), 3)" if column == "seconds" else f"sum({column})" for column in MEASURED)
         with self._read() as db:
@@ -2254,8 +2229,8 @@ class TokenStore(contextlib.AbstractContextManager):
         return [dict(zip(keys + MEASURED, row)) for row in rows]
 
     def _exported(self, db, condition, *values):
-        found = db.execute(f"SELECT {', '.join(self.EXPORTED)} FROM tokens WHERE {condition} ORDER BY user, name", values)
-        return [dict(zip(self.EXPORTED, row)) for row in found]
+        return [dict(zip(self.EXPORTED, row)) for row in db.execute(
+            f"SELECT {', '.join(self.EXPORTED)} FROM tokens WHERE {condition} ORDER BY user, name", values)]
 
     def export_rows(self):
         """Return the tokens to carry to another machine: a dictionary each, with digests, never secrets."""
@@ -2330,10 +2305,7 @@ class TokenCache:
         return self._tokens.get(digest_of(secret))
 
     def _update(self, file):
-        """Update the tokens and return whether they are up to date; log a failure once, and raise it.
-
-        file: identity of the present file, None if it is missing.
-        """
+        """Update the tokens; return False if the database is locked; raise Failure, logged once, if it is unusable."""
         try:
             with _database_errors(self._path):
                 if file is None or file != self._file or self._files is not self._store.files:
@@ -2378,7 +2350,8 @@ class TokenCache:
         """Return the tokens charged to a token's budget on a UTC day, as stored; raise Failure."""
         with self._lock, _database_errors(self._path):
             return self._db.execute(
-                f"SELECT ifnull(sum({TOKENS_USED}), 0) FROM usage WHERE user = ? AND name = ? AND hour >= ? AND hour < ?",
+                f"SELECT ifnull(sum({TOKENS_USED}), 0) FROM usage "
+                "WHERE user = ? AND name = ? AND hour >= ? AND hour < ?",
                 (token.user, token.name, day_start(day), day_start(day + 1))).fetchone()[0]
 
     def close(self):
@@ -3458,7 +3431,7 @@ class UsageLedger:
         self._add((hour, token.user, token.name, context.model_label, context.route), row)
         spent = self._spent.get((token.user, token.name))
         if spent and spent[0] == utc_day(hour):
-            self._spent[token.user, token.name] = (spent[0], spent[1] + tokens_used(*row[3:6]), spent[2])
+            self._spent[token.user, token.name] = (spent[0], spent[1] + UsageRow(*row).tokens_used, spent[2])
 
     def _add(self, key, row):
         old = self._pending.get(key)
@@ -3512,7 +3485,7 @@ class UsageLedger:
                 if known_day != day:
                     raise
                 return spent
-            spent = stored + sum(tokens_used(*row[3:6]) for where, row in self._pending.items()
+            spent = stored + sum(UsageRow(*row).tokens_used for where, row in self._pending.items()
                                  if where[1:3] == key and utc_day(where[0]) == day)
             self._spent[key] = (day, spent, now)
             return spent
@@ -6435,7 +6408,7 @@ def cmd_token_import(args):
 
 
 def tokens_in(row):
-    return tokens_used(row["prompt_tokens"], row["cached_tokens"], row["completion_tokens"])
+    return UsageRow(*(row[column] for column in MEASURED)).tokens_used
 
 
 def format_bars(shares, columns):

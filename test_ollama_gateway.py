@@ -6366,8 +6366,8 @@ class TokenCacheAcrossProcesses(Case):
     def test_without_a_wal_index_each_lookup_asks_sqlite(self):
         self.store.close()
         for name, broken in (("_use_wal", {"return_value": False}), ("mmap.mmap", {"side_effect": OSError("no memory")})):
-            with self.subTest(name), unittest.mock.patch("ollama_gateway." + name, **broken), contextlib.closing(gateway.open_store(self.db)) as store, \
-                    contextlib.closing(gateway.TokenCache(store)) as cache:
+            with self.subTest(name), unittest.mock.patch("ollama_gateway." + name, **broken):
+                cache = self.open_cache(self.open_store())
                 self.assertEqual(cache._wal_index, b"")
                 self.follow(cache, times=3)
 
