@@ -797,7 +797,7 @@ class Case(unittest.TestCase):
     def find(self, *secrets, db=None):
         """The tokens of these secrets, None for one that is unknown, as a server that opens the database sees them."""
         with contextlib.closing(gateway.open_store(db or self.db)) as store, contextlib.closing(gateway.TokenCache(store)) as table:
-            return [table.find(secret) for secret in secrets]
+            return [table.lookup(secret) for secret in secrets]
 
     def bytes_of_all_files(self):
         return b"".join(self.read(name) for name in sorted(os.listdir(self.folder)) if os.path.isfile(self.path(name)))
@@ -940,7 +940,7 @@ def log_fields(line):
 def found(store, secret):
     """The token that the server would find for a secret."""
     with contextlib.closing(gateway.TokenCache(store)) as table:
-        return table.find(secret)
+        return table.lookup(secret)
 
 
 def ipv6_loopback():
@@ -1218,7 +1218,7 @@ class Store(Case):
         self.assertEqual(store.usage("user", 0), [{"user": "ada", **row}])
         self.assertEqual(store.export_rows(), exported)
         with contextlib.closing(gateway.TokenCache(store)) as table:
-            self.assertEqual(table.tokens_used_on(table.find(secret), 20_000), 90)
+            self.assertEqual(table.tokens_used_on(table.lookup(secret), 20_000), 90)
         store.add_usage({(hour, "ada", "laptop", "tiny:latest", "/api/chat"): (1, 0, 0, 10, 4, 5, 1.0, 2)}, {})
         self.assertEqual([list(row.values()) for row in store.usage("user", 0)], [["ada", 5, 2, 1, 40, 4, 65, 6.0, 2]])
 
@@ -6178,7 +6178,6 @@ class Concurrency(GatewayCase):
         self.assertStatus(self.ask("GET", "/api/tags"), 200)
         with contextlib.closing(sqlite3.connect(self.db, isolation_level=None)) as db:
             db.execute("DELETE FROM tokens WHERE user = 'ada'")
-        os.utime(self.db, (1e9, 1e9))   # whatever the time of the file is
         self.assertStatus(self.ask("GET", "/api/tags"), 401)
 
     def test_what_another_process_imports_counts_at_the_next_request(self):
@@ -6265,6 +6264,134 @@ class Concurrency(GatewayCase):
             busy.read(busy.head(), until=b"one\n")
         self.fake.drop()
         eventually(lambda: set(threading.enumerate()) <= before, "the end of the gateway's threads")
+
+
+ROTATE = """
+import sys
+sys.path.insert(0, {here!r})
+import ollama_gateway
+with ollama_gateway.open_store({db!r}) as store:
+    for _ in sys.stdin:
+        print(store.rotate("ada", "laptop")[1], flush=True)
+"""
+BREAK_WAL_INDEX = """
+import sys
+with open(sys.argv[1], "r+b") as file:
+    file.write(bytes(48))
+"""
+TRY_LOCK = """
+import fcntl, sys
+with open(sys.argv[1], "r+b") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 128)
+"""
+
+
+class TokenCacheAcrossProcesses(Case):
+    """A token that another process revokes is refused by the very next lookup, without a check by the clock."""
+
+    def setUp(self):
+        super().setUp()
+        self.store = self.open_store()
+        self.secret = self.store.create("ada", "laptop")[1]
+        self.enter(unittest.mock.patch.object(gateway, "RECHECK_SECONDS", float("inf")))
+
+    def open_cache(self, store=None):
+        return self.enter(contextlib.closing(gateway.TokenCache(store or self.store)))
+
+    def follow(self, cache, times):
+        """Have another process rotate the token many times; check the lookup after each."""
+        script = ROTATE.format(here=HERE, db=self.db)
+        child = self.enter(subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        for number in range(times):
+            old = self.secret
+            self.assertTrue(cache.lookup(old), number)
+            child.stdin.write(b"\n")
+            child.stdin.flush()
+            self.secret = child.stdout.readline().decode().strip()
+            self.assertIsNone(cache.lookup(old), number)
+            self.assertTrue(cache.lookup(self.secret), number)
+        child.stdin.close()
+        self.assertEqual(child.wait(GUARD), 0)
+
+    def use(self, stop, store):
+        while not stop.wait(0.001):
+            store.add_usage({(0, "ada", "laptop", "tiny", "/api/chat"): gateway.UsageRow(1, 0, 0, 1, None, 1, 1.0, 0)}, {})
+
+    def checkpoint(self, stop):
+        with contextlib.closing(sqlite3.connect(self.db)) as db:
+            for mode in itertools.cycle(("PASSIVE", "FULL", "RESTART", "TRUNCATE")):
+                with contextlib.suppress(sqlite3.OperationalError):
+                    db.execute(f"PRAGMA wal_checkpoint({mode})")
+                if stop.wait(0.001):
+                    return
+
+    def test_token_revoked_by_another_process_is_refused_at_once(self):
+        self.follow(self.open_cache(), times=200)
+
+    def test_token_revoked_while_usage_is_written_and_checkpoints_run_is_refused_at_once(self):
+        stop = self.hold()
+        threads = [threading.Thread(target=self.use, args=(stop, self.store)), threading.Thread(target=self.use, args=(stop, self.open_store())),
+                   threading.Thread(target=self.checkpoint, args=(stop,))]
+        for thread in threads:
+            thread.start()
+        try:
+            self.follow(self.open_cache(), times=100)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join(GUARD)
+        self.assertGreater(self.store.usage("user", 0)[0]["requests"], 100)
+
+    @unittest.skipIf(os.name == "nt", "Windows does not map the WAL index")
+    def test_sqlite_is_asked_only_after_a_commit(self):
+        cache = self.open_cache()
+        cache.lookup(self.secret)
+        with unittest.mock.patch.object(cache, "_refresh", wraps=cache._refresh) as refresh:
+            for _ in range(100):
+                self.assertTrue(cache.lookup(self.secret))
+            self.assertEqual(refresh.call_count, 0)
+            self.store.delete("ada", "laptop")
+            for _ in range(100):
+                self.assertIsNone(cache.lookup(self.secret))
+            self.assertEqual(refresh.call_count, 1)
+
+    @unittest.skipIf(os.name == "nt", "Windows does not map the WAL index")
+    def test_token_revoked_after_the_wal_index_was_recovered_is_refused_at_once(self):
+        cache = self.open_cache()
+        for times in range(1, 4):
+            self.follow(cache, times)
+            subprocess.run([sys.executable, "-c", BREAK_WAL_INDEX, self.db + "-shm"], check=True)    # as a writer that is killed
+            if times % 2:
+                self.assertTrue(cache.lookup(self.secret))
+
+    def test_without_a_wal_index_each_lookup_asks_sqlite(self):
+        self.store.close()
+        for name, broken in (("_use_wal", {"return_value": False}), ("mmap.mmap", {"side_effect": OSError("no memory")})):
+            with self.subTest(name), unittest.mock.patch("ollama_gateway." + name, **broken):
+                cache = self.open_cache(self.open_store())
+                self.assertEqual(cache._wal_index, b"")
+                self.follow(cache, times=3)
+
+    def test_sqlite_is_asked_by_the_clock_too(self):
+        with unittest.mock.patch.object(gateway, "_map_wal_index", return_value=b"never changes"), \
+                contextlib.closing(gateway.open_store(self.db)) as store, contextlib.closing(gateway.TokenCache(store)) as cache:
+            self.assertTrue(cache.lookup(self.secret))
+            self.store.delete("ada", "laptop")
+            self.assertTrue(cache.lookup(self.secret))
+            with unittest.mock.patch.object(gateway, "RECHECK_SECONDS", 0.1):
+                eventually(lambda: cache.lookup(self.secret) is None, "the check by the clock")
+
+    @unittest.skipIf(os.name == "nt", "Windows does not map the WAL index")
+    def test_sqlites_locks_on_the_wal_index_outlive_other_stores_and_caches_of_the_process(self):
+        def is_locked():
+            return bool(subprocess.run([sys.executable, "-c", TRY_LOCK, self.db + "-shm"], stderr=subprocess.DEVNULL).returncode)
+        with contextlib.closing(gateway.open_store(self.db)) as other, contextlib.closing(gateway.TokenCache(other)) as cache:
+            self.assertTrue(cache.lookup(self.secret))
+            self.assertTrue(is_locked())
+        self.assertTrue(is_locked())
+        with contextlib.closing(gateway.TokenCache(self.store)):
+            self.assertTrue(is_locked())
+        self.assertTrue(is_locked())
 
 
 # == Load =====================================================================
@@ -7818,7 +7945,7 @@ class Doctor(GatewayCase, CommandCase):
         for label, reply, words in (("another server", Reply.json(200, {"hello": 1}), "is not Ollama"),
                                     ("an error", Reply.json(500, {}), "is not Ollama"),
                                     ("our Host", Reply.body(403, b""), "refuses to be asked by that name"),
-                                    ("nonsense", Reply.raw(b"SSH-2.0\r\n\r\n"), "does not talk HTTP")):
+                                    ("nonsense", Reply.raw(b"SSH-2.0\r\n\r\n"), "does not speak HTTP")):
             with self.subTest(label):
                 self.fake.replies["/api/version"] = reply
                 self.assertTrue(self.told(words, mark="✗")[1])
@@ -8333,21 +8460,31 @@ class ReplacedDatabase(GatewayCase):
         path, secret = self.other()
         with unittest.mock.patch("os.access", lambda path, mode: mode != os.W_OK):
             with contextlib.closing(gateway.open_store(self.copy())) as store, contextlib.closing(gateway.TokenCache(store)) as table:
-                self.assertIsNone(table.find(secret))
+                self.assertIsNone(table.lookup(secret))
                 os.replace(path, store.path)
-                self.assertEqual(table.find(secret).name, "new")
-                self.assertIsNone(table.find(self.token))
+                self.assertEqual(table.lookup(secret).name, "new")
+                self.assertIsNone(table.lookup(self.token))
                 os.link(store.path, self.path("aside.db"))
                 os.replace(self.write("bad.db", b"This is not a database.\n" * 1000), store.path)
-                self.assertRaises(gateway.Failure, table.find, secret)
+                self.assertRaises(gateway.Failure, table.lookup, secret)
                 os.replace(self.path("aside.db"), store.path)
-                self.assertEqual((table.find(secret).name, len(store.list())), ("new", 1))
+                self.assertEqual((table.lookup(secret).name, len(store.list())), ("new", 1))
 
     def test_a_commit_while_the_database_is_replaced_is_no_success(self):
         copy = self.copy()
-        with self.assertRaisesRegex(gateway.Failure, "replaced meanwhile"), self.store._transaction(writing=True) as db:
+        with self.assertRaisesRegex(gateway.Failure, "replaced meanwhile"), self.store._write() as db:
             db.execute("UPDATE tokens SET rpm = 1")
             os.replace(copy, self.db)
+
+    @unittest.skipUnless(sys.platform == "linux", "reads /proc")
+    def test_descriptors_of_a_replaced_database_are_closed(self):
+        def replaced():
+            links = [os.path.join("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+            return [link for link in map(os.readlink, filter(os.path.islink, links)) if link.startswith(self.db) and link.endswith(" (deleted)")]
+        for _ in range(3):
+            os.replace(self.copy(), self.db)
+            self.assertStatus(self.ask("GET", "/api/tags"), 200)
+            self.assertEqual(replaced(), [])
 
     def test_what_was_committed_does_not_stay_in_the_wal(self):
         self.store.create("bob", "desk")
