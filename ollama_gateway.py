@@ -98,135 +98,131 @@ LOG = logging.getLogger(__name__)  # `serve` alone gives it handlers
 # == Constants and errors =====================================================
 
 VERSION = "1.0.0"
-
 KIB, MIB = 1024, 1024 * 1024
+MINUTE, HOUR, DAY = 60, 3600, 86400
 
-SECRET_PREFIX = "ogw_"      # lets a scanner, and a reader, tell what a leaked string is
-HINT_LENGTH = 8             # enough to recognise a token by, too little to guess it from
-NAME_LENGTH = 64            # fits a line of the table and of the log
+SECRET_PREFIX = "ogw_"      # identifies a leaked string, for people and for secret scanners
+HINT_LENGTH = 8             # characters of a secret that are stored: enough to recognise it, too few to guess it
+NAME_LENGTH = 64            # fits a line of `token list` and of the log
 
-LINE_BYTES = 8 * KIB        # a request line; RFC 9112 3 asks for 8000 at least
-HEAD_BYTES = 32 * KIB       # all fields; SDKs send under 2 KiB, cookies of a shared domain up to 16
-HEAD_CACHE_SIZE = 256           # of those that were parsed already, how many are kept
-MODEL_CACHE_SIZE = 256           # of models and others, whose spellings are kept
-CACHED_HEAD_BYTES = 1 * KIB  # of one that is kept; SDKs stay below that
-FIELD_COUNT = 100           # what http.client accepts too
-TRAILER_BYTES = 4 * KIB     # nobody sends any
-SPOOL_BYTES = 1 * MIB       # a larger body waits in a temporary file, not in memory
-BODY_MEMORY = 64 * MIB      # of all bodies in memory together; when it is used up, they go to files
-RECEIVE_BYTES = 16 * KIB    # one read from a socket: 64 KiB would leave 3 MB in the heap after a burst
-READ_BYTES = 64 * KIB       # one read from elsewhere, and as much of a pipelined request as is kept meanwhile
-DRAIN_BYTES = 16 * MIB      # read from a refused client, so that it gets to see the refusal
+LINE_BYTES = 8 * KIB        # largest request line; RFC 9112 3 asks for at least 8000 bytes
+HEAD_BYTES = 32 * KIB       # largest head; SDKs send less than 2 KiB, cookies of a shared domain up to 16
+HEAD_CACHE_SIZE = 256       # parsed heads that are kept, of requests and of responses
+CACHED_HEAD_BYTES = 1 * KIB     # largest head that is kept; SDKs send smaller ones
+MODEL_CACHE_SIZE = 256      # model names whose variants, or whose tokens by bytes, are kept
+FIELD_COUNT = 100           # most fields of a head; the limit of http.client too
+TRAILER_BYTES = 4 * KIB     # largest trailers; no known client sends any
+SPOOL_BYTES = 1 * MIB       # a larger request body is kept in a temporary file
+BODY_MEMORY = 64 * MIB      # memory for all request bodies together; beyond, they are kept in files
+FILE_PIECE_BYTES = 64 * KIB     # read at once from a body in a file, and sent at once
+RECEIVE_BYTES = 16 * KIB    # read at once from a socket: 64 KiB would leave 3 MB in the heap after a burst
+PIPELINED_BYTES = 64 * KIB  # read ahead of the next request while one is served
+DRAIN_BYTES, DRAIN_SECONDS = 16 * MIB, 3    # read from a refused client: closing sooner could reset the response
 DECODED_BYTES = 256 * KIB   # a JSON body up to this size is decoded in C, a larger one is scanned in windows
-WINDOW_BYTES = 64 * KIB     # one step of a scan: about 0.2 ms in which no other thread can run
-JSON_PARTS = 2_000_000      # strings and brackets that a scan may meet: about 0.1 s of CPU
-VALUE_BYTES = 4 * KIB       # a longer value is not read; a model's name, all escapes, may take 3.5 KiB
+WINDOW_BYTES = 64 * KIB     # one step of a scan: no other thread can run for about 0.2 ms
+JSON_PARTS = 2_000_000      # most strings and brackets that a scan reads: about 0.1 s of CPU
+VALUE_BYTES = 4 * KIB       # longest value that is read; a model name in escapes may take 3.5 KiB
 TOP_LEVEL_BYTES = 64 * KIB  # a large body's keys and short values together
-FORM_PARTS = 100            # of a form that is looked into
-PAGE_BODY_BYTES = 16 * KIB  # of a request for one of our own pages
+TRAILING_BYTES = 64 * KIB   # after a body's object: an insertion moves them in memory
+FORM_PARTS = 100            # most parts of a form whose model is read
+PAGE_BODY_BYTES, PAGE_BODY_SECONDS = 16 * KIB, 15   # for the whole body of a request to an own page
 
-BODY_SECONDS = 60           # without a byte of a request body that was promised
-PAGE_BODY_SECONDS = 15      # for the whole body of a request for one of our own pages
-REJUDGE_SECONDS = 1         # how often the token of a body that is passed on as it comes is judged again
-SEND_SECONDS = 60           # for a piece of at most 64 KiB to a client that reads slowly
-DRAIN_SECONDS = 3
+BODY_SECONDS = 60           # longest silence within a request body
+REJUDGE_SECONDS = 1         # interval at which the token of a streamed request body is checked again
+SEND_SECONDS = 60           # for a piece of at most 64 KiB to a slow client
 HEALTH_SECONDS = 5          # between two probes: with PROBE_SECONDS, the state in /health is at most 10 s old
-PROBE_BYTES = 1 * MIB       # of an answer to the gateway's own request; a list of 2,500 models
-LIST_BYTES = 16 * MIB       # of a list of models that is cut down to those of a token
-LINE_LIMIT = 8 * MIB        # of a stream's line; Ollama's own client reads no longer ones
-WHOLE_BYTES = 256 * KIB     # of an answer, or of a line, that is decoded as a whole to find its token counts
-ENDING_BYTES = 1 * KIB      # the end of an answer, where Ollama writes the counts
-LEARNING_BYTES = 256 * KIB  # the largest body that teaches how many bytes of text make a token
-MAX_TOKENS = 10 ** 9       # that one request can have cost
-PROBE_SECONDS = 2           # for a health probe's requests, from the look-up of the name to the last byte
-GATHER_SECONDS = 0.01      # how long finished requests gather before they are written; all others wait meanwhile
+PROBE_SECONDS = 2           # for all requests of a health probe, from the name look-up to the last byte
+PROBE_BYTES = 1 * MIB       # largest response to a request of the gateway itself; a list of 2,500 models
+LIST_BYTES = 16 * MIB       # largest list of models that is filtered for a token
+LINE_LIMIT = 8 * MIB        # longest line of a stream that is read; the limit of Ollama's own client too
+WHOLE_BYTES = 256 * KIB     # largest response or line that is decoded as a whole to find its token counts
+ENDING_BYTES = 1 * KIB      # the end of a response, where Ollama writes the counts
+LEARNING_BYTES = 256 * KIB  # largest request body from which the bytes of text in a token are learnt
+MAX_TOKENS = 10 ** 9        # most tokens that are believed of one request
+GATHER_SECONDS = 0.01       # finished requests gather before they are written: all other threads wait meanwhile
 FINE_TICK = 0.1             # how old a file's time must be, in seconds, to tell its change from a later one,
 COARSE_TICK = 3             # and how old where the file system knows whole seconds only: FAT counts in twos
-STORE_SECONDS = 0.5         # how long the account and tokens' last uses gather before they are stored
+STORE_SECONDS = 0.5         # interval at which usage and the tokens' last uses are stored
+BUDGET_SECONDS = 0.5        # for which a sum of stored tokens is used: other gateways may add to it
+REOPEN_SECONDS = 0.5        # between two attempts to open a replaced database
+BUSY_SECONDS = 20           # for which a command waits for other writers of the database
+LEDGER_BUSY_SECONDS = 0.5   # for which the background writer waits for them: log lines wait behind it
 LOG_QUEUE = 1 * MIB         # characters of log lines that wait for a slow log, about 5,000 requests
-LOG_SECONDS = 0.05          # how long lines gather before they are written: each wake-up takes the lock from a request
-LOG_FILE_BYTES, LOG_FILES = 10_000_000, 5   # when a log file is rotated, and how many old ones are kept
-FLUSH_SECONDS = 2           # how long a stop waits for a slow log
-ABORT_SECONDS = 2           # how long a stopping server waits for its threads to cut what they serve
-REJECT_SECONDS = 2            # how long one that was turned away may take to read why
-FAILED_DELAY = 1.0          # the longest that a failed credential waits for its refusal
-RETRY_SECONDS = 5           # when a client that met 429 or 503 may try again
-BUSY_SECONDS = 20           # how long a command waits for the database's other writers
+LOG_SECONDS = 0.05          # lines gather before they are written: each wake-up takes the lock from a request
+LOG_FILE_BYTES, LOG_FILES = 10_000_000, 5   # size at which a log file is rotated, and number of old ones kept
+FLUSH_SECONDS = 2           # for which a stop waits for a slow log
+ABORT_SECONDS = 2           # grace period of a stop after running requests are aborted
+REJECT_SECONDS = 2          # for which a rejected connection is kept, so that its client can read the response
+FAILED_DELAY = 1.0          # longest delay of the response to a failed credential
+RETRY_SECONDS = 5           # Retry-After on 429 and 503 where no better time is known
 
 BACKLOG = 1024              # connections that arrive at once; the system's own maximum applies
-AFFINITY_SECONDS = 5        # how often it is seen to that the process has the least used core
-MAX_REJECTING = 64            # of those beyond the cap, how many are kept until they have read why
-SPARE_DESCRIPTORS = 64      # for the database, logs, spooled bodies, and connections that are on their way out
-FREE_FAILURES = 5           # failed credentials of an address in a row that cost it nothing: people mistype
-MAX_FAILURES = 30          # as many, and it gets 429 at once
-LEAK_SECONDS = 3        # in which one failure is forgiven
-FAILING_ADDRESSES = 4096    # remembered; beyond, the one that was quiet longest is forgotten
-DELAYED_AT_ONCE = 8         # failed requests that may wait, each on a thread; the others get 429 at once
-MINUTE, HOUR, DAY = 60, 3600, 86400
-MAX_SERIES = 5000          # of one metric; more labels than that are counted as "other"
-POOL_SIZE = 128             # idle upstream connections kept; Ollama has no limit of its own
-IDLE_SECONDS = 60           # an older one is not reused: NAT and load balancers forget idle connections, some in 60 s
+AFFINITY_SECONDS = 5        # interval at which the least used core is chosen
+MAX_REJECTING = 64          # rejected connections that are kept at once
+SPARE_DESCRIPTORS = 64      # for the database, logs, spooled bodies and connections that are being closed
+FREE_FAILURES = 5           # failed credentials of an address without a delay: people mistype
+MAX_FAILURES = 30           # failed credentials of an address after which it gets 429 at once
+LEAK_SECONDS = 3            # after which one failed credential is forgiven
+FAILING_ADDRESSES = 4096    # whose failures are counted; beyond, the one that failed least recently is forgotten
+DELAYED_AT_ONCE = 8         # failed requests that are delayed, each in its thread; others get 429 at once
+MAX_SERIES = 5000           # label sets of one metric; further ones are counted as "other"
+POOL_SIZE = 128             # idle upstream connections that are kept; Ollama has no limit
+IDLE_SECONDS = 60           # an upstream connection idle for longer is not reused: NAT devices forget it
 
-HOP_BY_HOP = frozenset((    # RFC 9110 7.6.1: these speak of one connection only
+HOP_BY_HOP = frozenset((    # RFC 9110 7.6.1: fields about one connection only
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
     "transfer-encoding", "upgrade"))
-FRAMING = frozenset(("host", "content-length", "transfer-encoding", "expect"))  # twice is once too often
+FRAMING = frozenset(("host", "content-length", "transfer-encoding", "expect"))  # fields that may not be repeated
 FORBIDDEN_TRAILERS = HOP_BY_HOP | FRAMING | {  # RFC 9110 6.5.1
     "authorization", "x-api-key", "cookie", "content-type", "content-encoding", "content-range", "cache-control"}
-FORWARDED = ("accept", "content-type", "content-encoding", "user-agent")  # all else could leak, or be misread
+FORWARDED = ("accept", "content-type", "content-encoding", "user-agent")  # others could leak, or be misread
 FORWARDED_PREFIXES = ("anthropic-", "openai-")
 STREAM_TYPES = ("application/x-ndjson", "text/event-stream")
 
 
 class UsageError(Exception):
-    """A wrong flag, value or setting: exit status 2."""
+    """A wrong flag, setting or value: exit status 2, or a refusal where it came over HTTP."""
 
 
 class Failure(Exception):
-    """Something that could not be done: exit status 1 or, where it was asked for over HTTP, a refusal by its code."""
+    """An action that failed: exit status 1 or, where it was requested over HTTP, the refusal of its code."""
 
     def __init__(self, message, code="unstored"):
         super().__init__(message)
         self.code = code
 
 
-class Reason(NamedTuple):
-    """Why requests are refused: HTTP's status and a sentence."""
-
-    status: int
-    meaning: str
-
-
+Reason = NamedTuple("Reason", [("status", int), ("meaning", str)])     # of a refusal
 REFUSALS = {
-    "malformed": Reason(400, "the request is malformed, or names two credentials"),
+    "malformed": Reason(400, "the request is malformed, or has two credentials"),
     "unauthorized": Reason(401, "no token, or one that is unknown, expired or deleted"),
     "forbidden": Reason(403, "the token does not allow this"),
     "unknown_route": Reason(404, "the gateway has no such path"),
     "no_such_token": Reason(404, "there is no such token"),
-    "wrong_method": Reason(405, "the path takes other methods: see Allow"),
+    "wrong_method": Reason(405, "the path has other methods: see Allow"),
     "too_slow": Reason(408, "the request did not arrive in time"),
-    "token_exists": Reason(409, "the user has a token of that name already"),
+    "token_exists": Reason(409, "the user already has a token of that name"),
     "body_too_large": Reason(413, "the body is too large"),
     "line_too_long": Reason(414, "the request line is too long"),
-    "encoded": Reason(415, "the body is compressed: its model cannot be judged"),
-    "unknown_expectation": Reason(417, "Expect asks for more than 100-continue"),
-    "rate_limited": Reason(429, "the token made as many requests in the last minute as it may (--rpm)"),
-    "too_many_at_once": Reason(429, "the token has as many requests running as it may (--max-parallel)"),
-    "budget_spent": Reason(429, "the token has used up its tokens of the day (--tokens-per-day)"),
+    "encoded": Reason(415, "the body is compressed: its model cannot be read"),
+    "unknown_expectation": Reason(417, "Expect is not 100-continue"),
+    "rate_limited": Reason(429, "too many requests of this token in the last minute (--rpm)"),
+    "too_many_at_once": Reason(429, "too many running requests of this token (--max-parallel)"),
+    "budget_spent": Reason(429, "the token has used its tokens of the day (--tokens-per-day)"),
     "too_many_failures": Reason(429, "too many requests without a valid token came from this address"),
-    "head_too_large": Reason(431, "too many or too long headers"),
-    "internal": Reason(500, "a fault of the gateway: its log tells more"),
-    "unknown_coding": Reason(501, "a Transfer-Encoding other than chunked"),
-    "upstream_failed": Reason(502, "Ollama cannot be reached, or talks nonsense"),
+    "head_too_large": Reason(431, "the headers are too many or too long"),
+    "internal": Reason(500, "the gateway failed: its log has the reason"),
+    "unknown_coding": Reason(501, "the Transfer-Encoding is not chunked"),
+    "upstream_failed": Reason(502, "Ollama cannot be reached, or does not speak HTTP"),
     "no_room": Reason(503, "no disk space for the body: try again later"),
     "no_descriptors": Reason(503, "the gateway is out of file descriptors: try again later"),
-    "queue_full": Reason(503, "as many of the user's requests are waiting as may (--max-queue)"),
-    "queue_timeout": Reason(503, "the request waited too long for its turn (--queue-timeout)"),
-    "uncounted": Reason(503, "what the token used today cannot be read: try again later"),
+    "queue_full": Reason(503, "too many queued requests of this user (--max-queue)"),
+    "queue_timeout": Reason(503, "the request waited too long in the queue (--queue-timeout)"),
+    "uncounted": Reason(503, "the token's usage of today cannot be read: try again later"),
     "unstored": Reason(503, "the database cannot be read or changed: try again later"),
-    "stopping": Reason(503, "the gateway was told to stop: try again later"),
-    "upstream_silent": Reason(504, "Ollama did not begin its answer in time"),
-    "unknown_version": Reason(505, "an HTTP version other than 1.0 and 1.1"),
+    "stopping": Reason(503, "the gateway is stopping: try again later"),
+    "upstream_silent": Reason(504, "Ollama did not respond in time"),
+    "unknown_version": Reason(505, "the HTTP version is not 1.0 or 1.1"),
 }
 OPENAI_TYPES = {403: "permission_error", 404: "not_found_error", 429: "rate_limit_error", 500: "api_error",
                 502: "api_error", 503: "api_error", 504: "api_error"}
@@ -234,27 +230,25 @@ ANTHROPIC_TYPES = {**OPENAI_TYPES, 401: "authentication_error", 413: "request_to
 
 
 class Refusal(Exception):
-    """The end of a request: raised from any depth, answered in one place."""
+    """The end of a request: any stage raises it, one place makes a response of it."""
 
     def __init__(self, code, message="", fields=(), retry_after=RETRY_SECONDS):
         super().__init__(message or REFUSALS[code].meaning)
         self.code, self.status, self.fields = code, REFUSALS[code].status, list(fields)
-        if self.status in (429, 503):  # else SDKs burn their retries within half a second
+        if self.status in (429, 503):  # without it, SDKs use up their retries within half a second
             self.fields.append(("Retry-After", str(retry_after)))
 
     def body_for(self, dialect):
-        """Return the error object as clients of "ollama", "openai" or "anthropic" expect it."""
+        """Return the error object that clients of "ollama", "openai" or "anthropic" expect."""
+        types = ANTHROPIC_TYPES if dialect == "anthropic" else OPENAI_TYPES
+        error = {"message": str(self), "type": types.get(self.status, "invalid_request_error")}
         if dialect == "openai":
-            kind = OPENAI_TYPES.get(self.status, "invalid_request_error")
-            return {"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}
-        if dialect == "anthropic":
-            kind = ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
-            return {"type": "error", "error": {"type": kind, "message": str(self)}}
-        return {"error": str(self)}
+            return {"error": {**error, "param": None, "code": self.code}}
+        return {"type": "error", "error": error} if dialect == "anthropic" else {"error": str(self)}
 
 
 class Malformed(Exception):
-    """Bytes that are no HTTP: a refusal when the client sent them, a failure when the upstream did."""
+    """Bytes that are not valid HTTP: from the client a refusal by its code, from the upstream a failure."""
 
     def __init__(self, message, code="malformed"):
         super().__init__(message)
@@ -262,7 +256,7 @@ class Malformed(Exception):
 
 
 class ClientLeft(Exception):
-    """The client hung up, or stopped reading: there is nobody to answer."""
+    """The client closed the connection or stopped reading: nobody reads a response."""
 
 # == Settings =================================================================
 
@@ -874,7 +868,7 @@ class Connection:
 
     def watched_events(self):
         """Return what to watch for: with much unread already, only the hang-up."""
-        return HUNG_UP if len(self.buffer) >= READ_BYTES else READABLE | HUNG_UP
+        return HUNG_UP if len(self.buffer) >= PIPELINED_BYTES else READABLE | HUNG_UP
 
     def fill(self, deadline, cancel_on=None):
         """Read more into the buffer as soon as there is any; return False at the stream's end."""
@@ -1436,7 +1430,7 @@ def inspect_json(data, wants_usage=False):
     model, name = single_text(members, "model"), single_text(members, "name")
     if not wants_usage or True not in members.get("stream", ()) or requests_usage(members):
         return BodyInfo(model or name)
-    if len(data) - size > READ_BYTES:
+    if len(data) - size > TRAILING_BYTES:
         raise Unreadable("much follows it")
     return BodyInfo(model or name, size - 1)
 
@@ -1564,7 +1558,7 @@ def prompt_text_bytes(data):
     """
     total, at, within = 0, 0, False     # within a string
     while at < len(data):
-        window = data[at:at + READ_BYTES]
+        window = data[at:at + WINDOW_BYTES]
         if (len(window) - len(window.rstrip(b"\\"))) % 2:
             window = window[:-1] or window      # an escape is not cut in two
         at += len(window)
@@ -1657,9 +1651,9 @@ class BufferedBody:
             return
         with disk_errors():
             self._file.seek(0)
-        for _ in range(0, self.size, READ_BYTES):
+        for _ in range(0, self.size, FILE_PIECE_BYTES):
             with disk_errors():
-                piece = self._file.read(READ_BYTES)
+                piece = self._file.read(FILE_PIECE_BYTES)
             yield piece
 
     def look(self, find, *how):
@@ -2099,7 +2093,7 @@ class TokenStore:
         try:
             self._db, self.writable, self.files = _open(self._paths, False, self._patience)
         except Failure as error:
-            self._unusable = file, str(error), time.monotonic() + STORE_SECONDS
+            self._unusable = file, str(error), time.monotonic() + REOPEN_SECONDS
             raise
         self._unusable = None
         LOG.warning("the database %s was replaced: using the new file", self.path)
@@ -2423,7 +2417,7 @@ class ClientConnection(Connection):
         """Raise ClientLeft if it hung up, fully or half; a pipelined request is kept for later."""
         if self.shutting_down:
             raise Refusal("stopping")
-        if len(self.buffer) >= READ_BYTES or not self.alive():
+        if len(self.buffer) >= PIPELINED_BYTES or not self.alive():
             raise ClientLeft("the client hung up")
 
     def until_writable(self, deadline, cancel_on):
@@ -3417,7 +3411,7 @@ class UsageLedger:
 
     def __init__(self, store, tokens, clock=time.time):
         self._store, self._tokens, self._clock = store, tokens, clock
-        store.wait_at_most(STORE_SECONDS)   # while the database is locked, log lines are still to be written
+        store.wait_at_most(LEDGER_BUSY_SECONDS)   # while the database is locked, log lines are still to be written
         self._lock = threading.Lock()
         self._running = set()   # and those that have ended, until the journal has come to them
         self._storing = threading.Lock()
@@ -3508,7 +3502,7 @@ class UsageLedger:
         with self._lock:
             day = utc_day(self.now())
             known_day, spent, known_at = self._spent.get(key, (None, 0, 0))
-            if known_day == day and (abs(now - known_at) < STORE_SECONDS or self._storing.locked()):
+            if known_day == day and (abs(now - known_at) < BUDGET_SECONDS or self._storing.locked()):
                 return spent
         with self._storing, self._lock:     # what is not pending is in the database, and the other way round
             try:
@@ -6813,7 +6807,7 @@ class UnixKeys:
             # os.read alone would wait for a key if a signal arrived just before it: Python runs handlers in between
             if self._signals in select.select([sys.stdin, self._signals], (), ())[0]:
                 raise KeyboardInterrupt
-            received = os.read(sys.stdin.fileno(), READ_BYTES)
+            received = os.read(sys.stdin.fileno(), RECEIVE_BYTES)
         if not received:
             raise EOFError
         self._typed += self._decode(received)

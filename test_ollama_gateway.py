@@ -1880,8 +1880,8 @@ class Menu(CommandCase):
     def test_a_line_can_be_edited_in_whatever_pieces_its_keys_come(self):
         for keys, line in (("abc", "abc"), ("abc\x7f\x7fd", "ad"), ("abc" + LEFT * 2 + "x" + REMOVE, "axc"), ("bc" + HOME + "a" + END + "d", "abcd"),
                            ("ab\x15c", "c"), ("Zoë 日本" + LEFT + "\b" + RIGHT + "!", "Zoë 本!"), ("a\x1b[200~b\tc\x00", "abc"), (" a b ", "a b")):
-            for size in gateway.READ_BYTES, 1:
-                with self.subTest(keys, size=size), unittest.mock.patch.object(gateway, "READ_BYTES", size):
+            for size in gateway.RECEIVE_BYTES, 1:
+                with self.subTest(keys, size=size), unittest.mock.patch.object(gateway, "RECEIVE_BYTES", size):
                     self.assertEqual(self.typed(keys), line)
 
     def typed(self, keys):
@@ -5029,7 +5029,7 @@ class PromptEstimate(Case):
 
     def test_escapes_at_the_edge_of_a_window(self):
         for run in range(1, 6):
-            for before in range(gateway.READ_BYTES - 8, gateway.READ_BYTES + 1):
+            for before in range(gateway.WINDOW_BYTES - 8, gateway.WINDOW_BYTES + 1):
                 body = b'"' + b" " * before + b"\\\\" * run + b'\\"' + b'x","y"'
                 self.assertEqual(gateway.prompt_text_bytes(body), before + 2 * run + 2 + 1 + 1)
         for body in b"", b"\\", b'"\\', b"\\" * 70_001:
@@ -5037,7 +5037,7 @@ class PromptEstimate(Case):
 
     def test_images_are_no_text(self):
         for image in (self.IMAGE, "data:image/png;base64," + self.IMAGE, self.IMAGE.replace("/", "\\/")):
-            for before in 0, gateway.READ_BYTES - 1500:
+            for before in 0, gateway.WINDOW_BYTES - 1500:
                 body = b'{"content":"%s","images":["%s"]}' % (b"a b " * (before // 4), image.encode())
                 self.assertLess(abs(gateway.prompt_text_bytes(body) - before), 2500)
         self.assertEqual(gateway.prompt_text_bytes(b'"%s"' % (b"word " * 10_000)), 50_000)
