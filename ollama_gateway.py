@@ -90,7 +90,7 @@ import types
 import urllib.parse
 import urllib.request
 from collections import Counter, OrderedDict, deque
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from typing import Callable, NamedTuple, Optional
 
 LOG = logging.getLogger(__name__)  # `serve` alone gives it handlers
@@ -261,27 +261,19 @@ class ClientLeft(Exception):
 # == Settings =================================================================
 
 LAST_SECOND = 253402300799  # of the year 9999
-SECONDS_IN = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+INSTANT = re.compile(r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:?\d\d)?)?", re.ASCII)
 
 
 def duration(text):
-    """Read "90s", "15m", "12h", "30d" or "8w" as seconds."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhdw])", text)
+    """Read "90s", "15m", "12h", "30d", "8w" or a number of seconds as seconds."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhdw]?)", text)
     if not match or not float(match[1]):
         raise ValueError("is not a duration like 90s, 15m, 12h, 30d or 8w")
-    return float(match[1]) * SECONDS_IN[match[2]]
-
-
-def timeout(text):
-    """Read a duration whose unit may be missing: then it is seconds."""
-    return duration(text if text[-1:].isalpha() else text + "s")
-
-
-INSTANT = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d):(\d\d)(?:\.\d+)?(Z|[+-]\d\d:?\d\d)?)?", re.ASCII)
+    return float(match[1]) * {"": 1, "s": 1, "m": MINUTE, "h": HOUR, "d": DAY, "w": 7 * DAY}[match[2]]
 
 
 def check_instant(seconds):
-    """Return Unix seconds as they are; raise ValueError for those that no date can be written for."""
+    """Return Unix seconds unchanged; raise ValueError if they are no time from 1970 to 9999."""
     if not 0 <= seconds <= LAST_SECOND:
         raise ValueError("is not a time from 1970 to 9999")
     return seconds
@@ -290,62 +282,34 @@ def check_instant(seconds):
 def parse_instant(text, naive_is_utc=False):
     """Read a date (its first moment in UTC) or an ISO 8601 time as Unix seconds."""
     match = INSTANT.fullmatch(text)
-    zone = match and match[7]
-    if not match or match[4] and not zone and not naive_is_utc:
+    if not match or match[2] and not match[3] and not naive_is_utc:
         raise ValueError("is not a date like 2027-01-31 or a time like 2027-01-31T18:00:00Z")
+    date, clock, zone = match.groups()
+    zone = "+00:00" if zone in (None, "Z") else f"{zone[:3]}:{zone[-2:]}"
     try:
-        moment = datetime(*(int(part or 0) for part in match.groups()[:6]), tzinfo=timezone.utc)
+        moment = datetime.fromisoformat(f"{date}T{clock or '00:00:00'}{zone}")
     except ValueError as error:
         raise ValueError(f"is not a valid time: {error}") from None
-    offset = timedelta()
-    if zone and zone != "Z":
-        offset = timedelta(hours=int(zone[1:3]), minutes=int(zone[-2:])) * (-1 if zone[0] == "-" else 1)
-    return check_instant(int(moment.timestamp() - offset.total_seconds()))
+    return check_instant(int(moment.timestamp()))
 
 
-def format_instant(seconds):
-    """Write Unix seconds as ISO 8601 in UTC."""
-    return None if seconds is None else (datetime(1970, 1, 1) + timedelta(seconds=seconds)).isoformat() + "Z"
+def parse_time(text, direction, now):
+    """Read a date, a time, or a duration from now, as Unix seconds after now (direction 1) or not after it (-1)."""
+    if re.fullmatch(r"[0-9.]+[a-z]", text):
+        seconds = check_instant(max(now + direction * int(duration(text)), 0))
+    else:
+        try:
+            seconds = parse_instant(text)
+        except ValueError as error:
+            raise ValueError(f"{error}, or a duration like 30d") from None
+    if seconds > now and direction < 0 or seconds <= now and direction > 0:
+        raise ValueError("is in the future" if direction < 0 else "is in the past")
+    return seconds
 
 
-def plural(number, what):
-    """Write a number of things: "1 token", "2 tokens"."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def boolean(text):
-    if text.lower() in ("1", "true", "yes", "on"):
-        return True
-    if text.lower() in ("0", "false", "no", "off"):
-        return False
-    raise ValueError("is not on or off")
-
-
-def port_number(text):
-    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
-        raise ValueError("is not a port number (0 to 65535)")
-    return int(text)
-
-
-def positive(text):
-    if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
-        raise ValueError("is not a whole number from 1 to 999999999")
-    return int(text)
-
-
-def non_negative(text):
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise ValueError("is not a whole number from 0 to 999999999")
-    return int(text)
-
-
-def model_globs(text):
-    """Read a comma list of models' names, in which * and ? stand for others; return it tidied."""
-    globs = [part.strip().lower() for part in text.split(",") if part.strip()]
-    if not globs or "none" in globs or not all(re.fullmatch(r"[a-z0-9._:/*?-]{1,200}", glob) for glob in globs) \
-            or any(glob.rpartition("/")[2].count(":") > 1 for glob in globs):
-        raise ValueError("is not a list of models like llama3*,qwen2.5:7b (letters, digits and . _ : / - * ?)")
-    return ",".join(globs)
+def future_time(text):
+    """Read "30d", a date or a time as Unix seconds in the future."""
+    return parse_time(text, 1, int(time.time()))
 
 
 def utc_day(seconds):
@@ -358,38 +322,60 @@ def day_start(day):
     return day * DAY
 
 
-def parse_time(text, direction, now):
-    """Read a date, a time, or a duration from now, forward (1) or back (-1), as Unix seconds."""
-    if re.fullmatch(r"[0-9.]+[a-z]", text):
-        return check_instant(max(int(now) + direction * int(duration(text)), 0))
-    try:
-        return parse_instant(text)
-    except ValueError as error:
-        raise ValueError(f"{error}, or a duration like 30d") from None
-
-
-def future_time(text):
-    """Read "30d", a date or a time as Unix seconds to come."""
-    now = time.time()
-    seconds = parse_time(text, 1, now)
-    if seconds <= int(now):
-        raise ValueError("is in the past")
-    return seconds
-
-
 def usage_start(text, clock=time.time):
     """Read "7d" as the start of seven UTC days, today's included; "12h", a date or a time as the start of an hour."""
-    now = clock()
-    seconds = parse_time(text, -1, now)
-    if seconds > int(now):
-        raise ValueError("is in the future")
+    seconds = parse_time(text, -1, int(clock()))
     if re.fullmatch("[0-9]+[dw]", text):
         return day_start(utc_day(seconds) + 1)
     return seconds // HOUR * HOUR
 
 
+def format_instant(seconds):
+    """Format Unix seconds as ISO 8601 in UTC; None stays None."""
+    return None if seconds is None else (datetime(1970, 1, 1) + timedelta(seconds=seconds)).isoformat() + "Z"
+
+
+def plural(number, noun):
+    """Return "1 token", "2 tokens"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def integer(low, high=999_999_999, kind="whole number"):
+    """Return a reader of decimal digits for a number within a range."""
+    def read(text):
+        if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
+            raise ValueError(f"is not a {kind} from {low} to {high}")
+        return int(text)
+    return read
+
+
+def one_of(values, kind):
+    """Return a reader of a word, in either case, for the value that a table has for it."""
+    def read(text):
+        if text.lower() not in values:
+            raise ValueError(f"is not {kind}")
+        return values[text.lower()]
+    return read
+
+
+non_negative, positive, port_number = integer(0), integer(1), integer(0, 65535, "port number")
+boolean = one_of({"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False,
+                  "off": False}, "on or off")
+log_level = one_of({"debug": 10, "info": 20, "warning": 30, "warn": 30, "error": 40, "critical": 50},
+                   "a log level (DEBUG, INFO, WARNING, ERROR or CRITICAL)")
+
+
+def model_globs(text):
+    """Read a comma list of model names, in which * and ? are wildcards; return it in lower case without blanks."""
+    globs = [part.strip().lower() for part in text.split(",") if part.strip()]
+    if not globs or "none" in globs or not all(re.fullmatch(r"[a-z0-9._:/*?-]{1,200}", glob) for glob in globs) \
+            or any(glob.rpartition("/")[2].count(":") > 1 for glob in globs):
+        raise ValueError("is not a list of models like llama3*,qwen2.5:7b (letters, digits and . _ : / - * ?)")
+    return ",".join(globs)
+
+
 def byte_size(text):
-    """Read "100MiB", "64K" or a number of bytes; K, M and G count in 1024."""
+    """Read "100MiB", "64K" or a number of bytes; K, M and G are powers of 1024."""
     match = re.fullmatch("([0-9]{1,12}) ?(?:([KMG])(?:i?B)?|B)?", text, re.IGNORECASE)
     if not match or not int(match[1]):
         raise ValueError("is not a size like 100MiB")
@@ -404,39 +390,29 @@ def networks(text):
         raise ValueError(f"is not a list of addresses or networks: {error}") from None
 
 
-def log_level(text):
-    levels = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "WARN": 30, "ERROR": 40, "CRITICAL": 50}
-    if text.upper() not in levels:
-        raise ValueError("is not a log level (DEBUG, INFO, WARNING, ERROR or CRITICAL)")
-    return levels[text.upper()]
-
-
 def upstream_url(text):
-    """Read an http or https URL, a path prefix allowed, into urllib.parse's parts."""
-    wrong = ValueError("is not a URL like http://localhost:11434")
-    try:
+    """Read an http or https URL, which may have a path, as the parts of urllib.parse."""
+    with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(text.rstrip("/"))
-        parts.port  # raises for a port out of range
-    except ValueError:
-        raise wrong from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment \
-            or parts.username is not None or not re.fullmatch(r"[\x21-\x7e]+", text):
-        raise wrong
-    return parts
+        parts.port  # raises ValueError for a port out of range
+        if parts.scheme in ("http", "https") and parts.hostname and not parts.query and not parts.fragment \
+                and parts.username is None and re.fullmatch(r"[\x21-\x7e]+", text):
+            return parts
+    raise ValueError("is not a URL like http://localhost:11434")
 
 
 def base_path(text):
-    """Read where /api is to be found, as "/path" or, for the root, ""."""
+    """Read the path that replaces /api, as "/path" or, for the root, ""."""
     path = text.strip("/")
     if path and not re.fullmatch(r"[A-Za-z0-9_~-][A-Za-z0-9._~-]*(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*", path):
         raise ValueError("is not a path of letters, digits, '.', '_', '~' and '-'")
     if path.split("/")[0] in ("v1", "t", "docs", "openapi.json", "admin", "health", "me", "metrics"):
-        raise ValueError("starts with a path that the gateway has another use for")
+        raise ValueError("starts with a path that the gateway uses itself")
     return "/" + path if path else ""
 
 
 def origins(text):
-    """Read "*" or a comma list of origins, as a browser sends them (RFC 6454 7)."""
+    """Read "*" or a comma list of origins, as browsers send them (RFC 6454 7)."""
     found = tuple(part.strip() for part in text.split(",") if part.strip())
     for origin in found:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+|null", origin):
@@ -445,83 +421,69 @@ def origins(text):
 
 
 class Option(NamedTuple):
-    """A setting: `convert` reads what was typed, and says in a ValueError what is wrong with it."""
+    """A setting; `convert` reads its text and raises ValueError with the end of a message."""
 
     flag: str
-    variable: str
     default: Optional[str]
-    convert: object
+    convert: Callable
     metavar: str
     help: str
+    inherited: str = ""     # its variable, if that has the name of the replaced system
 
     @property
     def name(self):
         return self.flag[2:].replace("-", "_")
 
+    @property
+    def variable(self):
+        return self.inherited or "GATEWAY_" + self.name.upper()
+
 
 OPTION_GROUPS = {
     "network": (
-        Option("--ollama-url", "OLLAMA_BASE_URL", "http://localhost:11434", upstream_url, "URL", "the Ollama to guard"),
-        Option("--base-path", "BASE_PATH", "/api", base_path, "PATH", "path at which clients find Ollama's /api"),
-        Option("--db", "TOKEN_DB_PATH", "tokens.db", str, "FILE", "the database of tokens"),
-        Option("--host", "GATEWAY_HOST", "127.0.0.1", str, "ADDRESS", "the address to listen on; :: for all"),
-        Option("--port", "GATEWAY_PORT", "8000", port_number, "PORT", "the port to listen on"),
-        Option("--tls-cert", "GATEWAY_TLS_CERT", None, str, "FILE", "serve HTTPS with this certificate chain"),
-        Option("--tls-key", "GATEWAY_TLS_KEY", None, str, "FILE", "its private key, if not in the same file"),
+        Option("--ollama-url", "http://localhost:11434", upstream_url, "URL", "Ollama to protect", "OLLAMA_BASE_URL"),
+        Option("--base-path", "/api", base_path, "PATH", "path at which clients find Ollama's /api", "BASE_PATH"),
+        Option("--db", "tokens.db", str, "FILE", "the database of tokens", "TOKEN_DB_PATH"),
+        Option("--host", "127.0.0.1", str, "ADDRESS", "address to listen on; :: is all addresses"),
+        Option("--port", "8000", port_number, "PORT", "port to listen on"),
+        Option("--tls-cert", None, str, "FILE", "certificate chain: serve HTTPS"),
+        Option("--tls-key", None, str, "FILE", "private key, if it is not in the file of --tls-cert"),
     ),
     "access": (
-        Option("--cors-origins", "GATEWAY_CORS_ORIGINS", "", origins, "LIST", "origins of web pages that may use the gateway, or *"),
-        Option("--path-tokens", "GATEWAY_PATH_TOKENS", "off", boolean, "", "accept /t/SECRET before any path"),
-        Option("--trusted-proxies", "GATEWAY_TRUSTED_PROXIES", "", networks, "LIST",
-               "addresses or networks of proxies whose X-Forwarded-For is trusted"),
-        Option("--metrics-open", "GATEWAY_METRICS_OPEN", "off", boolean, "", "serve /metrics without a token"),
-        Option("--no-admin-api", "GATEWAY_NO_ADMIN_API", "off", boolean, "", "do not serve /admin and its API"),
+        Option("--cors-origins", "", origins, "LIST", "origins of web pages that may use the gateway, or *"),
+        Option("--path-tokens", "off", boolean, "", "accept /t/SECRET before any path"),
+        Option("--trusted-proxies", "", networks, "LIST", "addresses or networks of proxies that send X-Forwarded-For"),
+        Option("--metrics-open", "off", boolean, "", "serve /metrics without a token"),
+        Option("--no-admin-api", "off", boolean, "", "do not serve /admin and its API"),
     ),
     "limits": (
-        Option("--max-connections", "GATEWAY_MAX_CONNECTIONS", "1024", positive, "N",
-               "clients connected at once; one more replaces the one that waits longest"),
-        Option("--max-body", "GATEWAY_MAX_BODY", "100MiB", byte_size, "SIZE",
-               "largest request body; blobs have no limit"),
-        Option("--max-spool", "GATEWAY_MAX_SPOOL", "2GiB", byte_size, "SIZE",
-               "disk space for all request bodies together; one over 1 MiB waits in a temporary file"),
-        Option("--max-parallel", "GATEWAY_MAX_PARALLEL", "0", non_negative, "N",
-               "inference requests that Ollama gets at once, the others wait; 0 is no limit"),
-        Option("--max-queue", "GATEWAY_MAX_QUEUE", "128", positive, "N", "requests of one user that may wait in the queue"),
+        Option("--max-connections", "1024", positive, "N", "client connections; one more replaces the longest idle"),
+        Option("--max-body", "100MiB", byte_size, "SIZE", "largest request body; blobs have no limit"),
+        Option("--max-spool", "2GiB", byte_size, "SIZE", "disk space for request bodies; those over 1 MiB are files"),
+        Option("--max-parallel", "0", non_negative, "N", "inference requests at once, others queue; 0 is no limit"),
+        Option("--max-queue", "128", positive, "N", "requests of one user that may be queued"),
     ),
     "timeouts": (
-        Option("--queue-timeout", "GATEWAY_QUEUE_TIMEOUT", "60s", timeout, "TIME", "longest wait of a request in the queue"),
-        Option("--connect-timeout", "GATEWAY_CONNECT_TIMEOUT", "5s", timeout, "TIME",
-               "to connect to Ollama, name look-up included"),
-        Option("--first-byte-timeout", "GATEWAY_FIRST_BYTE_TIMEOUT", "600s", timeout, "TIME",
-               "for the first byte of an answer: a model may load, queue and think"),
-        Option("--stall-timeout", "GATEWAY_STALL_TIMEOUT", "300s", timeout, "TIME", "for the next byte of an answer"),
-        Option("--header-timeout", "GATEWAY_HEADER_TIMEOUT", "15s", timeout, "TIME",
-               "for a whole request head, or a TLS handshake"),
-        Option("--idle-timeout", "GATEWAY_IDLE_TIMEOUT", "75s", timeout, "TIME",
-               "for the next request on a connection"),
-        Option("--drain-timeout", "GATEWAY_DRAIN_TIMEOUT", "30s", timeout, "TIME",
-               "for running requests to finish at a stop"),
+        Option("--queue-timeout", "60s", duration, "TIME", "longest wait of a request in the queue"),
+        Option("--connect-timeout", "5s", duration, "TIME", "to connect to Ollama, name look-up included"),
+        Option("--first-byte-timeout", "600s", duration, "TIME", "for the first byte of a response; models load first"),
+        Option("--stall-timeout", "300s", duration, "TIME", "for the next byte of a response"),
+        Option("--header-timeout", "15s", duration, "TIME", "for a whole request head, or a TLS handshake"),
+        Option("--idle-timeout", "75s", duration, "TIME", "for the next request on a connection"),
+        Option("--drain-timeout", "30s", duration, "TIME", "for running requests to finish at a stop"),
     ),
     "logging": (
-        Option("--log-level", "LOG_LEVEL", "INFO", log_level, "LEVEL", "level of the log on stderr"),
-        Option("--log-file-level", "LOG_FILE_LEVEL", "INFO", log_level, "LEVEL", "level of the log file"),
-        Option("--log-file", "GATEWAY_LOG_FILE", None, str, "FILE",
+        Option("--log-level", "INFO", log_level, "LEVEL", "level of the log on stderr", "LOG_LEVEL"),
+        Option("--log-file-level", "INFO", log_level, "LEVEL", "level of the log file", "LOG_FILE_LEVEL"),
+        Option("--log-file", None, str, "FILE",
                "a log file, rotated at 10 MB, reopened on SIGHUP; app.log if LOG_FILE_LEVEL is set"),
     ),
 }
 OPTIONS = tuple(option for options in OPTION_GROUPS.values() for option in options)
 DATABASE_OPTION = next(option for option in OPTIONS if option.flag == "--db")   # every command has it
 
-ENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=(.*)")
-QUOTED = re.compile(r"""(?:'([^']*)'|"((?:[^"\\]|\\.)*)")\s*(?:\#.*)?""", re.VERBOSE)
-
-
-def env_value(text):
-    """Read what stands behind the "=" of a .env file's line: quotes and a comment's tail come off."""
-    quoted = QUOTED.fullmatch(text.strip())
-    if not quoted:
-        return re.split(r"(?:^|\s)#", text, maxsplit=1)[0].strip()
-    return quoted[1] if quoted[1] is not None else re.sub(r'\\(["\\])', r"\1", quoted[2])
+ENV_LINE = re.compile(r"""\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*      # name; then a value in quotes, or words
+    (?:'([^']*)'|"((?:[^"\\]|\\.)*)"|([^\s\#]\S*(?:\s+[^\s\#]\S*)*))?\s*(?:\#.*)?""", re.VERBOSE)
 
 
 def read_env_file(path):
@@ -535,34 +497,31 @@ def read_env_file(path):
         raise UsageError(f'--env-file: there is no file "{path}"') from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f'cannot read the settings in "{path or ".env"}": {error}') from None
-    return {line[1]: env_value(line[2]) for line in lines if line}
+    return {line[1]: line[2] or re.sub(r'\\(["\\])', r"\1", line[3] or "") or line[4] for line in lines if line}
 
 
 def load_settings(flags, environ, env_file=None, options=OPTIONS):
     """Settle options: a flag beats the environment, that the .env file, that the default; an empty value is none.
 
-    Returns one attribute for each option, by its name, converted, and `given`: {name: (source, text)} of those that are
-    not by default. flags: what was typed, by option name. Raises UsageError naming the flag or variable, the value and
-    the file.
+    Returns one attribute for each option, by its name, converted, and `given`: {name: (source, text)} of the options
+    that have no default value. flags: texts by option name. Raises UsageError with the source and the value.
     """
     file, given = read_env_file(env_file), {}
     settings = types.SimpleNamespace(given=given)
     for option in options:
-        for source, raw in ((option.flag, flags.get(option.name)), (option.variable, environ.get(option.variable)),
-                            (f'{option.variable} in {env_file or ".env"}', file.get(option.variable))):
-            if raw:
-                given[option.name] = source, raw
-                break
-        else:
-            source, raw = "default", option.default
+        sources = ((option.flag, flags.get(option.name)), (option.variable, environ.get(option.variable)),
+                   (f'{option.variable} in {env_file or ".env"}', file.get(option.variable)))
+        source, text = next((pair for pair in sources if pair[1]), ("default", option.default))
+        if source != "default":
+            given[option.name] = source, text
         try:
-            setattr(settings, option.name, None if raw is None else option.convert(raw))
+            setattr(settings, option.name, None if text is None else option.convert(text))
         except ValueError as error:
-            raise UsageError(f'{source}: "{raw}" {error}') from None
+            raise UsageError(f'{source}: "{text}" {error}') from None
     if "log_file_level" in given and "log_file" not in given:
-        settings.log_file = "app.log"  # as the replaced system had it
+        settings.log_file = "app.log"  # as in the replaced system
     if "tls_key" in given and "tls_cert" not in given:
-        raise UsageError("--tls-key: it needs the certificate too: --tls-cert FILE")
+        raise UsageError("--tls-key: --tls-cert FILE is missing")
     return settings
 
 # == Model ====================================================================
