@@ -528,7 +528,7 @@ def load_settings(flags, environ, env_file=None, options=OPTIONS):
 
 
 class Token(NamedTuple):
-    """A token as the database has it, but for its digest; times are Unix seconds in UTC."""
+    """A row of the database without its digest; times are Unix seconds in UTC."""
 
     id: int
     user: str
@@ -538,10 +538,10 @@ class Token(NamedTuple):
     expires_at: Optional[int]
     last_used_at: Optional[int]
     admin: bool
-    models: Optional[str]           # globs, joined by commas: all others are not for this token
+    models: Optional[str]           # comma list of globs: other models are forbidden
     rpm: Optional[int]              # inference requests in any minute
     max_parallel: Optional[int]     # inference requests at once
-    tokens_per_day: Optional[int]   # of prompts and completions, in a day of UTC
+    tokens_per_day: Optional[int]   # of prompts and completions, in a UTC day
 
 
 class Limit(NamedTuple):
@@ -553,10 +553,10 @@ class Limit(NamedTuple):
     help: str           # of the flag
     heading: str        # in `token list`
     label: str          # in the menu and on the pages
-    example: str        # of a value that is not a number
     phrase: str         # a value in a sentence
     json_type: str
-    refusal: str        # of a request beyond it: one of REFUSALS
+    refusal: str        # of a request beyond the limit: one of REFUSALS
+    example: str = ""   # of a value that is not a number
 
     @property
     def flag(self):
@@ -564,14 +564,14 @@ class Limit(NamedTuple):
 
 
 LIMITS = (
-    Limit("models", model_globs, "LIST", "the only models it may use, as llama3*,qwen2.5:7b", "MODELS", "Models",
-          "llama3*,qwen2.5:7b", "models {}", "string[]", "forbidden"),
+    Limit("models", model_globs, "LIST", "the only models that it may use, like llama3*,qwen2.5:7b", "MODELS", "Models",
+          "models {}", "string[]", "forbidden", "llama3*,qwen2.5:7b"),
     Limit("rpm", positive, "N", "inference requests in any minute", "RPM", "Requests a minute",
-          "", "{} a minute", "integer", "rate_limited"),
+          "{} a minute", "integer", "rate_limited"),
     Limit("max_parallel", positive, "N", "inference requests at once", "PARALLEL", "Requests at once",
-          "", "{} at once", "integer", "too_many_at_once"),
-    Limit("tokens_per_day", positive, "N", "tokens of prompts and completions in a day of UTC", "A DAY", "Tokens a day",
-          "", "{} tokens a day", "integer", "budget_spent"),
+          "{} at once", "integer", "too_many_at_once"),
+    Limit("tokens_per_day", positive, "N", "tokens of prompts and completions in a UTC day", "A DAY", "Tokens a day",
+          "{} tokens a day", "integer", "budget_spent"),
 )
 LIMIT_BY_COLUMN = {limit.column: limit for limit in LIMITS}
 SETTABLE = {"expires_at": future_time, **{limit.column: limit.read for limit in LIMITS}}     # columns of a token
@@ -582,8 +582,7 @@ def read_column(column, text):
     try:
         return None if text == "none" else SETTABLE[column](text)
     except ValueError as error:
-        alternative = ', or "none"' if str(error).startswith("is not a") else ""
-        raise ValueError(f"{error}{alternative}") from None
+        raise ValueError(f'{error}, or "none"' if str(error).startswith("is not a") else str(error)) from None
 
 
 def is_expired(token):
@@ -594,7 +593,8 @@ def token_json(token):
     """Return a token's columns, ready for JSON."""
     shown = {"id": token.id, "user": token.user, "name": token.name, "hint": token.hint,
              "created_at": format_instant(token.created_at), "expires_at": format_instant(token.expires_at),
-             "last_used_at": format_instant(token.last_used_at), "expired": is_expired(token), "admin": bool(token.admin)}
+             "last_used_at": format_instant(token.last_used_at), "expired": is_expired(token),
+             "admin": bool(token.admin)}
     for limit in LIMITS:
         value = getattr(token, limit.column)
         shown[limit.column] = value.split(",") if value and limit.json_type == "string[]" else value
@@ -602,34 +602,34 @@ def token_json(token):
 
 
 class PageRequest(NamedTuple):
-    """A request for one of the gateway's own pages; the body is read whole."""
+    """A request for an own page; the body is read whole."""
 
     request: Request
-    path: str           # as the table of routes has it, its segments filled in
+    path: str           # as in ROUTES, with its segments filled in
     token: Optional[Token]
     body: bytes
 
 
 class Route(NamedTuple):
-    """A path as Ollama knows it (`{name}`: one segment), and what it takes to use it."""
+    """A path of Ollama or of the gateway (`{name}` is one segment), and who may use it."""
 
     method: str
     path: str
-    access: str             # "public", "token" or "admin"
+    access: str                 # "public", "token" or "admin"
     category: str               # "page", "read", "inference", "model" or "account"
-    model_in: str = ""         # where the request names its model: "json", "form" or "path"
-    model_list_key: str = ""         # the key of the list of models in its answer
-    handler: str = ""          # which of our own pages answers
-    streamed: bool = False  # the request's body is passed on unheld
+    model_in: str = ""          # where the request names its model: "json", "form" or "path"
+    model_list_key: str = ""    # the key of the list of models in the response
+    handler: str = ""           # the method that responds, for own pages
+    streamed: bool = False      # the request body is sent on while it arrives
 
 
 class Usage(NamedTuple):
     """The tokens of a request; None where Ollama reports none."""
 
     prompt: Optional[int] = 0
-    cached: Optional[int] = None        # of the prompt: read from the model's cache
+    cached: Optional[int] = None        # part of the prompt that was read from the model's cache
     completion: Optional[int] = 0
-    estimated: int = 0                  # of prompt and completion: counted by the gateway, not by Ollama
+    estimated: int = 0                  # part of prompt and completion that the gateway estimated
 
 
 class RequestContext:
