@@ -91,7 +91,7 @@ import urllib.parse
 import urllib.request
 from collections import Counter, OrderedDict, deque
 from datetime import datetime, timedelta
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, Mapping, NamedTuple, Optional
 
 LOG = logging.getLogger(__name__)  # `serve` alone gives it handlers
 
@@ -662,15 +662,15 @@ class RequestContext:
 
 
 class Deadline:
-    """So many seconds, from the first time that they are waited for, and which flag makes them more."""
+    """A time limit that starts at the first wait; `flag` names the option that changes it."""
 
     __slots__ = ("_at", "_seconds", "_flag")
 
-    def __init__(self, seconds, flag=""):
-        self._at, self._seconds, self._flag = None, seconds, flag
+    def __init__(self, seconds, flag="", at=None):
+        self._at, self._seconds, self._flag = at, seconds, flag
 
     def left(self):
-        """Return the seconds left; raise TimeoutError when there are none."""
+        """Return the seconds left; raise TimeoutError if none are."""
         now = time.monotonic()
         if self._at is None:
             self._at = now + self._seconds
@@ -680,52 +680,41 @@ class Deadline:
         return seconds
 
     def share(self, parts):
-        """Return a deadline for the first of so many equal parts of the time left; raise TimeoutError."""
-        part = Deadline(self._seconds, self._flag)
-        part._at = time.monotonic() + self.left() / parts
-        return part
+        """Return a deadline for the first of a number of equal parts of the time left; raise TimeoutError."""
+        return Deadline(self._seconds, self._flag, time.monotonic() + self.left() / parts)
 
 
 def is_late(error):
-    """Return whether a Deadline has passed; the system's ETIMEDOUT is a TimeoutError too, but a lost connection."""
+    """Return whether a Deadline has passed; the system's ETIMEDOUT, a lost connection, is a TimeoutError too."""
     return isinstance(error, TimeoutError) and error.errno is None
 
 
-POLL_LIMIT = 2 ** 31 - 1    # milliseconds that fit poll's argument
+POLL_LIMIT = 2 ** 31 - 1    # milliseconds: the largest argument of poll
 READABLE, WRITABLE = getattr(select, "POLLIN", 1), getattr(select, "POLLOUT", 4)
-HUNG_UP = getattr(select, "POLLRDHUP", 0)  # Linux tells a half-closed peer without a read; others cannot
-BARE_LF = re.compile(rb"(?<!\r)\n")
+HUNG_UP = getattr(select, "POLLRDHUP", 0)  # reports a half-closed peer without a read; Linux only
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError)
-# A peer that vanished without a FIN, behind a NAT say, is given up after 30 s: 15 s of silence and 3 probes 5 s apart,
-# few enough for a phone's battery. TCP_USER_TIMEOUT, in ms, is for data that nobody acknowledges; Linux applies it to
-# the probes too, in place of their number, and to a peer that takes no data for so long (RFC 1122 4.2.3.6, RFC 5482).
+# A peer that vanished without a FIN, such as behind a NAT, is given up after 30 s: 15 s of silence and 3 probes 5 s
+# apart, few enough for a phone's battery. TCP_USER_TIMEOUT (ms) is for unacknowledged data; Linux applies it to the
+# probes too, and to a peer that takes no data for so long (RFC 1122 4.2.3.6, RFC 5482). macOS has TCP_KEEPALIVE.
 KEEP_ALIVE = [(getattr(socket, option), value) for option, value in (
-    ("TCP_KEEPIDLE", 15), ("TCP_KEEPALIVE", 15),    # macOS's name for the same
-    ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 30_000)) if hasattr(socket, option)]
-
-
-def keep_alive(sock):
-    """Have the system probe the peer of an idle connection, and end a connection whose peer has vanished."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    with contextlib.suppress(OSError):  # a system may know an option and still lack it
-        for option, value in KEEP_ALIVE:
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    ("TCP_KEEPIDLE", 15), ("TCP_KEEPALIVE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3),
+    ("TCP_USER_TIMEOUT", 30_000)) if hasattr(socket, option)]
 
 
 def look_up(host, port, flags=0):
-    """Return getaddrinfo's addresses for TCP; a name in ASCII without its codec for others, whose import takes 3 ms."""
-    return socket.getaddrinfo(host.encode("ascii") if host.isascii() else host, port, type=socket.SOCK_STREAM,
-                              flags=flags)
+    """Return the TCP addresses of getaddrinfo; an ASCII name avoids the IDNA codec, whose import takes 3 ms."""
+    host = host.encode("ascii") if host.isascii() else host
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
 
 
 def address_of(text):
-    """Return an IP address without its zone, IPv4 as such behind ::ffff: too; raise ValueError."""
+    """Return an IP address without its zone, an IPv4-mapped one as IPv4; raise ValueError."""
     address = ipaddress.ip_address(text.strip().partition("%")[0])
     return getattr(address, "ipv4_mapped", None) or address
 
 
 def network_of(text):
-    """Return the bytes of an IPv4 address or of an IPv6 address's /64: what one peer controls."""
+    """Return the bytes of an IPv4 address or of the /64 of an IPv6 address, which one peer controls."""
     return address_of(text).packed[:8]
 
 
@@ -733,7 +722,7 @@ OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
 
 def is_out_of_descriptors(error):
-    """Report whether an OSError came from a lack of descriptors; getaddrinfo and tempfile raise another one then."""
+    """Return whether an OSError came from a lack of descriptors; getaddrinfo and tempfile raise other errors then."""
     try:
         if error.errno not in OUT_OF_DESCRIPTORS:
             os.close(os.open(os.devnull, os.O_RDONLY))
@@ -742,45 +731,40 @@ def is_out_of_descriptors(error):
     return error.errno in OUT_OF_DESCRIPTORS
 
 
-class Poll:
-    """select.poll() as far as it is used here, for Windows, which has none."""
+class Poll(dict):
+    """The part of select.poll() that is used here, for Windows: {descriptor: its events}."""
 
-    def __init__(self):
-        self._events = {}
-
-    def register(self, descriptor, events):
-        self._events[descriptor] = events
+    register = dict.__setitem__
 
     def poll(self, milliseconds):
         """Return the descriptors that are ready, in the order of their registration, each with its events."""
-        readable, writable, _ = select.select([fd for fd, events in self._events.items() if events & READABLE],
-                                              [fd for fd, events in self._events.items() if events & WRITABLE], [],
-                                              milliseconds / 1000)
-        return [(fd, READABLE * (fd in readable) | WRITABLE * (fd in writable)) for fd in self._events
-                if fd in readable or fd in writable]
+        readers, writers = ([fd for fd in self if self[fd] & event] for event in (READABLE, WRITABLE))
+        readable, writable, _ = select.select(readers, writers, [], milliseconds / 1000)
+        found = [(fd, READABLE * (fd in readable) | WRITABLE * (fd in writable)) for fd in self]
+        return [(fd, events) for fd, events in found if events]
 
 
 new_poll = getattr(select, "poll", Poll)
 
 
 def wait_for(descriptor, events, deadline, cancel_on=None):
-    """Wait for a descriptor's events and return them; when the watched wire stirs first, it decides what that means.
+    """Wait for events of a descriptor and return them; if `cancel_on` is ready first, call its on_readable().
 
-    Raises TimeoutError, and whatever `watched.on_readable()` raises.
+    Raises TimeoutError, and what on_readable() raises.
     """
     while True:
         poll = new_poll()
         if cancel_on is not None:
             poll.register(cancel_on.descriptor, cancel_on.watched_events())
         poll.register(descriptor, events)
-        for ready, found in poll.poll(min(int(deadline.left() * 1000) + 1, POLL_LIMIT)):    # as they were registered
+        for ready, found in poll.poll(min(deadline.left() * 1000, POLL_LIMIT)):    # in the order of registration
             if ready == descriptor:
                 return found
             cancel_on.on_readable()
 
 
 class Wakeup:
-    """Wakes the thread that waits for it; meanwhile that can watch a wire."""
+    """Wakes the thread that waits for it; that wait can be cancelled."""
 
     def __init__(self):
         self._write_end, self._read_end = socket.socketpair()
@@ -797,21 +781,24 @@ class Wakeup:
 
 
 class Connection:
-    """A non-blocking socket, and what was read from it too early; a wait has a deadline, and may watch another wire."""
+    """A buffered non-blocking socket; each wait has a deadline, and another connection may cancel it."""
 
     waited = False      # `fill` was called since this was last reset
     is_shut = False     # by another thread
 
     def __init__(self, sock):
         sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or Nagle waits for delayed ACKs, 44 ms an answer
-        keep_alive(sock)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else Nagle delays each response by 44 ms
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        with contextlib.suppress(OSError):  # a system may know an option and not support it
+            for option, value in KEEP_ALIVE:
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
         self.sock, self.descriptor, self.buffer = sock, sock.fileno(), b""
 
     def start_tls(self, context, deadline, cancel_on=None, **how):
-        """Speak TLS from here on; `how` goes to SSLContext.wrap_socket."""
+        """Do the TLS handshake; `how` is passed to SSLContext.wrap_socket."""
         self.sock = context.wrap_socket(self.sock, do_handshake_on_connect=False, **how)
-        if self.is_shut:    # meanwhile: shut_down found an empty socket
+        if self.is_shut:    # shut_down was called meanwhile, and found a detached socket
             raise ConnectionAbortedError("the connection was shut down")
         while True:
             try:
@@ -822,15 +809,15 @@ class Connection:
                 self.wait(WRITABLE, deadline, cancel_on)
 
     def wait(self, events, deadline, cancel_on=None):
-        """Wait for events here and return them, as `wait_for` does."""
+        """Wait for events of this connection as `wait_for` does."""
         return wait_for(self.descriptor, events, deadline, cancel_on)
 
     def watched_events(self):
-        """Return what to watch for: with much unread already, only the hang-up."""
+        """Return the events to watch for: only the hang-up if much is unread."""
         return HUNG_UP if len(self.buffer) >= PIPELINED_BYTES else READABLE | HUNG_UP
 
     def fill(self, deadline, cancel_on=None):
-        """Read more into the buffer as soon as there is any; return False at the stream's end."""
+        """Read into the buffer as soon as there is data; return False at the end of the stream."""
         self.waited = True
         while True:
             if not (isinstance(self.sock, ssl.SSLSocket) and self.sock.pending()):  # poll cannot see what TLS holds
@@ -842,11 +829,20 @@ class Connection:
             except ssl.SSLWantWriteError:
                 self.wait(WRITABLE, deadline, cancel_on)
                 continue
-            self.buffer = self.buffer + data if self.buffer else data
+            self.buffer += data
             return bool(data)
 
+    def read_piece(self, decoder, deadline, cancel_on=None):
+        """Return the next piece as soon as it is there, b"" only at the end; raise Malformed if that is early."""
+        while True:
+            piece, self.buffer = decoder.decode(self.buffer)
+            if piece or decoder.complete:
+                return piece
+            if not self.fill(deadline, cancel_on):
+                decoder.end()
+
     def alive(self):
-        """Tell whether the peer is still there, reading without a wait what it has sent."""
+        """Return whether the peer is still there; data that it has sent is read, without a wait."""
         try:
             data = self.sock.recv(RECEIVE_BYTES)
         except WOULD_BLOCK:
@@ -857,102 +853,98 @@ class Connection:
         return bool(data)
 
     def send(self, data, deadline, cancel_on=None):
-        """Send all of the data."""
-        view = memoryview(data)
-        while view:
+        """Send all data."""
+        while data:
             try:
-                view = view[self.sock.send(view):]
+                sent = self.sock.send(data)
             except (BlockingIOError, ssl.SSLWantWriteError):
                 self.until_writable(deadline, cancel_on)
             except ssl.SSLWantReadError:
                 self.wait(READABLE, deadline, cancel_on)
+            else:
+                data = memoryview(data)[sent:] if sent < len(data) else b""
 
     def until_writable(self, deadline, cancel_on):
         self.wait(WRITABLE, deadline, cancel_on)
 
-    def read_head(self, deadline, cancel_on=None):
-        """Read a message's head and return its lines as bytes, without the empty one.
-
-        Raises Malformed for one that is too large, has a bare LF, or ends early (RFC 9112 2.2).
-        """
-        searched = 0
-        while True:
-            end = self.buffer.find(b"\r\n\r\n", searched)
-            size = end if end >= 0 else len(self.buffer)
-            if size > LINE_BYTES and self.buffer.find(b"\r\n", 0, LINE_BYTES + 2) < 0:
-                raise Malformed(f"the first line is longer than {LINE_BYTES} bytes", "line_too_long")
-            if size > HEAD_BYTES:
-                raise Malformed(f"the headers are larger than {HEAD_BYTES} bytes", "head_too_large")
-            if end >= 0:
-                head, self.buffer = self.buffer[:end + 2], self.buffer[end + 4:]
-                return head
-            if BARE_LF.search(self.buffer, searched):
-                raise Malformed("a line does not end in CR LF")
-            searched = max(len(self.buffer) - 3, 0)
-            if not self.fill(deadline, cancel_on):
-                if not self.buffer:
-                    raise ConnectionError("it hung up without a word")
-                raise Malformed("the headers end early")
-
     def shut_down(self):
-        """End the connection from another thread: whoever waits on it wakes up."""
+        """End the connection from another thread: a thread that waits on it wakes up."""
         self.is_shut = True
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # SSLSocket's own would go on in clear first
-
-    def read_piece(self, body, deadline, cancel_on=None):
-        """Return a body's next piece as soon as it is there, b"" only at its end; raise Malformed if that is early."""
-        while True:
-            piece, self.buffer = body.decode(self.buffer)
-            if piece or body.complete:
-                return piece
-            if not self.fill(deadline, cancel_on):
-                body.end()
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # SSLSocket.shutdown would go on without TLS
 
     def close(self):
         with contextlib.suppress(OSError):
             self.sock.close()
 
     def close_notify(self):
-        """Close, under TLS with the word that nothing was cut off (RFC 8446 6.1)."""
+        """Close; under TLS, tell the peer that the end is no truncation (RFC 8446 6.1)."""
         if isinstance(self.sock, ssl.SSLSocket):
             with contextlib.suppress(OSError, ValueError):
                 self.sock.unwrap()
         self.close()
 
     def reset(self):
-        """Close so that the peer sees an error, not an end."""
+        """Close so that the peer sees an error instead of an end."""
         with contextlib.suppress(OSError):
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # struct linger {1, 0}
         self.close()
 
 # == HTTP =====================================================================
 
+BARE_LF = re.compile(rb"(?<!\r)\n")
 FIELD_BLOCK = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*")  # RFC 9110 5.1, 5.5
 
 
+class HeadDecoder:
+    """Decodes a message's head, which is one piece, without the empty line at its end (RFC 9112 2.2)."""
+
+    complete = False
+    _size = 0       # of the data so far, which has no end of a head
+
+    def decode(self, data):
+        """Return (the head, the data behind it), or (b"", data) while the head is not complete; raise Malformed."""
+        start = self._size - 3 if self._size > 3 else 0
+        end = data.find(b"\r\n\r\n", start)
+        size = end if end >= 0 else len(data)
+        if size > LINE_BYTES and data.find(b"\r\n", 0, LINE_BYTES + 2) < 0:
+            raise Malformed(f"the first line is longer than {LINE_BYTES} bytes", "line_too_long")
+        if size > HEAD_BYTES:
+            raise Malformed(f"the headers are larger than {HEAD_BYTES} bytes", "head_too_large")
+        if end >= 0:
+            return data[:end + 2], data[end + 4:]
+        if BARE_LF.search(data, start):
+            raise Malformed("a line does not end in CR LF")
+        self._size = size
+        return b"", data
+
+    def end(self):
+        if not self._size:
+            raise ConnectionError("the connection was closed before any data")
+        raise Malformed("the headers end early")
+
+
 def parse_fields(block):
-    """Return a head's field lines as (name, value) pairs (RFC 9112 5): no folding, no space before the colon."""
+    """Return the fields of a head as (name, value) pairs, as {name in lower case: value}, and the repeated names.
+
+    The dictionary is read-only and joins the values of equal names by commas (RFC 9110 5.3). Raises Malformed (RFC 9112
+    5) for folded lines, a space before the colon, or a repeated field of FRAMING.
+    """
     if not FIELD_BLOCK.fullmatch(block):
         raise Malformed("a header is malformed")
     lines = block.decode("latin-1").split("\r\n")[:-1]
     if len(lines) > FIELD_COUNT:
         raise Malformed(f"there are more than {FIELD_COUNT} headers", "head_too_large")
-    return [(name, value.strip(" \t")) for name, _, value in (line.partition(":") for line in lines)]
-
-
-def combine_fields(pairs):
-    """Return fields by their names in lower case, values of equal ones joined (RFC 9110 5.3), and which were equal."""
+    pairs = [(name, value.strip(" \t")) for name, _, value in (line.partition(":") for line in lines)]
     fields, repeated = {}, set()
     for name, value in pairs:
         name = name.lower()
         if name in fields:
             repeated.add(name)
-            value = f"{fields[name]}, {value}"
-        fields[name] = value
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
     if repeated & FRAMING:
         raise Malformed(f"there are two {min(repeated & FRAMING)} headers")
-    return fields, repeated
+    return pairs, types.MappingProxyType(fields), frozenset(repeated)
 
 
 def comma_list(value):
@@ -960,27 +952,36 @@ def comma_list(value):
     return {member.strip(" \t") for member in value.lower().split(",")}
 
 
-def content_length(value):
-    """Read a Content-Length's value: digits, once."""
-    if not (value.isascii() and value.isdigit() and len(value) <= 18):
-        raise Malformed(f'Content-Length is "{value[:40]}", not a number')
-    return int(value)
+def body_framing(fields, version):
+    """Return (length or None, whether chunked) of a body (RFC 9112 6); raise Malformed if readers could differ."""
+    coding, length = fields.get("transfer-encoding"), fields.get("content-length")
+    if coding is None:
+        if length is not None and not (length.isascii() and length.isdigit() and len(length) <= 18):
+            raise Malformed(f'Content-Length is "{length[:40]}", not a number')
+        return length and int(length), False
+    if length is not None:
+        raise Malformed("there are both Content-Length and Transfer-Encoding")
+    if version == "1.0":
+        raise Malformed("HTTP/1.0 has no Transfer-Encoding")
+    if coding.lower() != "chunked":
+        raise Malformed(f'the transfer coding "{coding[:40]}" is not "chunked"', "unknown_coding")
+    return None, True
 
 
 class Request(NamedTuple):
-    """A request's head, parsed: field names in lower case, a repeated field's values joined by commas."""
+    """The head of a request; the one of equal heads is shared (`parse_cached_request`)."""
 
     method: str
     path: str
     query: str
     version: str
-    fields: dict
+    fields: Mapping[str, str]           # by names in lower case
     repeated: frozenset                 # names of fields that came more than once
-    closes: bool                        # the client wants no other request on the connection
-    bearer: Optional[str]               # the secret that its Authorization shows, None without that field
-    redacted_path: str                     # without secrets
-    forwarded: str                         # those of its fields that go upstream, as lines of a head
-    path_secret: Optional[str] = None   # what stood behind /t/, once it is taken out of the path
+    closes: bool                        # the client sends no other request on the connection
+    bearer: Optional[str]               # the secret in Authorization: "" if it has none, None without that field
+    redacted_path: str                  # the path without secrets
+    forwarded: str                      # the fields that go to Ollama, as lines of a head
+    path_secret: Optional[str] = None   # the secret behind /t/, which is then not in `path`
 
 
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])")  # RFC 9112 3
@@ -988,146 +989,124 @@ HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")  # RFC 9110 7.2, RFC 398
 ABSOLUTE = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 SECRET_IN_PATH = re.compile(rf"(?<=/t/)[^/]+|{SECRET_PREFIX}[\w-]+", re.IGNORECASE)
 PATH_TOKEN = re.compile("/t/([^/]+)(/.*)")
-BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)  # RFC 6750 2.1; RFC 9110 11.1: the scheme's case is free
+BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)  # RFC 6750 2.1; RFC 9110 11.1: the case of the scheme is free
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
 
 
-def forwarded_headers(fields, dropped):
-    """Return, as a head's lines, the fields that go upstream: no credential, no cookie, nothing hop-by-hop."""
-    return "".join(f"{name}: {value}\r\n" for name, value in fields.items()
-                   if (name in FORWARDED or name.startswith(FORWARDED_PREFIXES)) and name not in dropped)
-
-
-def bearer_of(fields):
-    """Return the secret that an Authorization shows, "" if it shows none, None without that field."""
-    bearer = BEARER.fullmatch(fields.get("authorization", ""))
-    return bearer[1] if bearer else "" if "authorization" in fields else None
+def origin_form(target, host):
+    """Return a request target as a path and query, one in absolute form if it names the Host (RFC 9112 3.2)."""
+    absolute = None if target.startswith("/") else ABSOLUTE.fullmatch(target)
+    if absolute and absolute[1].lower() == host.lower():
+        target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
+    if not target.startswith("/") or "#" in target:
+        raise Malformed("the request target is not a path")
+    return target
 
 
 def parse_request(head):
-    """Read a request's head strictly (RFC 9112 2 to 3); raise Malformed."""
+    """Parse the head of a request strictly (RFC 9112 2 to 3); raise Malformed."""
     line, _, block = head.partition(b"\r\n")
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise Malformed("the request line is not METHOD SP PATH SP HTTP/1.1")
     method, target, version = (part.decode("ascii") for part in match.groups())
     if version not in ("1.0", "1.1"):
-        raise Malformed(f"HTTP/{version} is not spoken here, HTTP/1.1 is", "unknown_version")
-    fields, repeated = combine_fields(parse_fields(block))
+        raise Malformed(f"HTTP/{version} is not supported, HTTP/1.1 is", "unknown_version")
+    _, fields, repeated = parse_fields(block)
     if version == "1.1" and "host" not in fields:
         raise Malformed("there is no Host header")
     host = fields.get("host", "")
     if not HOST.fullmatch(host):
         raise Malformed("the Host header is malformed")
-    absolute = None if target.startswith("/") else ABSOLUTE.fullmatch(target)
-    if absolute and absolute[1].lower() == host.lower():
-        target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
-    if not target.startswith("/") or "#" in target:
-        raise Malformed("the request target is not a path")
-    path, mark, query = target.partition("?")
-    named = comma_list(fields.get("connection", ""))
-    return Request(method, path, mark + query, version, fields, frozenset(repeated),
-                   closes=version == "1.0" or "close" in named, bearer=bearer_of(fields),
-                   redacted_path=SECRET_IN_PATH.sub("*", path), forwarded=forwarded_headers(fields, named))
+    path, mark, query = origin_form(target, host).partition("?")
+    hop = comma_list(fields.get("connection", ""))
+    authorization = fields.get("authorization")
+    bearer = None if authorization is None else (BEARER.fullmatch(authorization) or ("", ""))[1]
+    forwarded = "".join(f"{name}: {value}\r\n" for name, value in fields.items()
+                        if (name in FORWARDED or name.startswith(FORWARDED_PREFIXES)) and name not in hop)
+    return Request(method, path, mark + query, version, fields, repeated, closes=version == "1.0" or "close" in hop,
+                   bearer=bearer, redacted_path=SECRET_IN_PATH.sub("*", path), forwarded=forwarded)
 
 
-# Clients ask with the same head again and again: not parsing it is a tenth of what a small answer costs.
+# Clients send equal heads again and again: parsing one takes a tenth of the CPU of a small response.
 parse_cached_request = functools.lru_cache(HEAD_CACHE_SIZE)(parse_request)
 
 
 def dialect_of(path):
-    """Return which clients' error objects belong to a path, behind a token too."""
+    """Return the dialect of error objects that clients expect at a path, which may begin with /t/SECRET."""
     behind_token = PATH_TOKEN.fullmatch(path)
     path = behind_token[2] if behind_token else path
-    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+    if f"{path}/".startswith("/v1/messages/"):
         return "anthropic"
     return "openai" if path.startswith("/v1/") else "ollama"
 
 
-STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")  # RFC 9112 4
+STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")  # RFC 9112 4
+NOT_RELAYED = HOP_BY_HOP | {"content-length", "x-request-id", "x-accel-buffering"}
 
 
 class ResponseHead(NamedTuple):
-    """The head of the upstream's answer, parsed."""
+    """The head of a response of Ollama; the one of equal heads is shared (`parse_cached_response_head`)."""
 
     status: int
     phrase: str
-    fields: dict            # by their names in lower case
-    lines: str              # those that go to the client, as they came
-    kind: str               # the content type, without its parameters
+    fields: Mapping[str, str]   # by names in lower case
+    lines: str                  # the fields that go to the client, as they came
+    media_type: str             # the content type without parameters
     length: Optional[int]
     chunked: bool
-    keeps: bool             # the connection may go on after the answer
-
-
-def is_forwardable(name):
-    """Tell whether a field of the upstream's answer goes to the client: not the connection's, not ours to say."""
-    return name not in HOP_BY_HOP and name not in ("content-length", "x-request-id", "x-accel-buffering") \
-        and not name.startswith("access-control-")
+    keep_alive: bool            # the connection may be used again after the response
 
 
 def parse_response_head(head):
-    """Read an answer's head strictly; raise Malformed."""
+    """Parse the head of a response strictly; raise Malformed."""
     line, _, block = head.partition(b"\r\n")
     match = STATUS_LINE.fullmatch(line)
     if not match or match[2] == b"101":
-        raise Malformed("its answer has no status line")
-    pairs = parse_fields(block)
-    fields, _ = combine_fields(pairs)
-    hop = comma_list(fields.get("connection", ""))
-    length, coding = fields.get("content-length"), fields.get("transfer-encoding")
-    if coding is not None and (length is not None or coding.lower() != "chunked" or match[1] != b"1"):
-        raise Malformed("its answer's framing is ambiguous")
+        raise Malformed("its response has no status line")
+    pairs, fields, _ = parse_fields(block)
+    version, hop = match[1].decode(), comma_list(fields.get("connection", ""))
+    dropped = hop | NOT_RELAYED
     lines = "".join(f"{name}: {value}\r\n" for name, value in pairs
-                    if name.lower() not in hop and is_forwardable(name.lower()))
+                    if name.lower() not in dropped and not name.lower().startswith("access-control-"))
     return ResponseHead(int(match[2]), (match[3] or b"").decode("latin-1"), fields, lines,
                         fields.get("content-type", "").partition(";")[0].strip().lower(),
-                        None if length is None else content_length(length), coding is not None,
-                        match[1] == b"1" and "close" not in hop)
+                        *body_framing(fields, version), version == "1.1" and "close" not in hop)
 
 
-# Within a second, heads are alike: not parsing them again is a tenth of what a small answer costs.
+# Within a second, heads are equal: parsing one takes a tenth of the CPU of a small response.
 parse_cached_response_head = functools.lru_cache(HEAD_CACHE_SIZE)(parse_response_head)
 
 
 def encode_chunk(piece, last=False):
-    """Write a piece as a chunk (RFC 9112 7.1), nothing as none, and behind the last one the end."""
+    """Return a piece as a chunk (RFC 9112 7.1), nothing for an empty one; behind the last one the end of the body."""
     return (b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b"") + (b"0\r\n\r\n" if last else b"")
 
 
 class LengthBody:
-    """Decodes a body whose length was told; of length 0, also one that there is not."""
+    """Decodes a body of known length, 0 for none; without a length it ends with the connection (RFC 9112 6.3)."""
 
     def __init__(self, length):
-        self.left, self.complete = length, not length
+        self.left, self.complete = length, length == 0
 
     def decode(self, data):
-        """Split data into the body's next piece and what is not of it."""
+        """Return (the next piece of the body, the data behind it)."""
+        if self.left is None:
+            return data, b""
         piece = data[:self.left]
         self.left -= len(piece)
         self.complete = not self.left
         return piece, data[len(piece):]
 
     def end(self):
-        """Take note that nothing more will come; raise Malformed if that is too early."""
-        raise Malformed(f"the body ends {self.left} bytes early")
-
-
-class CloseDelimitedBody(LengthBody):
-    """Decodes a body that lasts until its connection ends (RFC 9112 6.3, the last rule)."""
-
-    def __init__(self):
-        self.complete = False
-
-    def decode(self, data):
-        return data, b""
-
-    def end(self):
+        """Note the end of the stream; raise Malformed if the body is not complete."""
+        if self.left is not None:
+            raise Malformed(f"the body ends {self.left} bytes early")
         self.complete = True
 
 
 class ChunkedBody:
-    """Decodes a chunked body (RFC 9112 7.1): plain hex sizes, no extensions, trailers read and dropped."""
+    """Decodes a chunked body (RFC 9112 7.1): sizes in plain hex, no extensions; trailers are read and dropped."""
 
     FIRST = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
     NEXT = re.compile(rb"\r\n([0-9A-Fa-f]{1,16})\r\n")
@@ -1135,12 +1114,12 @@ class ChunkedBody:
 
     def __init__(self):
         self.complete = False
-        self.left = 0           # of the chunk that is being read
+        self.left = 0           # bytes of the current chunk
         self._size_line = self.FIRST
-        self._ending = False    # the last chunk was seen: trailers follow
+        self._ending = False    # the last chunk was read: trailers follow
 
     def decode(self, data):
-        """Split data into the body's next piece, of as many chunks as there are, and what is not of it."""
+        """Return (the data of all chunks, as far as they are there, and the data behind them); raise Malformed."""
         pieces, at = [], 0
         while not self._ending:
             if self.left:
@@ -1158,37 +1137,38 @@ class ChunkedBody:
             self._size_line = self.NEXT
             at = match.end()
             self.left = int(match[1], 16)
-            self._ending = not self.left
+            if not self.left:
+                self._ending = True
+                at -= 2     # the trailers end at the first empty line, which may be their first line
         return b"".join(pieces), self._trailers(data[at:])
 
     def _trailers(self, data):
-        end = 0 if data.startswith(b"\r\n") else data.find(b"\r\n\r\n") + 2
-        if end == 1:  # not found
+        end = data.find(b"\r\n\r\n")
+        if end < 0:
             if len(data) > TRAILER_BYTES or BARE_LF.search(data):
                 raise Malformed("the trailers are too large, or have a line that does not end in CR LF")
             return data
-        for name, _ in parse_fields(data[:end]):
-            if name.lower() in FORBIDDEN_TRAILERS:
-                raise Malformed(f"{name} is not allowed in trailers")
+        forbidden = FORBIDDEN_TRAILERS & parse_fields(data[2:end + 2])[1].keys()
+        if forbidden:
+            raise Malformed(f"{min(forbidden)} is not allowed in trailers")
         self.complete = True
-        return data[end + 2:]
+        return data[end + 4:]
 
     def end(self):
         raise Malformed("the body ends before its last chunk")
 
 
-def request_body_framing(request):
-    """Return the decoder of a request's body (RFC 9112 6); raise Malformed where two readers could differ."""
-    coding, length = request.fields.get("transfer-encoding"), request.fields.get("content-length")
-    if coding is None:
-        return LengthBody(content_length(length) if length is not None else 0)
-    if length is not None:
-        raise Malformed("there are both Content-Length and Transfer-Encoding")
-    if request.version == "1.0":
-        raise Malformed("there is no Transfer-Encoding in HTTP/1.0")
-    if coding.lower() != "chunked":
-        raise Malformed(f'the transfer coding "{coding[:40]}" is not "chunked"', "unknown_coding")
-    return ChunkedBody()
+def request_decoder(request):
+    """Return the decoder of a request's body; raise Malformed."""
+    length, chunked = body_framing(request.fields, request.version)
+    return ChunkedBody() if chunked else LengthBody(length or 0)
+
+
+def response_decoder(head, method):
+    """Return the decoder of the body of a response to a method (RFC 9112 6.3)."""
+    if method == "HEAD" or head.status in (204, 304):
+        return LengthBody(0)
+    return ChunkedBody() if head.chunked else LengthBody(head.length)
 
 # == Request body =============================================================
 
@@ -2711,7 +2691,7 @@ class ClientStream:
 
     def __init__(self, connection, peer, limits, request_id):
         self.connection, self.limits, self.request = connection, limits, None
-        self.body = CloseDelimitedBody()      # until the head tells better, all that comes is of this request
+        self.body = LengthBody(None)      # until the head tells better, all that comes is of this request
         self.context = RequestContext(peer, time.monotonic())
         self.context.id = request_id
         self.extra = []             # fields that every answer carries
@@ -2731,7 +2711,7 @@ class ClientStream:
     def receive_head(self):
         """Wait for the request's head; `read_request` raises what went wrong."""
         try:
-            self._head = self.connection.read_head(Deadline(self.limits.header_timeout))
+            self._head = self.connection.read_piece(HeadDecoder(), Deadline(self.limits.header_timeout))
         except (Malformed, OSError) as error:
             self._failures.append(client_failure(error, "the headers took longer than {:g} s",
                                                  self.limits.header_timeout))
@@ -2745,7 +2725,7 @@ class ClientStream:
             parse = parse_cached_request if len(head) <= CACHED_HEAD_BYTES else parse_request
             self.request = request = parse(head)
             self._note(request)
-            self.body = request_body_framing(request)
+            self.body = request_decoder(request)
         except Malformed as error:
             raise Refusal(error.code, str(error)) from None
         self._keep = not request.closes
@@ -3956,13 +3936,8 @@ class Response:
     def __init__(self, head, exchange, connection, pool, stall_timeout):
         parse = parse_cached_response_head if len(head) <= CACHED_HEAD_BYTES else parse_response_head
         self.head = head = parse(head)
-        self.status, self.length, self.reusable = head.status, head.length, head.keeps
-        if exchange.method == "HEAD" or head.status in (204, 304):  # RFC 9112 6.3
-            self._body = LengthBody(0)
-        elif head.chunked:
-            self._body = ChunkedBody()
-        else:
-            self._body = CloseDelimitedBody() if head.length is None else LengthBody(head.length)
+        self.status, self.length, self.reusable = head.status, head.length, head.keep_alive
+        self._body = response_decoder(head, exchange.method)
         self._wire, self._pool, self._exchange = connection, pool, exchange
         self._stall_timeout = stall_timeout
 
@@ -4023,7 +3998,7 @@ class PooledHandler(urllib.request.BaseHandler):
             whole = self._send(connection, exchange)
             deadline = exchange.deadline or Deadline(exchange.timeout, "--first-byte-timeout")
             while True:
-                head = connection.read_head(deadline, exchange.cancel_on)
+                head = connection.read_piece(HeadDecoder(), deadline, exchange.cancel_on)
                 connection.reused = False  # it has proved to be alive: what fails from here on is not tried again
                 response = Response(head, exchange, connection, self._pool, self._stall_timeout)
                 if response.status >= 200:
@@ -4384,7 +4359,7 @@ REPORTS_NO_USAGE = ("/api/embeddings", "/v1/audio/transcriptions")
 
 def usage_reader_for(response, route, body_info):
     """Return what is to look at an answer; None if it can have cost nothing."""
-    kind = response.head.kind
+    kind = response.head.media_type
     if route.category != "inference" or not 200 <= response.status < 300:
         return None
     if route.path in REPORTS_NO_USAGE or kind not in STREAM_MARKERS and kind != "application/json":
