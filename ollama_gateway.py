@@ -900,23 +900,24 @@ class HeadDecoder:
     """Decodes a message's head, which is one piece, without the empty line at its end (RFC 9112 2.2)."""
 
     complete = False
-    _size = 0       # of the data so far, which has no end of a head
+    _size = 0       # of the data so far, in which the head has no end
 
     def decode(self, data):
         """Return (the head, the data behind it), or (b"", data) while the head is not complete; raise Malformed."""
-        start = self._size - 3 if self._size > 3 else 0
+        if not data:
+            return b"", data
+        start = self._size and max(self._size - 3, 0)
         end = data.find(b"\r\n\r\n", start)
-        size = end if end >= 0 else len(data)
-        if size > LINE_BYTES and data.find(b"\r\n", 0, LINE_BYTES + 2) < 0:
-            raise Malformed(f"the first line is longer than {LINE_BYTES} bytes", "line_too_long")
-        if size > HEAD_BYTES:
-            raise Malformed(f"the headers are larger than {HEAD_BYTES} bytes", "head_too_large")
-        if end >= 0:
+        if 0 <= end <= LINE_BYTES:
             return data[:end + 2], data[end + 4:]
-        if BARE_LF.search(data, start):
+        self._size = len(data) if end < 0 else end
+        if self._size > LINE_BYTES and data.find(b"\r\n", 0, LINE_BYTES + 2) < 0:
+            raise Malformed(f"the first line is longer than {LINE_BYTES} bytes", "line_too_long")
+        if self._size > HEAD_BYTES:
+            raise Malformed(f"the headers are larger than {HEAD_BYTES} bytes", "head_too_large")
+        if end < 0 and BARE_LF.search(data, start):
             raise Malformed("a line does not end in CR LF")
-        self._size = size
-        return b"", data
+        return (b"", data) if end < 0 else (data[:end + 2], data[end + 4:])
 
     def end(self):
         if not self._size:
@@ -927,8 +928,8 @@ class HeadDecoder:
 def parse_fields(block):
     """Return the fields of a head as (name, value) pairs, as {name in lower case: value}, and the repeated names.
 
-    The dictionary is read-only and joins the values of equal names by commas (RFC 9110 5.3). Raises Malformed (RFC 9112
-    5) for folded lines, a space before the colon, or a repeated field of FRAMING.
+    The mapping is read-only; values of equal names are joined by commas (RFC 9110 5.3). Raises Malformed for a folded
+    line, a space before a colon (RFC 9112 5) or a repeated field of FRAMING.
     """
     if not FIELD_BLOCK.fullmatch(block):
         raise Malformed("a header is malformed")
@@ -977,6 +978,7 @@ class Request(NamedTuple):
     version: str
     fields: Mapping[str, str]           # by names in lower case
     repeated: frozenset                 # names of fields that came more than once
+    length: Optional[int]               # of the body, None if it is chunked or ambiguous
     closes: bool                        # the client sends no other request on the connection
     bearer: Optional[str]               # the secret in Authorization: "" if it has none, None without that field
     redacted_path: str                  # the path without secrets
@@ -1019,13 +1021,17 @@ def parse_request(head):
     if not HOST.fullmatch(host):
         raise Malformed("the Host header is malformed")
     path, mark, query = origin_form(target, host).partition("?")
+    length = None
+    with contextlib.suppress(Malformed):    # request_decoder raises it, when the request is known
+        length, chunked = body_framing(fields, version)
+        length = None if chunked else length or 0
     hop = comma_list(fields.get("connection", ""))
     authorization = fields.get("authorization")
     bearer = None if authorization is None else (BEARER.fullmatch(authorization) or ("", ""))[1]
     forwarded = "".join(f"{name}: {value}\r\n" for name, value in fields.items()
                         if (name in FORWARDED or name.startswith(FORWARDED_PREFIXES)) and name not in hop)
-    return Request(method, path, mark + query, version, fields, repeated, closes=version == "1.0" or "close" in hop,
-                   bearer=bearer, redacted_path=SECRET_IN_PATH.sub("*", path), forwarded=forwarded)
+    return Request(method, path, mark + query, version, fields, repeated, length, version == "1.0" or "close" in hop,
+                   bearer, SECRET_IN_PATH.sub("*", path), forwarded)
 
 
 # Clients send equal heads again and again: parsing one takes a tenth of the CPU of a small response.
@@ -1160,8 +1166,10 @@ class ChunkedBody:
 
 def request_decoder(request):
     """Return the decoder of a request's body; raise Malformed."""
-    length, chunked = body_framing(request.fields, request.version)
-    return ChunkedBody() if chunked else LengthBody(length or 0)
+    if request.length is not None:
+        return LengthBody(request.length)
+    body_framing(request.fields, request.version)   # raises Malformed unless the body is chunked
+    return ChunkedBody()
 
 
 def response_decoder(head, method):
