@@ -1,38 +1,38 @@
 #!/usr/bin/env python3
-"""A gateway that lets people share an Ollama server: a token for each person and device, in one file.
+"""Authenticating reverse proxy for Ollama: a token for each person and device, limits and usage, in one file.
 
     python3 ollama_gateway.py token create ada laptop
     python3 ollama_gateway.py serve
 
-Every Ollama, OpenAI and Anthropic client works through it, streaming; whoever has no token does not get in.
+It works with every Ollama, OpenAI and Anthropic client, streaming. Requests without a token are refused.
 
 The sections, in order (`grep -n '^# =='` lists them):
 
-    Constants and errors  numbers and names that never change, each with its reason; the exceptions
+    Constants and errors  fixed numbers and names, each with its reason; the exceptions
     Settings              one table of options, read from flags, the environment and .env
-    Model                 what the other sections exchange: tokens and their limits, routes, usage
+    Model                 types that the other sections share: tokens and their limits, routes, usage
     Connection            a buffered, non-blocking socket with deadlines
-    HTTP                  HTTP/1.1 in bytes, strict in both directions: heads, framing, chunks
-    Request body          buffered and streamed bodies; what a body says; the names of models
+    HTTP                  HTTP/1.1 on bytes, strict in both directions: heads, framing, chunks
+    Request body          buffered and streamed bodies; the model that a body names
     Store                 the database of tokens and usage: every line of SQL
-    Server                the listener, its connections, a request in, a response out
+    Server                the listener, its connections, requests in, responses out
     Pipeline              the stages of a request, in one function
     Routing and access    the table of routes, who may use them, with which models
     Authentication        the client's address and the token of a request
     Limits and usage      rates, budgets, the fair queue, the usage ledger
     Backends              connections to Ollama, requests and responses, its health
-    Relay                 the response from Ollama to the client, and the usage it reports
+    Relay                 the response from Ollama to the client, and the usage that it reports
     Logging and metrics   log lines and metrics, written in the background
-    OpenAPI               the API described for programs
+    OpenAPI               the description of the API for programs
     Web pages             the documentation and the admin page: style, scripts, HTML
     Own endpoints         the gateway's own JSON endpoints and pages
     Assembly              builds the server from the settings
-    Commands              what the command line can do
-    Menu                  the same as a menu
+    Commands              the commands of the command line
+    Menu                  the same commands as an interactive menu
     Doctor                checks of the configuration, Ollama and the network
-    Main                  the command line's grammar and exit statuses
+    Main                  the grammar of the command line, and the exit statuses
 
-Calls go up as well as down: a callee stands above its callers. One request, each callee below its caller:
+Calls go up as well as down: a callee stands above its callers. The calls of one request, indented by depth:
 
     GatewayServer.process_request_thread  Server
       Handler.handle_one_request          Server: waits for the head
@@ -93,7 +93,7 @@ from collections import Counter, OrderedDict, deque
 from datetime import datetime, timedelta
 from typing import Callable, Mapping, NamedTuple, Optional
 
-LOG = logging.getLogger(__name__)  # `serve` alone gives it handlers
+LOG = logging.getLogger(__name__)  # only `serve` adds handlers
 
 # == Constants and errors =====================================================
 

@@ -2925,7 +2925,7 @@ class Relaying(GatewayCase):
             self.assertEqual({name: side.sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in there_are}, there_are)
         client.close()
 
-    def test_a_request_whose_reused_connection_leads_to_a_vanished_upstream_is_sent_once_more(self):
+    def test_retry_on_a_new_connection_if_the_upstream_vanished_behind_a_reused_one(self):
         client, read_piece = self.primed(), gateway.UpstreamConnection.read_piece
 
         def vanish_once(wire, *args):
@@ -3095,7 +3095,7 @@ class Leaving(GatewayCase):
                     eventually(lambda: self.fake.broken, "the stand-in's noticing")
         self.assertEqual(self.fake.received, [])
 
-    def test_a_client_that_vanished_within_its_request_has_left(self):
+    def test_client_that_vanished_within_its_request_body_is_logged_as_left(self):
         read_piece = gateway.ClientConnection.read_piece
 
         def lose_body(connection, decoder, *args):
@@ -3712,6 +3712,12 @@ class Framing(GatewayCase):
                 client.send(bytes([byte]))
                 dribble.wait(0.0005)   # nothing depends on it: it only makes more pieces arrive one by one
             self.assertStatus(client.answer(), 200)
+
+    def test_fields_of_a_cached_head_are_read_only(self):
+        request = gateway.parse_cached_request(b"GET / HTTP/1.1\r\nHost: a\r\n")
+        self.assertIs(gateway.parse_cached_request(b"GET / HTTP/1.1\r\nHost: a\r\n"), request)
+        with self.assertRaises(TypeError):
+            request.fields["host"] = "b"
 
     def test_after_all_that_the_next_request_is_served(self):
         for label, body in BAD_CHUNKS[:3]:
