@@ -109,7 +109,7 @@ LINE_BYTES = 8 * KIB        # largest request line; RFC 9112 3 asks for at least
 HEAD_BYTES = 32 * KIB       # largest head; SDKs send less than 2 KiB, cookies of a shared domain up to 16
 HEAD_CACHE_SIZE = 256       # parsed heads that are kept, of requests and of responses
 CACHED_HEAD_BYTES = 1 * KIB     # largest head that is kept; SDKs send smaller ones
-MODEL_CACHE_SIZE = 256      # model names whose variants, or whose tokens by bytes, are kept
+MODEL_CACHE_SIZE = 256      # models that are kept, of name variants and of token ratios
 FIELD_COUNT = 100           # most fields of a head; the limit of http.client too
 TRAILER_BYTES = 4 * KIB     # largest trailers; no known client sends any
 SPOOL_BYTES = 1 * MIB       # a larger request body is kept in a temporary file
@@ -124,7 +124,7 @@ JSON_PARTS = 2_000_000      # most strings and brackets that a scan reads: about
 VALUE_BYTES = 4 * KIB       # longest value that is read; a model name in escapes may take 3.5 KiB
 TOP_LEVEL_BYTES = 64 * KIB  # a large body's keys and short values together
 TRAILING_BYTES = 64 * KIB   # after a body's object: an insertion moves them in memory
-FORM_PARTS = 100            # most parts of a form whose model is read
+FORM_PARTS = 100            # most parts of a form that is searched for its model
 PAGE_BODY_BYTES, PAGE_BODY_SECONDS = 16 * KIB, 15   # for the whole body of a request to an own page
 
 BODY_SECONDS = 60           # longest silence within a request body
@@ -146,7 +146,7 @@ STORE_SECONDS = 0.5         # interval at which usage and the tokens' last uses 
 BUDGET_SECONDS = 0.5        # for which a sum of stored tokens is used: other gateways may add to it
 REOPEN_SECONDS = 0.5        # between two attempts to open a replaced database
 BUSY_SECONDS = 20           # for which a command waits for other writers of the database
-LEDGER_BUSY_SECONDS = 0.5   # for which the background writer waits for them: log lines wait behind it
+LEDGER_BUSY_SECONDS = 0.5   # for which the background writer waits for other writers: log lines wait meanwhile
 LOG_QUEUE = 1 * MIB         # characters of log lines that wait for a slow log, about 5,000 requests
 LOG_SECONDS = 0.05          # lines gather before they are written: each wake-up takes the lock from a request
 LOG_FILE_BYTES, LOG_FILES = 10_000_000, 5   # size at which a log file is rotated, and number of old ones kept
@@ -163,7 +163,7 @@ SPARE_DESCRIPTORS = 64      # for the database, logs, spooled bodies and connect
 FREE_FAILURES = 5           # failed credentials of an address without a delay: people mistype
 MAX_FAILURES = 30           # failed credentials of an address after which it gets 429 at once
 LEAK_SECONDS = 3            # after which one failed credential is forgiven
-FAILING_ADDRESSES = 4096    # whose failures are counted; beyond, the one that failed least recently is forgotten
+FAILING_ADDRESSES = 4096    # addresses with failures that are kept; the one that failed least recently is forgotten
 DELAYED_AT_ONCE = 8         # failed requests that are delayed, each in its thread; others get 429 at once
 MAX_SERIES = 5000           # label sets of one metric; further ones are counted as "other"
 POOL_SIZE = 128             # idle upstream connections that are kept; Ollama has no limit
@@ -604,7 +604,7 @@ def token_json(token):
 class PageRequest(NamedTuple):
     """A request for an own page; the body is read whole."""
 
-    request: Request
+    request: tuple      # the Request
     path: str           # as in ROUTES, with its segments filled in
     token: Optional[Token]
     body: bytes
