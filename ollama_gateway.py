@@ -1,38 +1,38 @@
 #!/usr/bin/env python3
-"""A gateway that lets people share an Ollama server: a token for each person and device, in one file.
+"""Authenticating reverse proxy for Ollama: a token for each person and device, limits and usage, in one file.
 
     python3 ollama_gateway.py token create ada laptop
     python3 ollama_gateway.py serve
 
-Every Ollama, OpenAI and Anthropic client works through it, streaming; whoever has no token does not get in.
+It works with every Ollama, OpenAI and Anthropic client, streaming. Requests without a token are refused.
 
 The sections, in order (`grep -n '^# =='` lists them):
 
-    Constants and errors  numbers and names that never change, each with its reason; the exceptions
+    Constants and errors  fixed numbers and names, each with its reason; the exceptions
     Settings              one table of options, read from flags, the environment and .env
-    Model                 what the other sections exchange: tokens and their limits, routes, usage
+    Model                 types that the other sections share: tokens and their limits, routes, usage
     Connection            a buffered, non-blocking socket with deadlines
-    HTTP                  HTTP/1.1 in bytes, strict in both directions: heads, framing, chunks
-    Request body          buffered and streamed bodies; what a body says; the names of models
+    HTTP                  HTTP/1.1 on bytes, strict in both directions: heads, framing, chunks
+    Request body          buffered and streamed bodies; the model that a body names
     Store                 the database of tokens and usage: every line of SQL
-    Server                the listener, its connections, a request in, a response out
+    Server                the listener, its connections, requests in, responses out
     Routing and access    the table of routes, who may use them, with which models
     Authentication        the client's address and the token of a request
     Limits and usage      rates, budgets, the fair queue, the usage ledger
     Backends              connections to Ollama, requests and responses, its health
-    Relay                 the response from Ollama to the client, and the usage it reports
+    Relay                 the response from Ollama to the client, and the usage that it reports
     Logging and metrics   log lines and metrics, written in the background
     Pipeline              the stages of a request, in one function
     OpenAPI               the API described for programs
     Web pages             the documentation and the admin page: style, scripts, HTML
     Own endpoints         the gateway's own JSON endpoints and pages
     Assembly              builds the server from the settings
-    Commands              what the command line can do
-    Menu                  the same as a menu
+    Commands              the commands of the command line
+    Menu                  the same commands as an interactive menu
     Doctor                checks of the configuration, Ollama and the network
-    Main                  the command line's grammar and exit statuses
+    Main                  the grammar of the command line, and the exit statuses
 
-Calls go up as well as down: a callee stands above its callers. One request, each callee below its caller:
+Calls go up as well as down: a callee stands above its callers. The calls of one request, indented by depth:
 
     GatewayServer.process_request_thread  Server
       Handler.handle_one_request          Server: waits for the head
@@ -91,141 +91,137 @@ import urllib.parse
 import urllib.request
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from datetime import datetime, timedelta, timezone
-from typing import Callable, NamedTuple, Optional
+from datetime import datetime, timedelta
+from typing import Callable, Mapping, NamedTuple, Optional
 
-LOG = logging.getLogger(__name__)  # `serve` alone gives it handlers
+LOG = logging.getLogger(__name__)  # only `serve` adds handlers
 
 # == Constants and errors =====================================================
 
 VERSION = "1.0.0"
-
 KIB, MIB = 1024, 1024 * 1024
+MINUTE, HOUR, DAY = 60, 3600, 86400
 
-SECRET_PREFIX = "ogw_"      # lets a scanner, and a reader, tell what a leaked string is
-HINT_LENGTH = 8             # enough to recognise a token by, too little to guess it from
-NAME_LENGTH = 64            # fits a line of the table and of the log
+SECRET_PREFIX = "ogw_"      # identifies a leaked string, for people and for secret scanners
+HINT_LENGTH = 8             # characters of a secret that are stored: enough to recognise it, too few to guess it
+NAME_LENGTH = 64            # fits a line of `token list` and of the log
 
-LINE_BYTES = 8 * KIB        # a request line; RFC 9112 3 asks for 8000 at least
-HEAD_BYTES = 32 * KIB       # all fields; SDKs send under 2 KiB, cookies of a shared domain up to 16
-HEAD_CACHE_SIZE = 256           # of those that were parsed already, how many are kept
-MODEL_CACHE_SIZE = 256           # of models and others, whose spellings are kept
-CACHED_HEAD_BYTES = 1 * KIB  # of one that is kept; SDKs stay below that
-FIELD_COUNT = 100           # what http.client accepts too
-TRAILER_BYTES = 4 * KIB     # nobody sends any
-SPOOL_BYTES = 1 * MIB       # a larger body waits in a temporary file, not in memory
-BODY_MEMORY = 64 * MIB      # of all bodies in memory together; when it is used up, they go to files
-RECEIVE_BYTES = 16 * KIB    # one read from a socket: 64 KiB would leave 3 MB in the heap after a burst
-READ_BYTES = 64 * KIB       # one read from elsewhere, and as much of a pipelined request as is kept meanwhile
-DRAIN_BYTES = 16 * MIB      # read from a refused client, so that it gets to see the refusal
+LINE_BYTES = 8 * KIB        # largest request line; RFC 9112 3 asks for at least 8000 bytes
+HEAD_BYTES = 32 * KIB       # largest head; SDKs send less than 2 KiB, cookies of a shared domain up to 16
+HEAD_CACHE_SIZE = 256       # parsed heads that are kept, of requests and of responses
+CACHED_HEAD_BYTES = 1 * KIB     # largest head that is kept; SDKs send smaller ones
+MODEL_CACHE_SIZE = 256      # models that are kept, of name variants and of token ratios
+FIELD_COUNT = 100           # most fields of a head; the limit of http.client too
+TRAILER_BYTES = 4 * KIB     # largest trailers; no known client sends any
+SPOOL_BYTES = 1 * MIB       # a larger request body is kept in a temporary file
+BODY_MEMORY = 64 * MIB      # memory for all request bodies together; beyond, they are kept in files
+FILE_PIECE_BYTES = 64 * KIB     # read at once from a body in a file, and sent at once
+RECEIVE_BYTES = 16 * KIB    # read at once from a socket: 64 KiB would leave 3 MB in the heap after a burst
+PIPELINED_BYTES = 64 * KIB  # read ahead of the next request while one is served
+DRAIN_BYTES, DRAIN_SECONDS = 16 * MIB, 3    # read from a refused client: closing sooner could reset the response
 DECODED_BYTES = 256 * KIB   # a JSON body up to this size is decoded in C, a larger one is scanned in windows
-WINDOW_BYTES = 64 * KIB     # one step of a scan: about 0.2 ms in which no other thread can run
-JSON_PARTS = 2_000_000      # strings and brackets that a scan may meet: about 0.1 s of CPU
-VALUE_BYTES = 4 * KIB       # a longer value is not read; a model's name, all escapes, may take 3.5 KiB
+WINDOW_BYTES = 64 * KIB     # one step of a scan: no other thread can run for about 0.2 ms
+JSON_PARTS = 2_000_000      # most strings and brackets that a scan reads: about 0.1 s of CPU
+VALUE_BYTES = 4 * KIB       # longest value that is read; a model name in escapes may take 3.5 KiB
 TOP_LEVEL_BYTES = 64 * KIB  # a large body's keys and short values together
-FORM_PARTS = 100            # of a form that is looked into
-PAGE_BODY_BYTES = 16 * KIB  # of a request for one of our own pages
+TRAILING_BYTES = 64 * KIB   # after a body's object: an insertion moves them in memory
+FORM_PARTS = 100            # most parts of a form that is searched for its model
+PAGE_BODY_BYTES, PAGE_BODY_SECONDS = 16 * KIB, 15   # for the whole body of a request to an own page
 
-BODY_SECONDS = 60           # without a byte of a request body that was promised
-PAGE_BODY_SECONDS = 15      # for the whole body of a request for one of our own pages
-REJUDGE_SECONDS = 1         # how often the token of a body that is passed on as it comes is judged again
-SEND_SECONDS = 60           # for a piece of at most 64 KiB to a client that reads slowly
-DRAIN_SECONDS = 3
+BODY_SECONDS = 60           # longest silence within a request body
+REJUDGE_SECONDS = 1         # interval at which the token of a streamed request body is checked again
+SEND_SECONDS = 60           # for a piece of at most 64 KiB to a slow client
 HEALTH_SECONDS = 5          # between two probes: with PROBE_SECONDS, the state in /health is at most 10 s old
-PROBE_BYTES = 1 * MIB       # of an answer to the gateway's own request; a list of 2,500 models
-LIST_BYTES = 16 * MIB       # of a list of models that is cut down to those of a token
-LINE_LIMIT = 8 * MIB        # of a stream's line; Ollama's own client reads no longer ones
-WHOLE_BYTES = 256 * KIB     # of an answer, or of a line, that is decoded as a whole to find its token counts
-ENDING_BYTES = 1 * KIB      # the end of an answer, where Ollama writes the counts
-LEARNING_BYTES = 256 * KIB  # the largest body that teaches how many bytes of text make a token
-MAX_TOKENS = 10 ** 9       # that one request can have cost
-PROBE_SECONDS = 2           # for a health probe's requests, from the look-up of the name to the last byte
-GATHER_SECONDS = 0.01      # how long finished requests gather before they are written; all others wait meanwhile
-STORE_SECONDS = 0.5         # how long the account and tokens' last uses gather before they are stored
+PROBE_SECONDS = 2           # for all requests of a health probe, from the name look-up to the last byte
+PROBE_BYTES = 1 * MIB       # largest response to a request of the gateway itself; a list of 2,500 models
+LIST_BYTES = 16 * MIB       # largest list of models that is filtered for a token
+LINE_LIMIT = 8 * MIB        # longest line of a stream that is read; the limit of Ollama's own client too
+WHOLE_BYTES = 256 * KIB     # largest response or line that is decoded as a whole to find its token counts
+ENDING_BYTES = 1 * KIB      # the end of a response, where Ollama writes the counts
+LEARNING_BYTES = 256 * KIB  # largest request body from which the bytes of text in a token are learnt
+MAX_TOKENS = 10 ** 9        # most tokens that are believed of one request
+GATHER_SECONDS = 0.01       # finished requests gather before they are written: all other threads wait meanwhile
+STORE_SECONDS = 0.5         # interval at which usage and the tokens' last uses are stored
+BUDGET_SECONDS = 0.5        # for which a sum of stored tokens is used: other gateways may add to it
+REOPEN_SECONDS = 0.5        # between two attempts to open a replaced database
+BUSY_SECONDS = 20           # for which a command waits for other writers of the database
+LEDGER_BUSY_SECONDS = 0.5   # for which the background writer waits for other writers: log lines wait meanwhile
 LOG_QUEUE = 1 * MIB         # characters of log lines that wait for a slow log, about 5,000 requests
-LOG_SECONDS = 0.05          # how long lines gather before they are written: each wake-up takes the lock from a request
-LOG_FILE_BYTES, LOG_FILES = 10_000_000, 5   # when a log file is rotated, and how many old ones are kept
-FLUSH_SECONDS = 2           # how long a stop waits for a slow log
-ABORT_SECONDS = 2           # how long a stopping server waits for its threads to cut what they serve
-REJECT_SECONDS = 2            # how long one that was turned away may take to read why
-FAILED_DELAY = 1.0          # the longest that a failed credential waits for its refusal
-RETRY_SECONDS = 5           # when a client that met 429 or 503 may try again
-BUSY_SECONDS = 20           # how long a command waits for the database's other writers
+LOG_SECONDS = 0.05          # lines gather before they are written: each wake-up takes the lock from a request
+LOG_FILE_BYTES, LOG_FILES = 10_000_000, 5   # size at which a log file is rotated, and number of old ones kept
+FLUSH_SECONDS = 2           # for which a stop waits for a slow log
+ABORT_SECONDS = 2           # grace period of a stop after running requests are aborted
+REJECT_SECONDS = 2          # for which a rejected connection is kept, so that its client can read the response
+FAILED_DELAY = 1.0          # longest delay of the response to a failed credential
+RETRY_SECONDS = 5           # Retry-After on 429 and 503 where no better time is known
 
 BACKLOG = 1024              # connections that arrive at once; the system's own maximum applies
-AFFINITY_SECONDS = 5        # how often it is seen to that the process has the least used core
-MAX_REJECTING = 64            # of those beyond the cap, how many are kept until they have read why
-SPARE_DESCRIPTORS = 64      # for the database, logs, spooled bodies, and connections that are on their way out
-FREE_FAILURES = 5           # failed credentials of an address in a row that cost it nothing: people mistype
-MAX_FAILURES = 30          # as many, and it gets 429 at once
-LEAK_SECONDS = 3        # in which one failure is forgiven
-FAILING_ADDRESSES = 4096    # remembered; beyond, the one that was quiet longest is forgotten
-DELAYED_AT_ONCE = 8         # failed requests that may wait, each on a thread; the others get 429 at once
-MINUTE, HOUR, DAY = 60, 3600, 86400
-MAX_SERIES = 5000          # of one metric; more labels than that are counted as "other"
-POOL_SIZE = 128             # idle upstream connections kept; Ollama has no limit of its own
-IDLE_SECONDS = 60           # an older one is not reused: NAT and load balancers forget idle connections, some in 60 s
+AFFINITY_SECONDS = 5        # interval at which the least used core is chosen
+MAX_REJECTING = 64          # rejected connections that are kept at once
+SPARE_DESCRIPTORS = 64      # for the database, logs, spooled bodies and connections that are being closed
+FREE_FAILURES = 5           # failed credentials of an address without a delay: people mistype
+MAX_FAILURES = 30           # failed credentials of an address after which it gets 429 at once
+LEAK_SECONDS = 3            # after which one failed credential is forgiven
+FAILING_ADDRESSES = 4096    # addresses with failures that are kept; the one that failed least recently is forgotten
+DELAYED_AT_ONCE = 8         # failed requests that are delayed, each in its thread; others get 429 at once
+MAX_SERIES = 5000           # label sets of one metric; further ones are counted as "other"
+POOL_SIZE = 128             # idle upstream connections that are kept; Ollama has no limit
+IDLE_SECONDS = 60           # an upstream connection idle for longer is not reused: NAT devices forget it
 
-HOP_BY_HOP = frozenset((    # RFC 9110 7.6.1: these speak of one connection only
+HOP_BY_HOP = frozenset((    # RFC 9110 7.6.1: fields about one connection only
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
     "transfer-encoding", "upgrade"))
-FRAMING = frozenset(("host", "content-length", "transfer-encoding", "expect"))  # twice is once too often
+FRAMING = frozenset(("host", "content-length", "transfer-encoding", "expect"))  # fields that may not be repeated
 FORBIDDEN_TRAILERS = HOP_BY_HOP | FRAMING | {  # RFC 9110 6.5.1
     "authorization", "x-api-key", "cookie", "content-type", "content-encoding", "content-range", "cache-control"}
-FORWARDED = ("accept", "content-type", "content-encoding", "user-agent")  # all else could leak, or be misread
+FORWARDED = ("accept", "content-type", "content-encoding", "user-agent")  # others could leak, or be misread
 FORWARDED_PREFIXES = ("anthropic-", "openai-")
 STREAM_TYPES = ("application/x-ndjson", "text/event-stream")
 
 
 class UsageError(Exception):
-    """A wrong flag, value or setting: exit status 2."""
+    """A wrong flag, setting or value: exit status 2, or a refusal where it came over HTTP."""
 
 
 class Failure(Exception):
-    """Something that could not be done: exit status 1 or, where it was asked for over HTTP, a refusal by its code."""
+    """An action that failed: exit status 1 or, where it was requested over HTTP, the refusal of its code."""
 
     def __init__(self, message, code="unstored"):
         super().__init__(message)
         self.code = code
 
 
-class Reason(NamedTuple):
-    """Why requests are refused: HTTP's status and a sentence."""
-
-    status: int
-    meaning: str
-
-
+Reason = NamedTuple("Reason", [("status", int), ("meaning", str)])     # of a refusal
 REFUSALS = {
-    "malformed": Reason(400, "the request is malformed, or names two credentials"),
+    "malformed": Reason(400, "the request is malformed, or has two credentials"),
     "unauthorized": Reason(401, "no token, or one that is unknown, expired or deleted"),
     "forbidden": Reason(403, "the token does not allow this"),
     "unknown_route": Reason(404, "the gateway has no such path"),
     "no_such_token": Reason(404, "there is no such token"),
-    "wrong_method": Reason(405, "the path takes other methods: see Allow"),
+    "wrong_method": Reason(405, "the path has other methods: see Allow"),
     "too_slow": Reason(408, "the request did not arrive in time"),
-    "token_exists": Reason(409, "the user has a token of that name already"),
+    "token_exists": Reason(409, "the user already has a token of that name"),
     "body_too_large": Reason(413, "the body is too large"),
     "line_too_long": Reason(414, "the request line is too long"),
-    "encoded": Reason(415, "the body is compressed: its model cannot be judged"),
-    "unknown_expectation": Reason(417, "Expect asks for more than 100-continue"),
-    "rate_limited": Reason(429, "the token made as many requests in the last minute as it may (--rpm)"),
-    "too_many_at_once": Reason(429, "the token has as many requests running as it may (--max-parallel)"),
-    "budget_spent": Reason(429, "the token has used up its tokens of the day (--tokens-per-day)"),
+    "encoded": Reason(415, "the body is compressed: its model cannot be read"),
+    "unknown_expectation": Reason(417, "Expect is not 100-continue"),
+    "rate_limited": Reason(429, "too many requests of this token in the last minute (--rpm)"),
+    "too_many_at_once": Reason(429, "too many running requests of this token (--max-parallel)"),
+    "budget_spent": Reason(429, "the token has used its tokens of the day (--tokens-per-day)"),
     "too_many_failures": Reason(429, "too many requests without a valid token came from this address"),
-    "head_too_large": Reason(431, "too many or too long headers"),
-    "internal": Reason(500, "a fault of the gateway: its log tells more"),
-    "unknown_coding": Reason(501, "a Transfer-Encoding other than chunked"),
-    "upstream_failed": Reason(502, "Ollama cannot be reached, or talks nonsense"),
+    "head_too_large": Reason(431, "the headers are too many or too long"),
+    "internal": Reason(500, "the gateway failed: its log has the reason"),
+    "unknown_coding": Reason(501, "the Transfer-Encoding is not chunked"),
+    "upstream_failed": Reason(502, "Ollama cannot be reached, or does not speak HTTP"),
     "no_room": Reason(503, "no disk space for the body: try again later"),
     "no_descriptors": Reason(503, "the gateway is out of file descriptors: try again later"),
-    "queue_full": Reason(503, "as many of the user's requests are waiting as may (--max-queue)"),
-    "queue_timeout": Reason(503, "the request waited too long for its turn (--queue-timeout)"),
-    "uncounted": Reason(503, "what the token used today cannot be read: try again later"),
+    "queue_full": Reason(503, "too many queued requests of this user (--max-queue)"),
+    "queue_timeout": Reason(503, "the request waited too long in the queue (--queue-timeout)"),
+    "uncounted": Reason(503, "the token's usage of today cannot be read: try again later"),
     "unstored": Reason(503, "the database cannot be read or changed: try again later"),
-    "stopping": Reason(503, "the gateway was told to stop: try again later"),
-    "upstream_silent": Reason(504, "Ollama did not begin its answer in time"),
-    "unknown_version": Reason(505, "an HTTP version other than 1.0 and 1.1"),
+    "stopping": Reason(503, "the gateway is stopping: try again later"),
+    "upstream_silent": Reason(504, "Ollama did not respond in time"),
+    "unknown_version": Reason(505, "the HTTP version is not 1.0 or 1.1"),
 }
 OPENAI_TYPES = {403: "permission_error", 404: "not_found_error", 429: "rate_limit_error", 500: "api_error",
                 502: "api_error", 503: "api_error", 504: "api_error"}
@@ -233,27 +229,25 @@ ANTHROPIC_TYPES = {**OPENAI_TYPES, 401: "authentication_error", 413: "request_to
 
 
 class Refusal(Exception):
-    """The end of a request: raised from any depth, answered in one place."""
+    """The end of a request: any stage raises it, one place makes a response of it."""
 
     def __init__(self, code, message="", fields=(), retry_after=RETRY_SECONDS):
         super().__init__(message or REFUSALS[code].meaning)
         self.code, self.status, self.fields = code, REFUSALS[code].status, list(fields)
-        if self.status in (429, 503):  # else SDKs burn their retries within half a second
+        if self.status in (429, 503):  # without it, SDKs use up their retries within half a second
             self.fields.append(("Retry-After", str(retry_after)))
 
     def body_for(self, dialect):
-        """Return the error object as clients of "ollama", "openai" or "anthropic" expect it."""
+        """Return the error object that clients of "ollama", "openai" or "anthropic" expect."""
+        types = ANTHROPIC_TYPES if dialect == "anthropic" else OPENAI_TYPES
+        error = {"message": str(self), "type": types.get(self.status, "invalid_request_error")}
         if dialect == "openai":
-            kind = OPENAI_TYPES.get(self.status, "invalid_request_error")
-            return {"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}
-        if dialect == "anthropic":
-            kind = ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
-            return {"type": "error", "error": {"type": kind, "message": str(self)}}
-        return {"error": str(self)}
+            return {"error": {**error, "param": None, "code": self.code}}
+        return {"type": "error", "error": error} if dialect == "anthropic" else {"error": str(self)}
 
 
 class Malformed(Exception):
-    """Bytes that are no HTTP: a refusal when the client sent them, a failure when the upstream did."""
+    """Bytes that are not valid HTTP: from the client a refusal by its code, from the upstream a failure."""
 
     def __init__(self, message, code="malformed"):
         super().__init__(message)
@@ -261,32 +255,24 @@ class Malformed(Exception):
 
 
 class ClientLeft(Exception):
-    """The client hung up, or stopped reading: there is nobody to answer."""
+    """The client closed the connection or stopped reading: nobody reads a response."""
 
 # == Settings =================================================================
 
 LAST_SECOND = 253402300799  # of the year 9999
-SECONDS_IN = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+INSTANT = re.compile(r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:?\d\d)?)?", re.ASCII)
 
 
 def duration(text):
-    """Read "90s", "15m", "12h", "30d" or "8w" as seconds."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhdw])", text)
+    """Read "90s", "15m", "12h", "30d", "8w" or a number of seconds as seconds."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhdw]?)", text)
     if not match or not float(match[1]):
         raise ValueError("is not a duration like 90s, 15m, 12h, 30d or 8w")
-    return float(match[1]) * SECONDS_IN[match[2]]
-
-
-def timeout(text):
-    """Read a duration whose unit may be missing: then it is seconds."""
-    return duration(text if text[-1:].isalpha() else text + "s")
-
-
-INSTANT = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d):(\d\d)(?:\.\d+)?(Z|[+-]\d\d:?\d\d)?)?", re.ASCII)
+    return float(match[1]) * {"": 1, "s": 1, "m": MINUTE, "h": HOUR, "d": DAY, "w": 7 * DAY}[match[2]]
 
 
 def check_instant(seconds):
-    """Return Unix seconds as they are; raise ValueError for those that no date can be written for."""
+    """Return Unix seconds unchanged; raise ValueError if they are no time from 1970 to 9999."""
     if not 0 <= seconds <= LAST_SECOND:
         raise ValueError("is not a time from 1970 to 9999")
     return seconds
@@ -295,62 +281,34 @@ def check_instant(seconds):
 def parse_instant(text, naive_is_utc=False):
     """Read a date (its first moment in UTC) or an ISO 8601 time as Unix seconds."""
     match = INSTANT.fullmatch(text)
-    zone = match and match[7]
-    if not match or match[4] and not zone and not naive_is_utc:
+    if not match or match[2] and not match[3] and not naive_is_utc:
         raise ValueError("is not a date like 2027-01-31 or a time like 2027-01-31T18:00:00Z")
+    date, clock, zone = match.groups()
+    zone = "+00:00" if zone in (None, "Z") else f"{zone[:3]}:{zone[-2:]}"
     try:
-        moment = datetime(*(int(part or 0) for part in match.groups()[:6]), tzinfo=timezone.utc)
+        moment = datetime.fromisoformat(f"{date}T{clock or '00:00:00'}{zone}")
     except ValueError as error:
         raise ValueError(f"is not a valid time: {error}") from None
-    offset = timedelta()
-    if zone and zone != "Z":
-        offset = timedelta(hours=int(zone[1:3]), minutes=int(zone[-2:])) * (-1 if zone[0] == "-" else 1)
-    return check_instant(int(moment.timestamp() - offset.total_seconds()))
+    return check_instant(int(moment.timestamp()))
 
 
-def format_instant(seconds):
-    """Write Unix seconds as ISO 8601 in UTC."""
-    return None if seconds is None else (datetime(1970, 1, 1) + timedelta(seconds=seconds)).isoformat() + "Z"
+def parse_time(text, direction, now):
+    """Read a date, a time, or a duration from now, as Unix seconds after now (direction 1) or not after it (-1)."""
+    if re.fullmatch(r"[0-9.]+[a-z]", text):
+        seconds = check_instant(max(now + direction * int(duration(text)), 0))
+    else:
+        try:
+            seconds = parse_instant(text)
+        except ValueError as error:
+            raise ValueError(f"{error}, or a duration like 30d") from None
+    if seconds > now and direction < 0 or seconds <= now and direction > 0:
+        raise ValueError("is in the future" if direction < 0 else "is in the past")
+    return seconds
 
 
-def plural(number, what):
-    """Write a number of things: "1 token", "2 tokens"."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def boolean(text):
-    if text.lower() in ("1", "true", "yes", "on"):
-        return True
-    if text.lower() in ("0", "false", "no", "off"):
-        return False
-    raise ValueError("is not on or off")
-
-
-def port_number(text):
-    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
-        raise ValueError("is not a port number (0 to 65535)")
-    return int(text)
-
-
-def positive(text):
-    if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
-        raise ValueError("is not a whole number from 1 to 999999999")
-    return int(text)
-
-
-def non_negative(text):
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise ValueError("is not a whole number from 0 to 999999999")
-    return int(text)
-
-
-def model_globs(text):
-    """Read a comma list of models' names, in which * and ? stand for others; return it tidied."""
-    globs = [part.strip().lower() for part in text.split(",") if part.strip()]
-    if not globs or "none" in globs or not all(re.fullmatch(r"[a-z0-9._:/*?-]{1,200}", glob) for glob in globs) \
-            or any(glob.rpartition("/")[2].count(":") > 1 for glob in globs):
-        raise ValueError("is not a list of models like llama3*,qwen2.5:7b (letters, digits and . _ : / - * ?)")
-    return ",".join(globs)
+def future_time(text):
+    """Read "30d", a date or a time as Unix seconds in the future."""
+    return parse_time(text, 1, int(time.time()))
 
 
 def utc_day(seconds):
@@ -363,38 +321,60 @@ def day_start(day):
     return day * DAY
 
 
-def parse_time(text, direction, now):
-    """Read a date, a time, or a duration from now, forward (1) or back (-1), as Unix seconds."""
-    if re.fullmatch(r"[0-9.]+[a-z]", text):
-        return check_instant(max(int(now) + direction * int(duration(text)), 0))
-    try:
-        return parse_instant(text)
-    except ValueError as error:
-        raise ValueError(f"{error}, or a duration like 30d") from None
-
-
-def future_time(text):
-    """Read "30d", a date or a time as Unix seconds to come."""
-    now = time.time()
-    seconds = parse_time(text, 1, now)
-    if seconds <= int(now):
-        raise ValueError("is in the past")
-    return seconds
-
-
 def usage_start(text, clock=time.time):
     """Read "7d" as the start of seven UTC days, today's included; "12h", a date or a time as the start of an hour."""
-    now = clock()
-    seconds = parse_time(text, -1, now)
-    if seconds > int(now):
-        raise ValueError("is in the future")
+    seconds = parse_time(text, -1, int(clock()))
     if re.fullmatch("[0-9]+[dw]", text):
         return day_start(utc_day(seconds) + 1)
     return seconds // HOUR * HOUR
 
 
+def format_instant(seconds):
+    """Format Unix seconds as ISO 8601 in UTC; None stays None."""
+    return None if seconds is None else (datetime(1970, 1, 1) + timedelta(seconds=seconds)).isoformat() + "Z"
+
+
+def plural(number, noun):
+    """Return "1 token", "2 tokens"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def integer(low, high=999_999_999, kind="whole number"):
+    """Return a reader of decimal digits for a number within a range."""
+    def read(text):
+        if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
+            raise ValueError(f"is not a {kind} from {low} to {high}")
+        return int(text)
+    return read
+
+
+def one_of(values, kind):
+    """Return a reader of a word, in either case, for the value that a table has for it."""
+    def read(text):
+        if text.lower() not in values:
+            raise ValueError(f"is not {kind}")
+        return values[text.lower()]
+    return read
+
+
+non_negative, positive, port_number = integer(0), integer(1), integer(0, 65535, "port number")
+boolean = one_of({"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False,
+                  "off": False}, "on or off")
+log_level = one_of({"debug": 10, "info": 20, "warning": 30, "warn": 30, "error": 40, "critical": 50},
+                   "a log level (DEBUG, INFO, WARNING, ERROR or CRITICAL)")
+
+
+def model_globs(text):
+    """Read a comma list of model names, in which * and ? are wildcards; return it in lower case without blanks."""
+    globs = [part.strip().lower() for part in text.split(",") if part.strip()]
+    if not globs or "none" in globs or not all(re.fullmatch(r"[a-z0-9._:/*?-]{1,200}", glob) for glob in globs) \
+            or any(glob.rpartition("/")[2].count(":") > 1 for glob in globs):
+        raise ValueError("is not a list of models like llama3*,qwen2.5:7b (letters, digits and . _ : / - * ?)")
+    return ",".join(globs)
+
+
 def byte_size(text):
-    """Read "100MiB", "64K" or a number of bytes; K, M and G count in 1024."""
+    """Read "100MiB", "64K" or a number of bytes; K, M and G are powers of 1024."""
     match = re.fullmatch("([0-9]{1,12}) ?(?:([KMG])(?:i?B)?|B)?", text, re.IGNORECASE)
     if not match or not int(match[1]):
         raise ValueError("is not a size like 100MiB")
@@ -409,39 +389,29 @@ def networks(text):
         raise ValueError(f"is not a list of addresses or networks: {error}") from None
 
 
-def log_level(text):
-    levels = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "WARN": 30, "ERROR": 40, "CRITICAL": 50}
-    if text.upper() not in levels:
-        raise ValueError("is not a log level (DEBUG, INFO, WARNING, ERROR or CRITICAL)")
-    return levels[text.upper()]
-
-
 def upstream_url(text):
-    """Read an http or https URL, a path prefix allowed, into urllib.parse's parts."""
-    wrong = ValueError("is not a URL like http://localhost:11434")
-    try:
+    """Read an http or https URL, which may have a path, as the parts of urllib.parse."""
+    with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(text.rstrip("/"))
-        parts.port  # raises for a port out of range
-    except ValueError:
-        raise wrong from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment \
-            or parts.username is not None or not re.fullmatch(r"[\x21-\x7e]+", text):
-        raise wrong
-    return parts
+        parts.port  # raises ValueError for a port out of range
+        if parts.scheme in ("http", "https") and parts.hostname and not parts.query and not parts.fragment \
+                and parts.username is None and re.fullmatch(r"[\x21-\x7e]+", text):
+            return parts
+    raise ValueError("is not a URL like http://localhost:11434")
 
 
 def base_path(text):
-    """Read where /api is to be found, as "/path" or, for the root, ""."""
+    """Read the path that replaces /api, as "/path" or, for the root, ""."""
     path = text.strip("/")
     if path and not re.fullmatch(r"[A-Za-z0-9_~-][A-Za-z0-9._~-]*(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*", path):
         raise ValueError("is not a path of letters, digits, '.', '_', '~' and '-'")
     if path.split("/")[0] in ("v1", "t", "docs", "openapi.json", "admin", "health", "me", "metrics"):
-        raise ValueError("starts with a path that the gateway has another use for")
+        raise ValueError("starts with a path that the gateway uses itself")
     return "/" + path if path else ""
 
 
 def origins(text):
-    """Read "*" or a comma list of origins, as a browser sends them (RFC 6454 7)."""
+    """Read "*" or a comma list of origins, as browsers send them (RFC 6454 7)."""
     found = tuple(part.strip() for part in text.split(",") if part.strip())
     for origin in found:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+|null", origin):
@@ -450,83 +420,69 @@ def origins(text):
 
 
 class Option(NamedTuple):
-    """A setting: `convert` reads what was typed, and says in a ValueError what is wrong with it."""
+    """A setting; `convert` reads its text and raises ValueError with the end of a message."""
 
     flag: str
-    variable: str
     default: Optional[str]
-    convert: object
+    convert: Callable
     metavar: str
     help: str
+    inherited: str = ""     # its variable, if that has the name of the replaced system
 
     @property
     def name(self):
         return self.flag[2:].replace("-", "_")
 
+    @property
+    def variable(self):
+        return self.inherited or "GATEWAY_" + self.name.upper()
+
 
 OPTION_GROUPS = {
     "network": (
-        Option("--ollama-url", "OLLAMA_BASE_URL", "http://localhost:11434", upstream_url, "URL", "the Ollama to guard"),
-        Option("--base-path", "BASE_PATH", "/api", base_path, "PATH", "path at which clients find Ollama's /api"),
-        Option("--db", "TOKEN_DB_PATH", "tokens.db", str, "FILE", "the database of tokens"),
-        Option("--host", "GATEWAY_HOST", "127.0.0.1", str, "ADDRESS", "the address to listen on; :: for all"),
-        Option("--port", "GATEWAY_PORT", "8000", port_number, "PORT", "the port to listen on"),
-        Option("--tls-cert", "GATEWAY_TLS_CERT", None, str, "FILE", "serve HTTPS with this certificate chain"),
-        Option("--tls-key", "GATEWAY_TLS_KEY", None, str, "FILE", "its private key, if not in the same file"),
+        Option("--ollama-url", "http://localhost:11434", upstream_url, "URL", "Ollama to protect", "OLLAMA_BASE_URL"),
+        Option("--base-path", "/api", base_path, "PATH", "path at which clients find Ollama's /api", "BASE_PATH"),
+        Option("--db", "tokens.db", str, "FILE", "the database of tokens", "TOKEN_DB_PATH"),
+        Option("--host", "127.0.0.1", str, "ADDRESS", "address to listen on; :: is all addresses"),
+        Option("--port", "8000", port_number, "PORT", "port to listen on"),
+        Option("--tls-cert", None, str, "FILE", "certificate chain: serve HTTPS"),
+        Option("--tls-key", None, str, "FILE", "private key, if it is not in the file of --tls-cert"),
     ),
     "access": (
-        Option("--cors-origins", "GATEWAY_CORS_ORIGINS", "", origins, "LIST", "origins of web pages that may use the gateway, or *"),
-        Option("--path-tokens", "GATEWAY_PATH_TOKENS", "off", boolean, "", "accept /t/SECRET before any path"),
-        Option("--trusted-proxies", "GATEWAY_TRUSTED_PROXIES", "", networks, "LIST",
-               "addresses or networks of proxies whose X-Forwarded-For is trusted"),
-        Option("--metrics-open", "GATEWAY_METRICS_OPEN", "off", boolean, "", "serve /metrics without a token"),
-        Option("--no-admin-api", "GATEWAY_NO_ADMIN_API", "off", boolean, "", "do not serve /admin and its API"),
+        Option("--cors-origins", "", origins, "LIST", "origins of web pages that may use the gateway, or *"),
+        Option("--path-tokens", "off", boolean, "", "accept /t/SECRET before any path"),
+        Option("--trusted-proxies", "", networks, "LIST", "addresses or networks of proxies that send X-Forwarded-For"),
+        Option("--metrics-open", "off", boolean, "", "serve /metrics without a token"),
+        Option("--no-admin-api", "off", boolean, "", "do not serve /admin and its API"),
     ),
     "limits": (
-        Option("--max-connections", "GATEWAY_MAX_CONNECTIONS", "1024", positive, "N",
-               "clients connected at once; one more replaces the one that waits longest"),
-        Option("--max-body", "GATEWAY_MAX_BODY", "100MiB", byte_size, "SIZE",
-               "largest request body; blobs have no limit"),
-        Option("--max-spool", "GATEWAY_MAX_SPOOL", "2GiB", byte_size, "SIZE",
-               "disk space for all request bodies together; one over 1 MiB waits in a temporary file"),
-        Option("--max-parallel", "GATEWAY_MAX_PARALLEL", "0", non_negative, "N",
-               "inference requests that Ollama gets at once, the others wait; 0 is no limit"),
-        Option("--max-queue", "GATEWAY_MAX_QUEUE", "128", positive, "N", "requests of one user that may wait in the queue"),
+        Option("--max-connections", "1024", positive, "N", "client connections; one more replaces the longest idle"),
+        Option("--max-body", "100MiB", byte_size, "SIZE", "largest request body; blobs have no limit"),
+        Option("--max-spool", "2GiB", byte_size, "SIZE", "disk space for request bodies; those over 1 MiB are files"),
+        Option("--max-parallel", "0", non_negative, "N", "inference requests at once, others queue; 0 is no limit"),
+        Option("--max-queue", "128", positive, "N", "requests of one user that may be queued"),
     ),
     "timeouts": (
-        Option("--queue-timeout", "GATEWAY_QUEUE_TIMEOUT", "60s", timeout, "TIME", "longest wait of a request in the queue"),
-        Option("--connect-timeout", "GATEWAY_CONNECT_TIMEOUT", "5s", timeout, "TIME",
-               "to connect to Ollama, name look-up included"),
-        Option("--first-byte-timeout", "GATEWAY_FIRST_BYTE_TIMEOUT", "600s", timeout, "TIME",
-               "for the first byte of an answer: a model may load, queue and think"),
-        Option("--stall-timeout", "GATEWAY_STALL_TIMEOUT", "300s", timeout, "TIME", "for the next byte of an answer"),
-        Option("--header-timeout", "GATEWAY_HEADER_TIMEOUT", "15s", timeout, "TIME",
-               "for a whole request head, or a TLS handshake"),
-        Option("--idle-timeout", "GATEWAY_IDLE_TIMEOUT", "75s", timeout, "TIME",
-               "for the next request on a connection"),
-        Option("--drain-timeout", "GATEWAY_DRAIN_TIMEOUT", "30s", timeout, "TIME",
-               "for running requests to finish at a stop"),
+        Option("--queue-timeout", "60s", duration, "TIME", "longest wait of a request in the queue"),
+        Option("--connect-timeout", "5s", duration, "TIME", "to connect to Ollama, name look-up included"),
+        Option("--first-byte-timeout", "600s", duration, "TIME", "for the first byte of a response; models load first"),
+        Option("--stall-timeout", "300s", duration, "TIME", "for the next byte of a response"),
+        Option("--header-timeout", "15s", duration, "TIME", "for a whole request head, or a TLS handshake"),
+        Option("--idle-timeout", "75s", duration, "TIME", "for the next request on a connection"),
+        Option("--drain-timeout", "30s", duration, "TIME", "for running requests to finish at a stop"),
     ),
     "logging": (
-        Option("--log-level", "LOG_LEVEL", "INFO", log_level, "LEVEL", "level of the log on stderr"),
-        Option("--log-file-level", "LOG_FILE_LEVEL", "INFO", log_level, "LEVEL", "level of the log file"),
-        Option("--log-file", "GATEWAY_LOG_FILE", None, str, "FILE",
+        Option("--log-level", "INFO", log_level, "LEVEL", "level of the log on stderr", "LOG_LEVEL"),
+        Option("--log-file-level", "INFO", log_level, "LEVEL", "level of the log file", "LOG_FILE_LEVEL"),
+        Option("--log-file", None, str, "FILE",
                "a log file, rotated at 10 MB, reopened on SIGHUP; app.log if LOG_FILE_LEVEL is set"),
     ),
 }
 OPTIONS = tuple(option for options in OPTION_GROUPS.values() for option in options)
 DATABASE_OPTION = next(option for option in OPTIONS if option.flag == "--db")   # every command has it
 
-ENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=(.*)")
-QUOTED = re.compile(r"""(?:'([^']*)'|"((?:[^"\\]|\\.)*)")\s*(?:\#.*)?""", re.VERBOSE)
-
-
-def env_value(text):
-    """Read what stands behind the "=" of a .env file's line: quotes and a comment's tail come off."""
-    quoted = QUOTED.fullmatch(text.strip())
-    if not quoted:
-        return re.split(r"(?:^|\s)#", text, maxsplit=1)[0].strip()
-    return quoted[1] if quoted[1] is not None else re.sub(r'\\(["\\])', r"\1", quoted[2])
+ENV_LINE = re.compile(r"""\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*      # name; then a value in quotes, or words
+    (?:'([^']*)'|"((?:[^"\\]|\\.)*)"|([^\s\#]\S*(?:\s+[^\s\#]\S*)*))?\s*(?:\#.*)?""", re.VERBOSE)
 
 
 def read_env_file(path):
@@ -540,41 +496,38 @@ def read_env_file(path):
         raise UsageError(f'--env-file: there is no file "{path}"') from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f'cannot read the settings in "{path or ".env"}": {error}') from None
-    return {line[1]: env_value(line[2]) for line in lines if line}
+    return {line[1]: line[2] or re.sub(r'\\(["\\])', r"\1", line[3] or "") or line[4] for line in lines if line}
 
 
 def load_settings(flags, environ, env_file=None, options=OPTIONS):
     """Settle options: a flag beats the environment, that the .env file, that the default; an empty value is none.
 
-    Returns one attribute for each option, by its name, converted, and `given`: {name: (source, text)} of those that are
-    not by default. flags: what was typed, by option name. Raises UsageError naming the flag or variable, the value and
-    the file.
+    Returns one attribute for each option, by its name, converted, and `given`: {name: (source, text)} of the options
+    that have no default value. flags: texts by option name. Raises UsageError with the source and the value.
     """
     file, given = read_env_file(env_file), {}
     settings = types.SimpleNamespace(given=given)
     for option in options:
-        for source, raw in ((option.flag, flags.get(option.name)), (option.variable, environ.get(option.variable)),
-                            (f'{option.variable} in {env_file or ".env"}', file.get(option.variable))):
-            if raw:
-                given[option.name] = source, raw
-                break
-        else:
-            source, raw = "default", option.default
+        sources = ((option.flag, flags.get(option.name)), (option.variable, environ.get(option.variable)),
+                   (f'{option.variable} in {env_file or ".env"}', file.get(option.variable)))
+        source, text = next((pair for pair in sources if pair[1]), ("default", option.default))
+        if source != "default":
+            given[option.name] = source, text
         try:
-            setattr(settings, option.name, None if raw is None else option.convert(raw))
+            setattr(settings, option.name, None if text is None else option.convert(text))
         except ValueError as error:
-            raise UsageError(f'{source}: "{raw}" {error}') from None
+            raise UsageError(f'{source}: "{text}" {error}') from None
     if "log_file_level" in given and "log_file" not in given:
-        settings.log_file = "app.log"  # as the replaced system had it
+        settings.log_file = "app.log"  # as in the replaced system
     if "tls_key" in given and "tls_cert" not in given:
-        raise UsageError("--tls-key: it needs the certificate too: --tls-cert FILE")
+        raise UsageError("--tls-key: --tls-cert FILE is missing")
     return settings
 
 # == Model ====================================================================
 
 
 class Token(NamedTuple):
-    """A token as the database has it, but for its digest; times are Unix seconds in UTC."""
+    """A row of the database without its digest; times are Unix seconds in UTC."""
 
     id: int
     user: str
@@ -584,10 +537,10 @@ class Token(NamedTuple):
     expires_at: Optional[int]
     last_used_at: Optional[int]
     admin: bool
-    models: Optional[str]           # globs, joined by commas: all others are not for this token
+    models: Optional[str]           # comma list of globs: other models are forbidden
     rpm: Optional[int]              # inference requests in any minute
     max_parallel: Optional[int]     # inference requests at once
-    tokens_per_day: Optional[int]   # of prompts and completions, in a day of UTC
+    tokens_per_day: Optional[int]   # of prompts and completions, in a UTC day
 
 
 class Limit(NamedTuple):
@@ -599,10 +552,10 @@ class Limit(NamedTuple):
     help: str           # of the flag
     heading: str        # in `token list`
     label: str          # in the menu and on the pages
-    example: str        # of a value that is not a number
     phrase: str         # a value in a sentence
     json_type: str
-    refusal: str        # of a request beyond it: one of REFUSALS
+    refusal: str        # of a request beyond the limit: one of REFUSALS
+    example: str = ""   # of a value that is not a number
 
     @property
     def flag(self):
@@ -610,14 +563,14 @@ class Limit(NamedTuple):
 
 
 LIMITS = (
-    Limit("models", model_globs, "LIST", "the only models it may use, as llama3*,qwen2.5:7b", "MODELS", "Models",
-          "llama3*,qwen2.5:7b", "models {}", "string[]", "forbidden"),
+    Limit("models", model_globs, "LIST", "the only models that it may use, like llama3*,qwen2.5:7b", "MODELS", "Models",
+          "models {}", "string[]", "forbidden", "llama3*,qwen2.5:7b"),
     Limit("rpm", positive, "N", "inference requests in any minute", "RPM", "Requests a minute",
-          "", "{} a minute", "integer", "rate_limited"),
+          "{} a minute", "integer", "rate_limited"),
     Limit("max_parallel", positive, "N", "inference requests at once", "PARALLEL", "Requests at once",
-          "", "{} at once", "integer", "too_many_at_once"),
-    Limit("tokens_per_day", positive, "N", "tokens of prompts and completions in a day of UTC", "A DAY", "Tokens a day",
-          "", "{} tokens a day", "integer", "budget_spent"),
+          "{} at once", "integer", "too_many_at_once"),
+    Limit("tokens_per_day", positive, "N", "tokens of prompts and completions in a UTC day", "A DAY", "Tokens a day",
+          "{} tokens a day", "integer", "budget_spent"),
 )
 LIMIT_BY_COLUMN = {limit.column: limit for limit in LIMITS}
 SETTABLE = {"expires_at": future_time, **{limit.column: limit.read for limit in LIMITS}}     # columns of a token
@@ -628,8 +581,7 @@ def read_column(column, text):
     try:
         return None if text == "none" else SETTABLE[column](text)
     except ValueError as error:
-        alternative = ', or "none"' if str(error).startswith("is not a") else ""
-        raise ValueError(f"{error}{alternative}") from None
+        raise ValueError(f'{error}, or "none"' if str(error).startswith("is not a") else str(error)) from None
 
 
 def is_expired(token):
@@ -640,7 +592,8 @@ def token_json(token):
     """Return a token's columns, ready for JSON."""
     shown = {"id": token.id, "user": token.user, "name": token.name, "hint": token.hint,
              "created_at": format_instant(token.created_at), "expires_at": format_instant(token.expires_at),
-             "last_used_at": format_instant(token.last_used_at), "expired": is_expired(token), "admin": bool(token.admin)}
+             "last_used_at": format_instant(token.last_used_at), "expired": is_expired(token),
+             "admin": bool(token.admin)}
     for limit in LIMITS:
         value = getattr(token, limit.column)
         shown[limit.column] = value.split(",") if value and limit.json_type == "string[]" else value
@@ -648,34 +601,34 @@ def token_json(token):
 
 
 class PageRequest(NamedTuple):
-    """A request for one of the gateway's own pages; the body is read whole."""
+    """A request for an own page; the body is read whole."""
 
-    request: Request
-    path: str           # as the table of routes has it, its segments filled in
+    request: tuple      # the Request
+    path: str           # as in ROUTES, with its segments filled in
     token: Optional[Token]
     body: bytes
 
 
 class Route(NamedTuple):
-    """A path as Ollama knows it (`{name}`: one segment), and what it takes to use it."""
+    """A path of Ollama or of the gateway (`{name}` is one segment), and who may use it."""
 
     method: str
     path: str
-    access: str             # "public", "token" or "admin"
+    access: str                 # "public", "token" or "admin"
     category: str               # "page", "read", "inference", "model" or "account"
-    model_in: str = ""         # where the request names its model: "json", "form" or "path"
-    model_list_key: str = ""         # the key of the list of models in its answer
-    handler: str = ""          # which of our own pages answers
-    streamed: bool = False  # the request's body is passed on unheld
+    model_in: str = ""          # where the request names its model: "json", "form" or "path"
+    model_list_key: str = ""    # the key of the list of models in the response
+    handler: str = ""           # the method that responds, for own pages
+    streamed: bool = False      # the request body is sent on while it arrives
 
 
 class Usage(NamedTuple):
     """The tokens of a request; None where Ollama reports none."""
 
     prompt: Optional[int] = 0
-    cached: Optional[int] = None        # of the prompt: read from the model's cache
+    cached: Optional[int] = None        # part of the prompt that was read from the model's cache
     completion: Optional[int] = 0
-    estimated: int = 0                  # of prompt and completion: counted by the gateway, not by Ollama
+    estimated: int = 0                  # part of prompt and completion that the gateway estimated
 
 
 class RequestContext:
@@ -707,15 +660,15 @@ class RequestContext:
 
 
 class Deadline:
-    """So many seconds, from the first time that they are waited for, and which flag makes them more."""
+    """A time limit that starts at the first wait; `flag` names the option that changes it."""
 
     __slots__ = ("_at", "_seconds", "_flag")
 
-    def __init__(self, seconds, flag=""):
-        self._at, self._seconds, self._flag = None, seconds, flag
+    def __init__(self, seconds, flag="", at=None):
+        self._at, self._seconds, self._flag = at, seconds, flag
 
     def left(self):
-        """Return the seconds left; raise TimeoutError when there are none."""
+        """Return the seconds left; raise TimeoutError if none are."""
         now = time.monotonic()
         if self._at is None:
             self._at = now + self._seconds
@@ -725,52 +678,41 @@ class Deadline:
         return seconds
 
     def share(self, parts):
-        """Return a deadline for the first of so many equal parts of the time left; raise TimeoutError."""
-        part = Deadline(self._seconds, self._flag)
-        part._at = time.monotonic() + self.left() / parts
-        return part
+        """Return a deadline for the first of a number of equal parts of the time left; raise TimeoutError."""
+        return Deadline(self._seconds, self._flag, time.monotonic() + self.left() / parts)
 
 
 def is_late(error):
-    """Return whether a Deadline has passed; the system's ETIMEDOUT is a TimeoutError too, but a lost connection."""
+    """Return whether a Deadline has passed; the system's ETIMEDOUT, a lost connection, is a TimeoutError too."""
     return isinstance(error, TimeoutError) and error.errno is None
 
 
-POLL_LIMIT = 2 ** 31 - 1    # milliseconds that fit poll's argument
+POLL_LIMIT = 2 ** 31 - 1    # milliseconds: the largest argument of poll
 READABLE, WRITABLE = getattr(select, "POLLIN", 1), getattr(select, "POLLOUT", 4)
-HUNG_UP = getattr(select, "POLLRDHUP", 0)  # Linux tells a half-closed peer without a read; others cannot
-BARE_LF = re.compile(rb"(?<!\r)\n")
+HUNG_UP = getattr(select, "POLLRDHUP", 0)  # reports a half-closed peer without a read; Linux only
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError)
-# A peer that vanished without a FIN, behind a NAT say, is given up after 30 s: 15 s of silence and 3 probes 5 s apart,
-# few enough for a phone's battery. TCP_USER_TIMEOUT, in ms, is for data that nobody acknowledges; Linux applies it to
-# the probes too, in place of their number, and to a peer that takes no data for so long (RFC 1122 4.2.3.6, RFC 5482).
+# A peer that vanished without a FIN, such as behind a NAT, is given up after 30 s: 15 s of silence and 3 probes 5 s
+# apart, few enough for a phone's battery. TCP_USER_TIMEOUT (ms) is for unacknowledged data; Linux applies it to the
+# probes too, and to a peer that takes no data for so long (RFC 1122 4.2.3.6, RFC 5482). macOS has TCP_KEEPALIVE.
 KEEP_ALIVE = [(getattr(socket, option), value) for option, value in (
-    ("TCP_KEEPIDLE", 15), ("TCP_KEEPALIVE", 15),    # macOS's name for the same
-    ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 30_000)) if hasattr(socket, option)]
-
-
-def keep_alive(sock):
-    """Have the system probe the peer of an idle connection, and end a connection whose peer has vanished."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    with contextlib.suppress(OSError):  # a system may know an option and still lack it
-        for option, value in KEEP_ALIVE:
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    ("TCP_KEEPIDLE", 15), ("TCP_KEEPALIVE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3),
+    ("TCP_USER_TIMEOUT", 30_000)) if hasattr(socket, option)]
 
 
 def look_up(host, port, flags=0):
-    """Return getaddrinfo's addresses for TCP; a name in ASCII without its codec for others, whose import takes 3 ms."""
-    return socket.getaddrinfo(host.encode("ascii") if host.isascii() else host, port, type=socket.SOCK_STREAM,
-                              flags=flags)
+    """Return the TCP addresses of getaddrinfo; an ASCII name avoids the IDNA codec, whose import takes 3 ms."""
+    host = host.encode("ascii") if host.isascii() else host
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
 
 
 def address_of(text):
-    """Return an IP address without its zone, IPv4 as such behind ::ffff: too; raise ValueError."""
+    """Return an IP address without its zone, an IPv4-mapped one as IPv4; raise ValueError."""
     address = ipaddress.ip_address(text.strip().partition("%")[0])
     return getattr(address, "ipv4_mapped", None) or address
 
 
 def network_of(text):
-    """Return the bytes of an IPv4 address or of an IPv6 address's /64: what one peer controls."""
+    """Return the bytes of an IPv4 address or of the /64 of an IPv6 address, which one peer controls."""
     return address_of(text).packed[:8]
 
 
@@ -778,7 +720,7 @@ OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
 
 def is_out_of_descriptors(error):
-    """Report whether an OSError came from a lack of descriptors; getaddrinfo and tempfile raise another one then."""
+    """Return whether an OSError came from a lack of descriptors; getaddrinfo and tempfile raise other errors then."""
     try:
         if error.errno not in OUT_OF_DESCRIPTORS:
             os.close(os.open(os.devnull, os.O_RDONLY))
@@ -787,45 +729,40 @@ def is_out_of_descriptors(error):
     return error.errno in OUT_OF_DESCRIPTORS
 
 
-class Poll:
-    """select.poll() as far as it is used here, for Windows, which has none."""
+class Poll(dict):
+    """The part of select.poll() that is used here, for Windows: {descriptor: its events}."""
 
-    def __init__(self):
-        self._events = {}
-
-    def register(self, descriptor, events):
-        self._events[descriptor] = events
+    register = dict.__setitem__
 
     def poll(self, milliseconds):
         """Return the descriptors that are ready, in the order of their registration, each with its events."""
-        readable, writable, _ = select.select([fd for fd, events in self._events.items() if events & READABLE],
-                                              [fd for fd, events in self._events.items() if events & WRITABLE], [],
-                                              milliseconds / 1000)
-        return [(fd, READABLE * (fd in readable) | WRITABLE * (fd in writable)) for fd in self._events
-                if fd in readable or fd in writable]
+        readers, writers = ([fd for fd in self if self[fd] & event] for event in (READABLE, WRITABLE))
+        readable, writable, _ = select.select(readers, writers, [], milliseconds / 1000)
+        found = [(fd, READABLE * (fd in readable) | WRITABLE * (fd in writable)) for fd in self]
+        return [(fd, events) for fd, events in found if events]
 
 
 new_poll = getattr(select, "poll", Poll)
 
 
 def wait_for(descriptor, events, deadline, cancel_on=None):
-    """Wait for a descriptor's events and return them; when the watched wire stirs first, it decides what that means.
+    """Wait for events of a descriptor and return them; if `cancel_on` is ready first, call its on_readable().
 
-    Raises TimeoutError, and whatever `watched.on_readable()` raises.
+    Raises TimeoutError, and what on_readable() raises.
     """
     while True:
         poll = new_poll()
         if cancel_on is not None:
             poll.register(cancel_on.descriptor, cancel_on.watched_events())
         poll.register(descriptor, events)
-        for ready, found in poll.poll(min(int(deadline.left() * 1000) + 1, POLL_LIMIT)):    # as they were registered
+        for ready, found in poll.poll(min(deadline.left() * 1000, POLL_LIMIT)):    # in the order of registration
             if ready == descriptor:
                 return found
             cancel_on.on_readable()
 
 
 class Wakeup:
-    """Wakes the thread that waits for it; meanwhile that can watch a wire."""
+    """Wakes the thread that waits for it; that wait can be cancelled."""
 
     def __init__(self):
         self._write_end, self._read_end = socket.socketpair()
@@ -842,21 +779,24 @@ class Wakeup:
 
 
 class Connection:
-    """A non-blocking socket, and what was read from it too early; a wait has a deadline, and may watch another wire."""
+    """A buffered non-blocking socket; each wait has a deadline, and another connection may cancel it."""
 
     waited = False      # `fill` was called since this was last reset
     is_shut = False     # by another thread
 
     def __init__(self, sock):
         sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or Nagle waits for delayed ACKs, 44 ms an answer
-        keep_alive(sock)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else Nagle delays each response by 44 ms
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        with contextlib.suppress(OSError):  # a system may know an option and not support it
+            for option, value in KEEP_ALIVE:
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
         self.sock, self.descriptor, self.buffer = sock, sock.fileno(), b""
 
     def start_tls(self, context, deadline, cancel_on=None, **how):
-        """Speak TLS from here on; `how` goes to SSLContext.wrap_socket."""
+        """Do the TLS handshake; `how` is passed to SSLContext.wrap_socket."""
         self.sock = context.wrap_socket(self.sock, do_handshake_on_connect=False, **how)
-        if self.is_shut:    # meanwhile: shut_down found an empty socket
+        if self.is_shut:    # shut_down was called meanwhile, and found a detached socket
             raise ConnectionAbortedError("the connection was shut down")
         while True:
             try:
@@ -867,15 +807,15 @@ class Connection:
                 self.wait(WRITABLE, deadline, cancel_on)
 
     def wait(self, events, deadline, cancel_on=None):
-        """Wait for events here and return them, as `wait_for` does."""
+        """Wait for events of this connection as `wait_for` does."""
         return wait_for(self.descriptor, events, deadline, cancel_on)
 
     def watched_events(self):
-        """Return what to watch for: with much unread already, only the hang-up."""
-        return HUNG_UP if len(self.buffer) >= READ_BYTES else READABLE | HUNG_UP
+        """Return the events to watch for: only the hang-up if much is unread."""
+        return HUNG_UP if len(self.buffer) >= PIPELINED_BYTES else READABLE | HUNG_UP
 
     def fill(self, deadline, cancel_on=None):
-        """Read more into the buffer as soon as there is any; return False at the stream's end."""
+        """Read into the buffer as soon as there is data; return False at the end of the stream."""
         self.waited = True
         while True:
             if not (isinstance(self.sock, ssl.SSLSocket) and self.sock.pending()):  # poll cannot see what TLS holds
@@ -887,11 +827,20 @@ class Connection:
             except ssl.SSLWantWriteError:
                 self.wait(WRITABLE, deadline, cancel_on)
                 continue
-            self.buffer = self.buffer + data if self.buffer else data
+            self.buffer += data
             return bool(data)
 
+    def read_piece(self, decoder, deadline, cancel_on=None):
+        """Return the next piece as soon as it is there, b"" only at the end; raise Malformed if that is early."""
+        while True:
+            piece, self.buffer = decoder.decode(self.buffer)
+            if piece or decoder.complete:
+                return piece
+            if not self.fill(deadline, cancel_on):
+                decoder.end()
+
     def alive(self):
-        """Tell whether the peer is still there, reading without a wait what it has sent."""
+        """Return whether the peer is still there; data that it has sent is read, without a wait."""
         try:
             data = self.sock.recv(RECEIVE_BYTES)
         except WOULD_BLOCK:
@@ -902,102 +851,99 @@ class Connection:
         return bool(data)
 
     def send(self, data, deadline, cancel_on=None):
-        """Send all of the data."""
-        view = memoryview(data)
-        while view:
+        """Send all data."""
+        while data:
             try:
-                view = view[self.sock.send(view):]
+                sent = self.sock.send(data)
             except (BlockingIOError, ssl.SSLWantWriteError):
                 self.until_writable(deadline, cancel_on)
             except ssl.SSLWantReadError:
                 self.wait(READABLE, deadline, cancel_on)
+            else:
+                data = memoryview(data)[sent:] if sent < len(data) else b""
 
     def until_writable(self, deadline, cancel_on):
         self.wait(WRITABLE, deadline, cancel_on)
 
-    def read_head(self, deadline, cancel_on=None):
-        """Read a message's head and return its lines as bytes, without the empty one.
-
-        Raises Malformed for one that is too large, has a bare LF, or ends early (RFC 9112 2.2).
-        """
-        searched = 0
-        while True:
-            end = self.buffer.find(b"\r\n\r\n", searched)
-            size = end if end >= 0 else len(self.buffer)
-            if size > LINE_BYTES and self.buffer.find(b"\r\n", 0, LINE_BYTES + 2) < 0:
-                raise Malformed(f"the first line is longer than {LINE_BYTES} bytes", "line_too_long")
-            if size > HEAD_BYTES:
-                raise Malformed(f"the headers are larger than {HEAD_BYTES} bytes", "head_too_large")
-            if end >= 0:
-                head, self.buffer = self.buffer[:end + 2], self.buffer[end + 4:]
-                return head
-            if BARE_LF.search(self.buffer, searched):
-                raise Malformed("a line does not end in CR LF")
-            searched = max(len(self.buffer) - 3, 0)
-            if not self.fill(deadline, cancel_on):
-                if not self.buffer:
-                    raise ConnectionError("it hung up without a word")
-                raise Malformed("the headers end early")
-
     def shut_down(self):
-        """End the connection from another thread: whoever waits on it wakes up."""
+        """End the connection from another thread: a thread that waits on it wakes up."""
         self.is_shut = True
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # SSLSocket's own would go on in clear first
-
-    def read_piece(self, body, deadline, cancel_on=None):
-        """Return a body's next piece as soon as it is there, b"" only at its end; raise Malformed if that is early."""
-        while True:
-            piece, self.buffer = body.decode(self.buffer)
-            if piece or body.complete:
-                return piece
-            if not self.fill(deadline, cancel_on):
-                body.end()
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # SSLSocket.shutdown would go on without TLS
 
     def close(self):
         with contextlib.suppress(OSError):
             self.sock.close()
 
     def close_notify(self):
-        """Close, under TLS with the word that nothing was cut off (RFC 8446 6.1)."""
+        """Close; under TLS, tell the peer that the end is no truncation (RFC 8446 6.1)."""
         if isinstance(self.sock, ssl.SSLSocket):
             with contextlib.suppress(OSError, ValueError):
                 self.sock.unwrap()
         self.close()
 
     def reset(self):
-        """Close so that the peer sees an error, not an end."""
+        """Close so that the peer sees an error instead of an end."""
         with contextlib.suppress(OSError):
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # struct linger {1, 0}
         self.close()
 
 # == HTTP =====================================================================
 
+BARE_LF = re.compile(rb"(?<!\r)\n")
 FIELD_BLOCK = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*")  # RFC 9110 5.1, 5.5
 
 
+class HeadDecoder:
+    """Decodes a message's head, which is one piece, without the empty line at its end (RFC 9112 2.2)."""
+
+    complete = False
+    _size = 0       # of the data so far, in which the head has no end
+
+    def decode(self, data):
+        """Return (the head, the data behind it), or (b"", data) while the head is not complete; raise Malformed."""
+        if not data:
+            return b"", data
+        start = self._size and max(self._size - 3, 0)
+        end = data.find(b"\r\n\r\n", start)
+        if 0 <= end <= LINE_BYTES:
+            return data[:end + 2], data[end + 4:]
+        self._size = len(data) if end < 0 else end
+        if self._size > LINE_BYTES and data.find(b"\r\n", 0, LINE_BYTES + 2) < 0:
+            raise Malformed(f"the first line is longer than {LINE_BYTES} bytes", "line_too_long")
+        if self._size > HEAD_BYTES:
+            raise Malformed(f"the headers are larger than {HEAD_BYTES} bytes", "head_too_large")
+        if end < 0 and BARE_LF.search(data, start):
+            raise Malformed("a line does not end in CR LF")
+        return (b"", data) if end < 0 else (data[:end + 2], data[end + 4:])
+
+    def end(self):
+        if not self._size:
+            raise ConnectionError("the connection was closed before any data")
+        raise Malformed("the headers end early")
+
+
 def parse_fields(block):
-    """Return a head's field lines as (name, value) pairs (RFC 9112 5): no folding, no space before the colon."""
+    """Return the fields of a head as (name, value) pairs, as {name in lower case: value}, and the repeated names.
+
+    The mapping is read-only; values of equal names are joined by commas (RFC 9110 5.3). Raises Malformed for a folded
+    line, a space before a colon (RFC 9112 5) or a repeated field of FRAMING.
+    """
     if not FIELD_BLOCK.fullmatch(block):
         raise Malformed("a header is malformed")
     lines = block.decode("latin-1").split("\r\n")[:-1]
     if len(lines) > FIELD_COUNT:
         raise Malformed(f"there are more than {FIELD_COUNT} headers", "head_too_large")
-    return [(name, value.strip(" \t")) for name, _, value in (line.partition(":") for line in lines)]
-
-
-def combine_fields(pairs):
-    """Return fields by their names in lower case, values of equal ones joined (RFC 9110 5.3), and which were equal."""
+    pairs = [(name, value.strip(" \t")) for name, _, value in (line.partition(":") for line in lines)]
     fields, repeated = {}, set()
     for name, value in pairs:
         name = name.lower()
         if name in fields:
             repeated.add(name)
-            value = f"{fields[name]}, {value}"
-        fields[name] = value
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
     if repeated & FRAMING:
         raise Malformed(f"there are two {min(repeated & FRAMING)} headers")
-    return fields, repeated
+    return pairs, types.MappingProxyType(fields), frozenset(repeated)
 
 
 def comma_list(value):
@@ -1005,27 +951,37 @@ def comma_list(value):
     return {member.strip(" \t") for member in value.lower().split(",")}
 
 
-def content_length(value):
-    """Read a Content-Length's value: digits, once."""
-    if not (value.isascii() and value.isdigit() and len(value) <= 18):
-        raise Malformed(f'Content-Length is "{value[:40]}", not a number')
-    return int(value)
+def body_framing(fields, version):
+    """Return (length or None, whether chunked) of a body (RFC 9112 6); raise Malformed if readers could differ."""
+    coding, length = fields.get("transfer-encoding"), fields.get("content-length")
+    if coding is None:
+        if length is not None and not (length.isascii() and length.isdigit() and len(length) <= 18):
+            raise Malformed(f'Content-Length is "{length[:40]}", not a number')
+        return length and int(length), False
+    if length is not None:
+        raise Malformed("there are both Content-Length and Transfer-Encoding")
+    if version == "1.0":
+        raise Malformed("HTTP/1.0 has no Transfer-Encoding")
+    if coding.lower() != "chunked":
+        raise Malformed(f'the transfer coding "{coding[:40]}" is not "chunked"', "unknown_coding")
+    return None, True
 
 
 class Request(NamedTuple):
-    """A request's head, parsed: field names in lower case, a repeated field's values joined by commas."""
+    """The head of a request; the one of equal heads is shared (`parse_cached_request`)."""
 
     method: str
     path: str
     query: str
     version: str
-    fields: dict
+    fields: Mapping[str, str]           # by names in lower case
     repeated: frozenset                 # names of fields that came more than once
-    closes: bool                        # the client wants no other request on the connection
-    bearer: Optional[str]               # the secret that its Authorization shows, None without that field
-    redacted_path: str                     # without secrets
-    forwarded: str                         # those of its fields that go upstream, as lines of a head
-    path_secret: Optional[str] = None   # what stood behind /t/, once it is taken out of the path
+    length: Optional[int]               # of the body, None if it is chunked or ambiguous
+    closes: bool                        # the client sends no other request on the connection
+    bearer: Optional[str]               # the secret in Authorization: "" if it has none, None without that field
+    redacted_path: str                  # the path without secrets
+    forwarded: str                      # the fields that go to Ollama, as lines of a head
+    path_secret: Optional[str] = None   # the secret behind /t/, which is then not in `path`
 
 
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])")  # RFC 9112 3
@@ -1033,146 +989,128 @@ HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")  # RFC 9110 7.2, RFC 398
 ABSOLUTE = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 SECRET_IN_PATH = re.compile(rf"(?<=/t/)[^/]+|{SECRET_PREFIX}[\w-]+", re.IGNORECASE)
 PATH_TOKEN = re.compile("/t/([^/]+)(/.*)")
-BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)  # RFC 6750 2.1; RFC 9110 11.1: the scheme's case is free
+BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)  # RFC 6750 2.1; RFC 9110 11.1: the case of the scheme is free
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
 
 
-def forwarded_headers(fields, dropped):
-    """Return, as a head's lines, the fields that go upstream: no credential, no cookie, nothing hop-by-hop."""
-    return "".join(f"{name}: {value}\r\n" for name, value in fields.items()
-                   if (name in FORWARDED or name.startswith(FORWARDED_PREFIXES)) and name not in dropped)
-
-
-def bearer_of(fields):
-    """Return the secret that an Authorization shows, "" if it shows none, None without that field."""
-    bearer = BEARER.fullmatch(fields.get("authorization", ""))
-    return bearer[1] if bearer else "" if "authorization" in fields else None
+def origin_form(target, host):
+    """Return a request target as a path and query, one in absolute form if it names the Host (RFC 9112 3.2)."""
+    absolute = None if target.startswith("/") else ABSOLUTE.fullmatch(target)
+    if absolute and absolute[1].lower() == host.lower():
+        target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
+    if not target.startswith("/") or "#" in target:
+        raise Malformed("the request target is not a path")
+    return target
 
 
 def parse_request(head):
-    """Read a request's head strictly (RFC 9112 2 to 3); raise Malformed."""
+    """Parse the head of a request strictly (RFC 9112 2 to 3); raise Malformed."""
     line, _, block = head.partition(b"\r\n")
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise Malformed("the request line is not METHOD SP PATH SP HTTP/1.1")
     method, target, version = (part.decode("ascii") for part in match.groups())
     if version not in ("1.0", "1.1"):
-        raise Malformed(f"HTTP/{version} is not spoken here, HTTP/1.1 is", "unknown_version")
-    fields, repeated = combine_fields(parse_fields(block))
+        raise Malformed(f"HTTP/{version} is not supported, HTTP/1.1 is", "unknown_version")
+    _, fields, repeated = parse_fields(block)
     if version == "1.1" and "host" not in fields:
         raise Malformed("there is no Host header")
     host = fields.get("host", "")
     if not HOST.fullmatch(host):
         raise Malformed("the Host header is malformed")
-    absolute = None if target.startswith("/") else ABSOLUTE.fullmatch(target)
-    if absolute and absolute[1].lower() == host.lower():
-        target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
-    if not target.startswith("/") or "#" in target:
-        raise Malformed("the request target is not a path")
-    path, mark, query = target.partition("?")
-    named = comma_list(fields.get("connection", ""))
-    return Request(method, path, mark + query, version, fields, frozenset(repeated),
-                   closes=version == "1.0" or "close" in named, bearer=bearer_of(fields),
-                   redacted_path=SECRET_IN_PATH.sub("*", path), forwarded=forwarded_headers(fields, named))
+    path, mark, query = origin_form(target, host).partition("?")
+    length = None
+    with contextlib.suppress(Malformed):    # request_decoder raises it, when the request is known
+        length, chunked = body_framing(fields, version)
+        length = None if chunked else length or 0
+    hop = comma_list(fields.get("connection", ""))
+    authorization = fields.get("authorization")
+    bearer = None if authorization is None else (BEARER.fullmatch(authorization) or ("", ""))[1]
+    forwarded = "".join(f"{name}: {value}\r\n" for name, value in fields.items()
+                        if (name in FORWARDED or name.startswith(FORWARDED_PREFIXES)) and name not in hop)
+    return Request(method, path, mark + query, version, fields, repeated, length, version == "1.0" or "close" in hop,
+                   bearer, SECRET_IN_PATH.sub("*", path), forwarded)
 
 
-# Clients ask with the same head again and again: not parsing it is a tenth of what a small answer costs.
+# Clients send equal heads again and again: parsing one takes a tenth of the CPU of a small response.
 parse_cached_request = functools.lru_cache(HEAD_CACHE_SIZE)(parse_request)
 
 
 def dialect_of(path):
-    """Return which clients' error objects belong to a path, behind a token too."""
+    """Return the dialect of error objects that clients expect at a path, which may begin with /t/SECRET."""
     behind_token = PATH_TOKEN.fullmatch(path)
     path = behind_token[2] if behind_token else path
-    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+    if f"{path}/".startswith("/v1/messages/"):
         return "anthropic"
     return "openai" if path.startswith("/v1/") else "ollama"
 
 
-STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")  # RFC 9112 4
+STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")  # RFC 9112 4
+NOT_RELAYED = HOP_BY_HOP | {"content-length", "x-request-id", "x-accel-buffering"}
 
 
 class ResponseHead(NamedTuple):
-    """The head of the upstream's answer, parsed."""
+    """The head of a response of Ollama; the one of equal heads is shared (`parse_cached_response_head`)."""
 
     status: int
     phrase: str
-    fields: dict            # by their names in lower case
-    lines: str              # those that go to the client, as they came
-    kind: str               # the content type, without its parameters
+    fields: Mapping[str, str]   # by names in lower case
+    lines: str                  # the fields that go to the client, as they came
+    media_type: str             # the content type without parameters
     length: Optional[int]
     chunked: bool
-    keeps: bool             # the connection may go on after the answer
-
-
-def is_forwardable(name):
-    """Tell whether a field of the upstream's answer goes to the client: not the connection's, not ours to say."""
-    return name not in HOP_BY_HOP and name not in ("content-length", "x-request-id", "x-accel-buffering") \
-        and not name.startswith("access-control-")
+    keep_alive: bool            # the connection may be used again after the response
 
 
 def parse_response_head(head):
-    """Read an answer's head strictly; raise Malformed."""
+    """Parse the head of a response strictly; raise Malformed."""
     line, _, block = head.partition(b"\r\n")
     match = STATUS_LINE.fullmatch(line)
     if not match or match[2] == b"101":
-        raise Malformed("its answer has no status line")
-    pairs = parse_fields(block)
-    fields, _ = combine_fields(pairs)
-    hop = comma_list(fields.get("connection", ""))
-    length, coding = fields.get("content-length"), fields.get("transfer-encoding")
-    if coding is not None and (length is not None or coding.lower() != "chunked" or match[1] != b"1"):
-        raise Malformed("its answer's framing is ambiguous")
+        raise Malformed("its response has no status line")
+    pairs, fields, _ = parse_fields(block)
+    version, hop = match[1].decode(), comma_list(fields.get("connection", ""))
+    dropped = hop | NOT_RELAYED
     lines = "".join(f"{name}: {value}\r\n" for name, value in pairs
-                    if name.lower() not in hop and is_forwardable(name.lower()))
+                    if name.lower() not in dropped and not name.lower().startswith("access-control-"))
     return ResponseHead(int(match[2]), (match[3] or b"").decode("latin-1"), fields, lines,
                         fields.get("content-type", "").partition(";")[0].strip().lower(),
-                        None if length is None else content_length(length), coding is not None,
-                        match[1] == b"1" and "close" not in hop)
+                        *body_framing(fields, version), version == "1.1" and "close" not in hop)
 
 
-# Within a second, heads are alike: not parsing them again is a tenth of what a small answer costs.
+# Within a second, heads are equal: parsing one takes a tenth of the CPU of a small response.
 parse_cached_response_head = functools.lru_cache(HEAD_CACHE_SIZE)(parse_response_head)
 
 
 def encode_chunk(piece, last=False):
-    """Write a piece as a chunk (RFC 9112 7.1), nothing as none, and behind the last one the end."""
+    """Return a piece as a chunk (RFC 9112 7.1), nothing for an empty one; behind the last one the end of the body."""
     return (b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b"") + (b"0\r\n\r\n" if last else b"")
 
 
 class LengthBody:
-    """Decodes a body whose length was told; of length 0, also one that there is not."""
+    """Decodes a body of known length, 0 for none; without a length it ends with the connection (RFC 9112 6.3)."""
 
     def __init__(self, length):
-        self.left, self.complete = length, not length
+        self.left, self.complete = length, length == 0
 
     def decode(self, data):
-        """Split data into the body's next piece and what is not of it."""
+        """Return (the next piece of the body, the data behind it)."""
+        if self.left is None:
+            return data, b""
         piece = data[:self.left]
         self.left -= len(piece)
         self.complete = not self.left
         return piece, data[len(piece):]
 
     def end(self):
-        """Take note that nothing more will come; raise Malformed if that is too early."""
-        raise Malformed(f"the body ends {self.left} bytes early")
-
-
-class CloseDelimitedBody(LengthBody):
-    """Decodes a body that lasts until its connection ends (RFC 9112 6.3, the last rule)."""
-
-    def __init__(self):
-        self.complete = False
-
-    def decode(self, data):
-        return data, b""
-
-    def end(self):
+        """Note the end of the stream; raise Malformed if the body is not complete."""
+        if self.left is not None:
+            raise Malformed(f"the body ends {self.left} bytes early")
         self.complete = True
 
 
 class ChunkedBody:
-    """Decodes a chunked body (RFC 9112 7.1): plain hex sizes, no extensions, trailers read and dropped."""
+    """Decodes a chunked body (RFC 9112 7.1): sizes in plain hex, no extensions; trailers are read and dropped."""
 
     FIRST = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
     NEXT = re.compile(rb"\r\n([0-9A-Fa-f]{1,16})\r\n")
@@ -1180,12 +1118,12 @@ class ChunkedBody:
 
     def __init__(self):
         self.complete = False
-        self.left = 0           # of the chunk that is being read
+        self.left = 0           # bytes of the current chunk
         self._size_line = self.FIRST
-        self._ending = False    # the last chunk was seen: trailers follow
+        self._ending = False    # the last chunk was read: trailers follow
 
     def decode(self, data):
-        """Split data into the body's next piece, of as many chunks as there are, and what is not of it."""
+        """Return (the data of all chunks, as far as they are there, and the data behind them); raise Malformed."""
         pieces, at = [], 0
         while not self._ending:
             if self.left:
@@ -1203,37 +1141,40 @@ class ChunkedBody:
             self._size_line = self.NEXT
             at = match.end()
             self.left = int(match[1], 16)
-            self._ending = not self.left
+            if not self.left:
+                self._ending = True
+                at -= 2     # the trailers end at the first empty line, which may be their first line
         return b"".join(pieces), self._trailers(data[at:])
 
     def _trailers(self, data):
-        end = 0 if data.startswith(b"\r\n") else data.find(b"\r\n\r\n") + 2
-        if end == 1:  # not found
+        end = data.find(b"\r\n\r\n")
+        if end < 0:
             if len(data) > TRAILER_BYTES or BARE_LF.search(data):
                 raise Malformed("the trailers are too large, or have a line that does not end in CR LF")
             return data
-        for name, _ in parse_fields(data[:end]):
-            if name.lower() in FORBIDDEN_TRAILERS:
-                raise Malformed(f"{name} is not allowed in trailers")
+        forbidden = FORBIDDEN_TRAILERS & parse_fields(data[2:end + 2])[1].keys()
+        if forbidden:
+            raise Malformed(f"{min(forbidden)} is not allowed in trailers")
         self.complete = True
-        return data[end + 2:]
+        return data[end + 4:]
 
     def end(self):
         raise Malformed("the body ends before its last chunk")
 
 
-def request_body_framing(request):
-    """Return the decoder of a request's body (RFC 9112 6); raise Malformed where two readers could differ."""
-    coding, length = request.fields.get("transfer-encoding"), request.fields.get("content-length")
-    if coding is None:
-        return LengthBody(content_length(length) if length is not None else 0)
-    if length is not None:
-        raise Malformed("there are both Content-Length and Transfer-Encoding")
-    if request.version == "1.0":
-        raise Malformed("there is no Transfer-Encoding in HTTP/1.0")
-    if coding.lower() != "chunked":
-        raise Malformed(f'the transfer coding "{coding[:40]}" is not "chunked"', "unknown_coding")
+def request_decoder(request):
+    """Return the decoder of a request's body; raise Malformed."""
+    if request.length is not None:
+        return LengthBody(request.length)
+    body_framing(request.fields, request.version)   # raises Malformed unless the body is chunked
     return ChunkedBody()
+
+
+def response_decoder(head, method):
+    """Return the decoder of the body of a response to a method (RFC 9112 6.3)."""
+    if method == "HEAD" or head.status in (204, 304):
+        return LengthBody(0)
+    return ChunkedBody() if head.chunked else LengthBody(head.length)
 
 # == Request body =============================================================
 
@@ -1434,7 +1375,7 @@ def inspect_json(data, wants_usage=False):
     model, name = single_text(members, "model"), single_text(members, "name")
     if not wants_usage or True not in members.get("stream", ()) or requests_usage(members):
         return BodyInfo(model or name)
-    if len(data) - size > READ_BYTES:
+    if len(data) - size > TRAILING_BYTES:
         raise Unreadable("much follows it")
     return BodyInfo(model or name, size - 1)
 
@@ -1562,7 +1503,7 @@ def prompt_text_bytes(data):
     """
     total, at, within = 0, 0, False     # within a string
     while at < len(data):
-        window = data[at:at + READ_BYTES]
+        window = data[at:at + WINDOW_BYTES]
         if (len(window) - len(window.rstrip(b"\\"))) % 2:
             window = window[:-1] or window      # an escape is not cut in two
         at += len(window)
@@ -1655,9 +1596,9 @@ class BufferedBody:
             return
         with disk_errors():
             self._file.seek(0)
-        for _ in range(0, self.size, READ_BYTES):
+        for _ in range(0, self.size, FILE_PIECE_BYTES):
             with disk_errors():
-                piece = self._file.read(READ_BYTES)
+                piece = self._file.read(FILE_PIECE_BYTES)
             yield piece
 
     def look(self, find, *how):
@@ -1729,7 +1670,7 @@ SQLITE_VERSION = sqlite3.sqlite_version
 OWN_TABLES = {"tokens", "state"}    # of every version
 REPLACED_COLUMNS = {"id", "user_id", "user", "api_name", "token", "created_at", "expires_at"}
 MOUNTS, REMOTE = "/proc/self/mountinfo", ("nfs", "cifs", "smb", "fuse", "9p")   # WAL needs memory shared by processes
-RECHECK_SECONDS = 0.5   # between two tries to open an unusable database, and between two checks that nothing calls for
+RECHECK_SECONDS = 0.5   # interval at which SQLite is asked although its index has not changed
 
 
 def digest_of(secret):
@@ -2119,7 +2060,7 @@ class TokenStore(contextlib.AbstractContextManager):
         try:
             self._open()
         except Failure as error:
-            self._unusable = file, str(error), time.monotonic() + RECHECK_SECONDS
+            self._unusable = file, str(error), time.monotonic() + REOPEN_SECONDS
             raise
         self._unusable = None
         LOG.warning("the database %s was replaced: using the new file", self.path)
@@ -2393,7 +2334,7 @@ class ClientConnection(Connection):
         """Raise ClientLeft if it hung up, fully or half; a pipelined request is kept for later."""
         if self.shutting_down:
             raise Refusal("stopping")
-        if len(self.buffer) >= READ_BYTES or not self.alive():
+        if len(self.buffer) >= PIPELINED_BYTES or not self.alive():
             raise ClientLeft("the client hung up")
 
     def until_writable(self, deadline, cancel_on):
@@ -2728,7 +2669,7 @@ class ClientStream:
 
     def __init__(self, connection, peer, limits, request_id):
         self.connection, self.limits, self.request = connection, limits, None
-        self.body = CloseDelimitedBody()      # until the head tells better, all that comes is of this request
+        self.body = LengthBody(None)      # until the head tells better, all that comes is of this request
         self.context = RequestContext(peer, time.monotonic())
         self.context.id = request_id
         self.extra = []             # fields that every answer carries
@@ -2748,7 +2689,7 @@ class ClientStream:
     def receive_head(self):
         """Wait for the request's head; `read_request` raises what went wrong."""
         try:
-            self._head = self.connection.read_head(Deadline(self.limits.header_timeout))
+            self._head = self.connection.read_piece(HeadDecoder(), Deadline(self.limits.header_timeout))
         except (Malformed, OSError) as error:
             self._failures.append(client_failure(error, "the headers took longer than {:g} s",
                                                  self.limits.header_timeout))
@@ -2762,7 +2703,7 @@ class ClientStream:
             parse = parse_cached_request if len(head) <= CACHED_HEAD_BYTES else parse_request
             self.request = request = parse(head)
             self._note(request)
-            self.body = request_body_framing(request)
+            self.body = request_decoder(request)
         except Malformed as error:
             raise Refusal(error.code, str(error)) from None
         self._keep = not request.closes
@@ -3265,7 +3206,7 @@ class UsageLedger:
 
     def __init__(self, store, tokens, clock=time.time):
         self._store, self._tokens, self._clock = store, tokens, clock
-        store.wait_at_most(STORE_SECONDS)   # while the database is locked, log lines are still to be written
+        store.wait_at_most(LEDGER_BUSY_SECONDS)   # while the database is locked, log lines are still to be written
         self._lock, self._storing = threading.Lock(), threading.Lock()
         self._running = {}      # {context: the UsageRow counted so far, or None}, until the Journal has finished it
         self._pending = {}      # {USAGE_KEY: UsageRow} to be stored
@@ -3352,7 +3293,7 @@ class UsageLedger:
         with self._lock:
             day = utc_day(self.now())
             known_day, spent, read_at = self._spent.get(key, (None, 0, 0))
-            if known_day == day and (abs(now - read_at) < STORE_SECONDS or self._storing.locked()):
+            if known_day == day and (abs(now - read_at) < BUDGET_SECONDS or self._storing.locked()):
                 return spent
         with self._storing, self._lock:     # each row is either pending or in the database
             try:
@@ -3829,13 +3770,8 @@ class Response:
     def __init__(self, head, request, connection, pool, stall_timeout):
         parse = parse_cached_response_head if len(head) <= CACHED_HEAD_BYTES else parse_response_head
         self.head = head = parse(head)
-        self.status, self.length, self.reusable = head.status, head.length, head.keeps
-        if request.method == "HEAD" or head.status in (204, 304):   # RFC 9112 6.3
-            self._body = LengthBody(0)
-        elif head.chunked:
-            self._body = ChunkedBody()
-        else:
-            self._body = CloseDelimitedBody() if head.length is None else LengthBody(head.length)
+        self.status, self.length, self.reusable = head.status, head.length, head.keep_alive
+        self._body = response_decoder(head, request.method)
         self._connection, self._pool, self._request = connection, pool, request
         self._stall_timeout = stall_timeout
 
@@ -3937,7 +3873,7 @@ class Upstream(urllib.request.BaseHandler):
             whole = self._send(connection, request)
             deadline = request.deadline or Deadline(request.timeout, "--first-byte-timeout")
             while True:
-                head = connection.read_head(deadline, request.cancel_on)
+                head = connection.read_piece(HeadDecoder(), deadline, request.cancel_on)
                 connection.reused = False   # it is alive: a later failure is not retried
                 response = Response(head, request, connection, self.pool, self._stall_timeout)
                 if response.status >= 200:
@@ -4250,7 +4186,7 @@ REPORTS_NO_USAGE = ("/api/embeddings", "/v1/audio/transcriptions")
 
 def usage_reader_for(response, route, body_info):
     """Return what is to look at an answer; None if it can have cost nothing."""
-    kind = response.head.kind
+    kind = response.head.media_type
     if route.category != "inference" or not 200 <= response.status < 300:
         return None
     if route.path in REPORTS_NO_USAGE or kind not in STREAM_MARKERS and kind != "application/json":
@@ -6740,7 +6676,7 @@ class UnixKeys:
             # os.read alone would wait for a key if a signal arrived just before it: Python runs handlers in between
             if self._signals in select.select([sys.stdin, self._signals], (), ())[0]:
                 raise KeyboardInterrupt
-            received = os.read(sys.stdin.fileno(), READ_BYTES)
+            received = os.read(sys.stdin.fileno(), RECEIVE_BYTES)
         if not received:
             raise EOFError
         self._typed += self._decode(received)

@@ -1880,8 +1880,8 @@ class Menu(CommandCase):
     def test_a_line_can_be_edited_in_whatever_pieces_its_keys_come(self):
         for keys, line in (("abc", "abc"), ("abc\x7f\x7fd", "ad"), ("abc" + LEFT * 2 + "x" + REMOVE, "axc"), ("bc" + HOME + "a" + END + "d", "abcd"),
                            ("ab\x15c", "c"), ("Zoë 日本" + LEFT + "\b" + RIGHT + "!", "Zoë 本!"), ("a\x1b[200~b\tc\x00", "abc"), (" a b ", "a b")):
-            for size in gateway.READ_BYTES, 1:
-                with self.subTest(keys, size=size), unittest.mock.patch.object(gateway, "READ_BYTES", size):
+            for size in gateway.RECEIVE_BYTES, 1:
+                with self.subTest(keys, size=size), unittest.mock.patch.object(gateway, "RECEIVE_BYTES", size):
                     self.assertEqual(self.typed(keys), line)
 
     def typed(self, keys):
@@ -2926,16 +2926,16 @@ class Relaying(GatewayCase):
             self.assertEqual({name: side.sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in there_are}, there_are)
         client.close()
 
-    def test_a_request_whose_reused_connection_leads_to_a_vanished_upstream_is_sent_once_more(self):
-        client, read_head = self.primed(), gateway.UpstreamConnection.read_head
+    def test_retry_on_a_new_connection_if_the_upstream_vanished_behind_a_reused_one(self):
+        client, read_piece = self.primed(), gateway.UpstreamConnection.read_piece
 
         def vanish_once(wire, *args):
             if wire.reused:
                 raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))   # as the system reports it
-            return read_head(wire, *args)
-        with unittest.mock.patch.object(gateway.UpstreamConnection, "read_head", vanish_once):
+            return read_piece(wire, *args)
+        with unittest.mock.patch.object(gateway.UpstreamConnection, "read_piece", vanish_once):
             self.assertStatus(self.again(client), 200)
-        with unittest.mock.patch.object(gateway.UpstreamConnection, "read_head", side_effect=TimeoutError(errno.ETIMEDOUT, "timed out")):
+        with unittest.mock.patch.object(gateway.UpstreamConnection, "read_piece", side_effect=TimeoutError(errno.ETIMEDOUT, "timed out")):
             self.assertIn("cannot be reached", self.assertRefused(self.again(client), 502))
 
     def test_an_upstream_that_restarted_is_found_again(self):
@@ -3096,9 +3096,14 @@ class Leaving(GatewayCase):
                     eventually(lambda: self.fake.broken, "the stand-in's noticing")
         self.assertEqual(self.fake.received, [])
 
-    def test_a_client_that_vanished_within_its_request_has_left(self):
-        lost = TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))  # what keep-alive makes of a read
-        with unittest.mock.patch.object(gateway.ClientConnection, "read_piece", side_effect=lost):
+    def test_client_that_vanished_within_its_request_body_is_logged_as_left(self):
+        read_piece = gateway.ClientConnection.read_piece
+
+        def lose_body(connection, decoder, *args):
+            if isinstance(decoder, gateway.HeadDecoder):
+                return read_piece(connection, decoder, *args)
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))   # what keep-alive makes of a read
+        with unittest.mock.patch.object(gateway.ClientConnection, "read_piece", lose_body):
             self.begin("POST", "/api/chat", CHAT)
             self.assertEqual(self.logged()["outcome"], "left")
 
@@ -3708,6 +3713,12 @@ class Framing(GatewayCase):
                 client.send(bytes([byte]))
                 dribble.wait(0.0005)   # nothing depends on it: it only makes more pieces arrive one by one
             self.assertStatus(client.answer(), 200)
+
+    def test_fields_of_a_cached_head_are_read_only(self):
+        request = gateway.parse_cached_request(b"GET / HTTP/1.1\r\nHost: a\r\n")
+        self.assertIs(gateway.parse_cached_request(b"GET / HTTP/1.1\r\nHost: a\r\n"), request)
+        with self.assertRaises(TypeError):
+            request.fields["host"] = "b"
 
     def test_after_all_that_the_next_request_is_served(self):
         for label, body in BAD_CHUNKS[:3]:
@@ -4882,7 +4893,7 @@ class Tapping(unittest.TestCase):
     """What an answer cost is read from its bytes however they come, and nothing else of them is touched."""
 
     def tap(self, path, kind, ours):
-        reply = unittest.mock.Mock(status=200, **{"head.kind": kind.partition(";")[0]})
+        reply = unittest.mock.Mock(status=200, **{"head.media_type": kind.partition(";")[0]})
         return gateway.usage_reader_for(reply, next(route for route in gateway.ROUTES if route.path == path), gateway.BodyInfo("tiny", int(ours)))
 
     def test_recorded_answers_split_at_every_byte(self):
@@ -5030,7 +5041,7 @@ class PromptEstimate(Case):
 
     def test_escapes_at_the_edge_of_a_window(self):
         for run in range(1, 6):
-            for before in range(gateway.READ_BYTES - 8, gateway.READ_BYTES + 1):
+            for before in range(gateway.WINDOW_BYTES - 8, gateway.WINDOW_BYTES + 1):
                 body = b'"' + b" " * before + b"\\\\" * run + b'\\"' + b'x","y"'
                 self.assertEqual(gateway.prompt_text_bytes(body), before + 2 * run + 2 + 1 + 1)
         for body in b"", b"\\", b'"\\', b"\\" * 70_001:
@@ -5038,7 +5049,7 @@ class PromptEstimate(Case):
 
     def test_images_are_no_text(self):
         for image in (self.IMAGE, "data:image/png;base64," + self.IMAGE, self.IMAGE.replace("/", "\\/")):
-            for before in 0, gateway.READ_BYTES - 1500:
+            for before in 0, gateway.WINDOW_BYTES - 1500:
                 body = b'{"content":"%s","images":["%s"]}' % (b"a b " * (before // 4), image.encode())
                 self.assertLess(abs(gateway.prompt_text_bytes(body) - before), 2500)
         self.assertEqual(gateway.prompt_text_bytes(b'"%s"' % (b"word " * 10_000)), 50_000)
