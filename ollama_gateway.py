@@ -4840,128 +4840,81 @@ class Journal:
 
 # == OpenAPI ==================================================================
 
-
-class RouteDoc(NamedTuple):
-    """A route's summary, and which of SCHEMAS its request and its answer have."""
-
-    summary: str
-    request: str
-    answer: str
-
-
-ROUTE_DOCS = """
-GET    / | health check of Ollama's clients -> text/plain
-GET    /health | state of the gateway and of Ollama -> Health
-GET    /me | the token's limits, what is left of them, and its usage of seven days -> Me
-GET    /metrics | metrics for Prometheus -> text/plain
-GET    /docs | documentation, with a console -> text/html
-GET    /openapi.json | this API as an OpenAPI document -> Object
-GET    /admin | admin page -> text/html
-GET    /admin/status | running and queued requests, and the state of Ollama -> Status
-GET    /admin/usage | usage by user, token, model or day -> Use[]
-GET    /admin/tokens | list the tokens -> Token[]
-POST   /admin/tokens | create a token; only this answer has its secret: NewToken -> TokenWithSecret
-GET    /admin/tokens/{id} | show a token -> Token
-PATCH  /admin/tokens/{id} | change a token's expiry, rights or limits; null removes a limit: TokenChanges -> Token
-DELETE /admin/tokens/{id} | delete a token: it stops working at its next request -> Token
-POST   /admin/tokens/{id}/rotate | give a token a new secret; only this answer has it -> TokenWithSecret
-GET    /api/version | Ollama's version
-GET    /api/status | Ollama's state
-GET    /api/tags | list the models
-GET    /api/ps | list the loaded models
-POST   /api/show | show a model
-GET    /api/experimental/model-recommendations | models that Ollama recommends
-GET    /v1/models | list the models
-GET    /v1/models/{model} | show a model
-POST   /api/generate | continue a prompt
-POST   /api/chat | continue a conversation
-POST   /api/embed | embed texts
-POST   /api/embeddings | embed a text (superseded by /api/embed)
-POST   /v1/chat/completions | continue a conversation
-POST   /v1/completions | continue a prompt
-POST   /v1/embeddings | embed texts
-POST   /v1/responses | continue a conversation (OpenAI Responses)
-POST   /v1/messages | continue a conversation (Anthropic Messages)
-POST   /v1/audio/transcriptions | transcribe speech
-POST   /api/pull | download a model from a registry
-POST   /api/push | upload a model to a registry
-POST   /api/create | create a model from another one, or from files
-POST   /api/copy | copy a model to a second name
-DELETE /api/delete | delete a model
-POST   /api/blobs/{digest} | upload a file for a model
-HEAD   /api/blobs/{digest} | check whether a file exists
-POST   /api/me | show the host's ollama.com account
-POST   /api/signout | sign the host out of its ollama.com account
-DELETE /api/user/keys/{key} | remove a key from the host's ollama.com account
-POST   /api/experimental/web_search | search the web with the host's account
-POST   /api/experimental/web_fetch | fetch a page with the host's account
+SUMMARIES = """
+GET    /: health check for Ollama's clients
+GET    /health: state of the gateway and of Ollama
+GET    /me: the token's limits, what is left of them, and its usage of seven days
+GET    /metrics: metrics for Prometheus
+GET    /docs: documentation, with a console
+GET    /openapi.json: this API as an OpenAPI document
+GET    /admin: admin page
+GET    /admin/status: running and queued requests, and the state of Ollama
+GET    /admin/usage: usage by user, token, model or day
+GET    /admin/tokens: list the tokens
+POST   /admin/tokens: create a token; only this response contains its secret
+GET    /admin/tokens/{id}: show a token
+PATCH  /admin/tokens/{id}: change a token's expiry, rights or limits; null removes a limit
+DELETE /admin/tokens/{id}: delete a token: it stops working at its next request
+POST   /admin/tokens/{id}/rotate: give a token a new secret; only this response contains it
+GET    /api/version: Ollama's version
+GET    /api/status: Ollama's state
+GET    /api/tags: list the models
+GET    /api/ps: list the loaded models
+POST   /api/show: show a model
+GET    /api/experimental/model-recommendations: models that Ollama recommends
+GET    /v1/models: list the models
+GET    /v1/models/{model}: show a model
+POST   /api/generate: continue a prompt
+POST   /api/chat: continue a conversation
+POST   /api/embed: embed texts
+POST   /api/embeddings: embed a text (superseded by /api/embed)
+POST   /v1/chat/completions: continue a conversation
+POST   /v1/completions: continue a prompt
+POST   /v1/embeddings: embed texts
+POST   /v1/responses: continue a conversation (OpenAI Responses)
+POST   /v1/messages: continue a conversation (Anthropic Messages)
+POST   /v1/audio/transcriptions: transcribe speech
+POST   /api/pull: download a model from a registry
+POST   /api/push: upload a model to a registry
+POST   /api/create: create a model from another one, or from files
+POST   /api/copy: copy a model to a second name
+DELETE /api/delete: delete a model
+POST   /api/blobs/{digest}: upload a file for a model
+HEAD   /api/blobs/{digest}: check whether a file exists
+POST   /api/me: show the host's ollama.com account
+POST   /api/signout: sign the host out of its ollama.com account
+DELETE /api/user/keys/{key}: remove a key from the host's ollama.com account
+POST   /api/experimental/web_search: search the web with the host's account
+POST   /api/experimental/web_fetch: fetch a page with the host's account
 """
-SCHEMAS = f"""
-Object:
-Health: status!, upstream!, version!
-TokenChanges: admin: boolean, expires_at?, {", ".join(f"{column}: any" for column in LIMIT_BY_COLUMN)}
-NewToken: user!, name!, *TokenChanges
-named: id!: integer, user!, name!, hint!, created_at!, expires_at!?, admin!: boolean, *limits
-limits: {", ".join(f"{limit.column}!?: {limit.json_type}" for limit in LIMITS)}
-Token: *named, last_used_at!?, expired!: boolean
-TokenWithSecret: *Token, token!
-Me: *named, left!: Object, usage!: DayUse[]
-used: requests!: integer, errors!: integer, cancelled!: integer, *cost, seconds!: number
-cost: prompt_tokens!?: integer, cached_tokens!?: integer, completion_tokens!?: integer, estimated_tokens!: integer
-DayUse: day!, *used
-Use: user, name, model, day, *used
-Status: version!, *gauges, requests!: Running[], upstream!: Object
-gauges: in_flight_requests!: integer, queued_requests!: integer, connections!: integer
-Running: user!, name!, model!?, path!, waiting!: boolean, seconds!: number
-"""     # the gateway's own; members are strings by default; "!": required; "?": nullable; "*": another line's members
-MEMBER = re.compile(r"(\w+)(!?)(\??)(?:: ([\w\[\]]+))?")
-BODY_TYPES = {"json": "application/json", "form": "multipart/form-data"}     # by Route.names
 
-
-def route_doc(route):
-    """Return the RouteDoc of a route."""
-    line = re.search(rf"(?m)^{route.method} +{re.escape(route.path)} +\| (.*?)(?:: (\S+))?(?: -> (\S+))?$", ROUTE_DOCS)
-    return RouteDoc(line[1], line[2] or "", line[3] or "")
-
-
-def members_of(name):
-    """Yield the members of one of SCHEMAS: their names, "!", "?" and types."""
-    for part in re.search(rf"(?m)^{name}:(.*)$", SCHEMAS)[1].split(","):
-        if part.strip().startswith("*"):
-            yield from members_of(part.strip()[1:])
-        elif part:
-            yield MEMBER.fullmatch(part.strip()).groups()
-
-
-def type_schema(name):
-    """Return the JSON schema of a type: one of JSON Schema, "any", one of SCHEMAS, or a list of such."""
-    if name.endswith("[]"):
-        return {"type": "array", "items": type_schema(name[:-2])}
-    if name == "any":
-        return {}
-    return {"$ref": f"#/components/schemas/{name}"} if name[0].isupper() else {"type": name}
-
-
-def object_schema(name):
-    """Return the JSON schema of one of SCHEMAS."""
-    properties, required = {}, []
-    for member, needed, nullable, kind in members_of(name):
-        schema = properties[member] = type_schema(kind or "string")
-        if nullable and "type" in schema:
-            schema["type"] = [schema["type"], "null"]
-        if needed:
-            required.append(member)
-    return {"type": "object", "properties": properties, **({"required": required} if required else {})}
-
-
-def example_schema(value):
-    """Return the JSON schema of an example: an object with these keys, or a string or null."""
-    if isinstance(value, dict):
-        return {"type": "object", "required": list(value),
-                "properties": {key: example_schema(member) for key, member in value.items()}}
-    return {"type": ["string", "null"]}
-
-
+# A shape is a type, a schema's name, a media type, [shape], {member: shape} ("?": optional) or (shape, None): nullable.
+TOKEN_SHAPE = {
+    "id": int, "user": str, "name": str, "hint": str, "created_at": str, "expires_at": (str, None), "admin": bool,
+    **{limit.column: ([str] if limit.json_type == "string[]" else int, None) for limit in LIMITS}}
+LISTED_SHAPE = {**TOKEN_SHAPE, "last_used_at": (str, None), "expired": bool}
+CHANGES_SHAPE = {"admin?": bool, "expires_at?": (str, None), **{f"{column}?": object for column in LIMIT_BY_COLUMN}}
+USAGE_SHAPE = {
+    "requests": int, "errors": int, "cancelled": int, "seconds": float, "estimated_tokens": int,
+    "prompt_tokens": (int, None), "cached_tokens": (int, None), "completion_tokens": (int, None)}
+RUNNING_SHAPE = {"user": str, "name": str, "model": (str, None), "path": str, "waiting": bool, "seconds": float}
+SCHEMAS = {
+    "Health": {"status": str, "upstream": str, "version": str},
+    "TokenChanges": CHANGES_SHAPE,
+    "NewToken": {"user": str, "name": str, **CHANGES_SHAPE},
+    "Token": LISTED_SHAPE,
+    "TokenWithSecret": {**LISTED_SHAPE, "token": str},
+    "Me": {**TOKEN_SHAPE, "left": {}, "usage": [{"day": str, **USAGE_SHAPE}]},
+    "Usage": {"user?": str, "name?": str, "model?": str, "day?": str, **USAGE_SHAPE},
+    "Status": {"version": str, "in_flight_requests": int, "queued_requests": int, "connections": int,
+               "requests": [RUNNING_SHAPE], "upstream": {}},
+}
+REQUEST_SHAPES = {"create_token": "NewToken", "update_token": "TokenChanges"}     # by Route.handler
+RESPONSE_SHAPES = {
+    "banner": "text/plain", "health": "Health", "me": "Me", "metrics": "text/plain", "docs": "text/html",
+    "openapi": {}, "admin": "text/html", "status": "Status", "usage": ["Usage"], "list_tokens": ["Token"],
+    "create_token": "TokenWithSecret", "show_token": "Token", "update_token": "Token", "delete_token": "Token",
+    "rotate_token": "TokenWithSecret"}
 PATH_PARAMETERS = {"id": {"type": "integer", "minimum": 1}, "model": {"type": "string"},
                    "key": {"type": "string", "pattern": f"^{SEGMENTS['key']}$"},
                    "digest": {"type": "string", "pattern": f"^{SEGMENTS['digest']}$"}}
@@ -4970,24 +4923,45 @@ QUERY_PARAMETERS = {"list_tokens": {"user": {"type": "string"}},
                               "since": {"type": "string", "default": "7d"}}}
 
 
-def openapi_parameters(route):
-    """Return the OpenAPI parameters of a route."""
-    segments = re.findall(r"\{(\w+)\}", route.path)
-    return ([{"name": name, "in": "path", "required": True, "schema": PATH_PARAMETERS[name]} for name in segments]
-            + [{"name": name, "in": "query", "schema": schema}
-               for name, schema in QUERY_PARAMETERS.get(route.handler, {}).items()])
+def summary_of(route):
+    return re.search(rf"(?m)^{route.method} +{re.escape(route.path)}: (.*)$", SUMMARIES)[1]
 
 
-def openapi_bodies(route, doc):
-    """Return the OpenAPI request body and the content of the answer; of Ollama's routes no more than the types."""
-    answer = {"content": {doc.answer if "/" in doc.answer else "application/json": {
-        "schema": type_schema("string" if "/" in doc.answer else doc.answer)}}} if doc.answer else {}
-    if route.category != "page" and route.method in ("POST", "DELETE") and "{key}" not in route.path:
-        kind = "application/octet-stream" if route.streamed else BODY_TYPES.get(route.model_in, "application/json")
-        schema = {} if route.streamed else {"schema": {"type": "object"}}
-        return {"requestBody": {"content": {kind: schema}}}, answer
-    content = {"application/json": {"schema": type_schema(doc.request)}} if doc.request else {}
-    return {"requestBody": {"required": True, "content": content}} if content else {}, answer
+def json_schema(shape):
+    """Return the JSON Schema of a shape."""
+    if isinstance(shape, str):
+        return {"$ref": f"#/components/schemas/{shape}"}
+    if isinstance(shape, list):
+        return {"type": "array", "items": json_schema(shape[0])}
+    if isinstance(shape, tuple):
+        schema = json_schema(shape[0])
+        return {**schema, "type": [schema["type"], "null"]}
+    if isinstance(shape, dict):
+        return {"type": "object", "required": [name for name in shape if not name.endswith("?")],
+                "properties": {name.rstrip("?"): json_schema(member) for name, member in shape.items()}}
+    kind = {str: "string", int: "integer", float: "number", bool: "boolean"}.get(shape)
+    return {"type": kind} if kind else {}
+
+
+def openapi_content(shape):
+    """Return the content of an OpenAPI body, {} without a shape."""
+    if shape is None:
+        return {}
+    if isinstance(shape, str) and "/" in shape:
+        return {"content": {shape: {"schema": {"type": "string"}}}}
+    return {"content": {"application/json": {"schema": json_schema(shape)}}}
+
+
+def openapi_body(route):
+    """Return the OpenAPI request body of a route, None for none. Ollama documents the bodies of its own routes."""
+    if route.handler in REQUEST_SHAPES:
+        return {"required": True, **openapi_content(REQUEST_SHAPES[route.handler])}
+    if route.category == "page" or route.method in ("GET", "HEAD") or "{key}" in route.path:
+        return None
+    if route.streamed:
+        return {"content": {"application/octet-stream": {}}}
+    media_type = "multipart/form-data" if route.model_in == "form" else "application/json"
+    return {"content": {media_type: {"schema": {"type": "object"}}}}
 
 
 def possible_refusals(route):
@@ -5006,31 +4980,39 @@ def possible_refusals(route):
 
 def openapi_operation(route):
     """Return the OpenAPI operation of a route."""
-    doc, dialect = route_doc(route), dialect_of(route.path)
-    tag = "Admin" if route.path.startswith("/admin") else "Gateway" if route.category == "page" else dialect.capitalize()
-    body, answer = openapi_bodies(route, doc)
-    found = {"operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"), "tags": [tag],
-             "summary": doc.summary, "parameters": openapi_parameters(route), **body, "responses": {
-                 "201" if route.handler == "create_token" else "200": {"description": "done", **answer},
-                 **{str(status): {"$ref": f"#/components/responses/{dialect}-{status}"}
-                    for status in possible_refusals(route)},
-                 "default": {"$ref": f"#/components/responses/{dialect}"}}}
-    if route.access == "public":
-        found["security"] = []
-    elif route.access == "admin":
-        found["description"] = "Requires an admin token."
-    return found
+    dialect, body = dialect_of(route.path), openapi_body(route)
+    tag = "Gateway" if route.category == "page" else dialect.capitalize()
+    if route.path.startswith("/admin"):
+        tag = "Admin"
+    parameters = [{"name": name, "in": "path", "required": True, "schema": PATH_PARAMETERS[name]}
+                  for name in re.findall(r"\{(\w+)\}", route.path)]
+    parameters += [{"name": name, "in": "query", "schema": schema}
+                   for name, schema in QUERY_PARAMETERS.get(route.handler, {}).items()]
+    done = {"description": "done", **openapi_content(RESPONSE_SHAPES.get(route.handler))}
+    refusals = {str(status): {"$ref": f"#/components/responses/{dialect}-{status}"}
+                for status in possible_refusals(route)}
+    return {"operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"), "tags": [tag],
+            "summary": summary_of(route), "parameters": parameters, **({"requestBody": body} if body else {}),
+            "responses": {"201" if route.handler == "create_token" else "200": done, **refusals,
+                          "default": {"$ref": f"#/components/responses/{dialect}"}},
+            **({"security": []} if route.access == "public" else {}),
+            **({"description": "Requires an admin token."} if route.access == "admin" else {})}
+
+
+def error_shape(value):
+    """Return the shape of an error object: its values are objects, or strings that may be null."""
+    return {key: error_shape(member) for key, member in value.items()} if isinstance(value, dict) else (str, None)
 
 
 def openapi_refusals():
-    """Return the OpenAPI responses of each status that refuses, in each dialect."""
+    """Return the OpenAPI responses for the statuses of refusals, in each dialect."""
     found = {}
     for dialect in "ollama", "openai", "anthropic":
-        content = {"application/json": {"schema": example_schema(Refusal("malformed").body_for(dialect))}}
-        found[dialect] = {"description": "another refusal, or an error of Ollama's own"}
+        content = openapi_content(error_shape(Refusal("malformed").body_for(dialect)))
+        found[dialect] = {"description": "another refusal, or an error from Ollama"}
         for status in sorted({reason.status for reason in REFUSALS.values()}):
             meanings = [reason.meaning for reason in REFUSALS.values() if reason.status == status]
-            found[f"{dialect}-{status}"] = {"description": "; or ".join(meanings), "content": content}
+            found[f"{dialect}-{status}"] = {"description": "; or ".join(meanings), **content}
     return found
 
 
@@ -5049,7 +5031,7 @@ def openapi_document(routes, base):
         "components": {
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"},
                                 "key": {"type": "apiKey", "in": "header", "name": "x-api-key"}},
-            "schemas": {name: object_schema(name) for name in re.findall(r"(?m)^([A-Z]\w+):", SCHEMAS)},
+            "schemas": {name: json_schema(shape) for name, shape in SCHEMAS.items()},
             "responses": openapi_refusals()}}
 
 # == Web pages ================================================================
@@ -5847,7 +5829,7 @@ def docs_page(routes, base):
     ways, when, flags = ("Route", "What it does"), ("Status", "When"), ("Flag", "What it is", "Variable", "Default")
     told = {access: [] for access in ACCESS}
     for route in routes:
-        told[route.access].append((f"{route.method} {at_base(route.path, base)}", route_doc(route).summary))
+        told[route.access].append((f"{route.method} {at_base(route.path, base)}", summary_of(route)))
     errors = {}
     for status, meaning in sorted(REFUSALS.values()):
         errors[str(status)] = f"{errors[str(status)]}; or {meaning}" if str(status) in errors else meaning
