@@ -5824,6 +5824,7 @@ def example_sections(base):
     return "\n".join(found)
 
 
+@functools.lru_cache(maxsize=8)     # 2 ms for a page that anyone may request
 def docs_page(routes, base):
     """Return the documentation of a gateway with these routes, with /api at the base."""
     ways, when, flags = ("Route", "What it does"), ("Status", "When"), ("Flag", "What it is", "Variable", "Default")
@@ -5858,64 +5859,63 @@ def json_page(value, status=200):
     return status, "application/json", json.dumps(value).encode() + b"\n", [("Cache-Control", "no-store")]
 
 
-def read_query(page_request, *known):
-    """Return the values of a query by their names; raise UsageError for those that are not known, or come twice."""
+@functools.lru_cache(maxsize=8)     # 5 ms for a document that anyone may request
+def openapi_page(routes, base):
+    return json_page(openapi_document(routes, base))
+
+
+def checked_members(pairs, names, place):
+    """Return pairs of names and values as a dictionary; raise UsageError for other names and for repeated ones."""
+    members = dict(pairs)
+    if len(members) < len(pairs) or not set(members) <= set(names):
+        wrong = min(set(members) - set(names), default="a name twice")
+        raise UsageError(f'{place} has "{wrong[:40]}": its names may be {", ".join(names)}, each once')
+    return members
+
+
+def read_query(page_request, *names):
     pairs = urllib.parse.parse_qsl(page_request.request.query[1:], keep_blank_values=True)
-    for at, (name, _) in enumerate(pairs):
-        if name not in known or name in dict(pairs[:at]):
-            raise UsageError(f'the query\'s "{name[:40]}" is ' + (
-                "there twice" if name in known else f"not known here, only {' and '.join(known)}"))
-    return dict(pairs)
+    return checked_members(pairs, names, "the query")
 
 
-def read_json_object(page_request, known):
-    """Return the members of a body's JSON object; raise UsageError for one that is none, or has others than known."""
+def read_json_object(page_request, *names):
     try:
         pairs = json.loads(page_request.body, object_pairs_hook=tuple)
     except (ValueError, RecursionError):
         pairs = None
     if not isinstance(pairs, tuple):
         raise UsageError("the body is not a JSON object")
-    members = dict(pairs)
-    if len(members) < len(pairs) or not set(members) <= set(known):
-        wrong = min(set(members) - set(known), default="a key twice")
-        raise UsageError(f'the body has "{wrong[:40]}": its keys may be {", ".join(known)}, each once')
-    return members
+    return checked_members(pairs, names, "the body")
 
 
-def columns_in_body(members):
-    """Return the values that a body's members have for SETTABLE and admin, by column; raise UsageError."""
-    found = {}
-    for column in SETTABLE:
-        if column in members:
-            value = members[column]
-            if isinstance(value, list) and column in LIMIT_BY_COLUMN and LIMIT_BY_COLUMN[column].json_type == "string[]":
-                value = ",".join(map(str, value))
-            text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
-            try:
-                found[column] = read_column(column, text)
-            except ValueError as error:
-                raise UsageError(f'{column}: "{text[:200]}" {error}') from None
-    if "admin" in members:
-        if not isinstance(members["admin"], bool):
-            raise UsageError("admin: it must be true or false")
-        found["admin"] = members["admin"]
-    return found
+def read_member(column, value):
+    """Return the value for a column of a token from a member of a JSON object; raise UsageError."""
+    if column not in SETTABLE:
+        if not isinstance(value, bool if column == "admin" else str):
+            raise UsageError(f"{column}: the value must be {'true or false' if column == 'admin' else 'a string'}")
+        return value
+    if isinstance(value, list) and column in LIMIT_BY_COLUMN and LIMIT_BY_COLUMN[column].json_type == "string[]":
+        value = ",".join(map(str, value))
+    text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+    try:
+        return read_column(column, text)
+    except ValueError as error:
+        raise UsageError(f'{column}: "{text[:200]}" {error}') from None
 
 
 class Pages:
-    """The gateway's own pages: each is a method, of the name that the table of routes has for it."""
+    """The gateway's own pages: the method that Route.handler names takes a PageRequest and returns the response."""
 
-    CHANGED = ("admin", *SETTABLE)
+    CHANGEABLE = ("admin", *SETTABLE)
 
     def __init__(self, routes, base, store, health, ledger, limiter, metrics, gauges):
-        self._routes, self._base = routes, base
+        self._routes, self._base = tuple(routes), base
         self._store, self._health, self._ledger, self._limiter = store, health, ledger, limiter
         self._metrics, self._gauges = metrics, gauges
 
     @staticmethod
     def banner(_):
-        """Answer as Ollama itself does: its clients ask for this first."""
+        """Answer as Ollama does: its clients send this request first."""
         return 200, "text/plain; charset=utf-8", b"Ollama is running"
 
     @staticmethod
@@ -5923,94 +5923,75 @@ class Pages:
         return 204, "", b""
 
     def health(self, _):
-        """Tell, without a token, whether the gateway and Ollama are there."""
         return json_page({"status": "ok", "upstream": "up" if self._health.up else "down", "version": VERSION})
 
     def me(self, page_request):
-        """Tell a token what it may, what of that is left, and what it used in the last seven days."""
+        """Return the token, what is left of its limits, and its usage of the last seven days."""
         left = {name: {"limit": most, "remaining": left, "reset": reset}
                 for name, most, left, reset in self._limiter.statuses(page_request.token)}
-        told = token_json(page_request.token)
-        del told["last_used_at"], told["expired"]   # it is used now, and is not
+        shown = token_json(page_request.token)
+        del shown["last_used_at"], shown["expired"]     # it is in use now
         usage = self._store.usage("day", usage_start("7d", self._ledger.now), page_request.token)
-        return json_page(dict(told, left=left, usage=usage))
+        return json_page({**shown, "left": left, "usage": usage})
 
     def metrics(self, _):
-        """Tell what Prometheus asks for."""
         lines = "".join(f"{line}\n" for line in self._metrics.lines())
         return 200, "text/plain; version=0.0.4; charset=utf-8", lines.encode()
 
     def status(self, _):
-        """Tell what runs and waits, and how Ollama is."""
         health, now = self._health, time.monotonic()
-        requests = [{"user": context.token.user, "name": context.token.name, "model": context.model, "path": context.path,
-                     "waiting": context.sent_at is None, "seconds": round(now - context.started_at, 3)}
-                    for context in self._ledger.running()]
+        requests = [{"user": context.token.user, "name": context.token.name, "model": context.model,
+                     "path": context.path, "waiting": context.sent_at is None,
+                     "seconds": round(now - context.started_at, 3)} for context in self._ledger.running()]
         return json_page({
-            "version": VERSION, **{name: tell() for name, (_, tell) in self._gauges.items()}, "requests": requests,
+            "version": VERSION, **{name: read() for name, (_, read) in self._gauges.items()}, "requests": requests,
             "upstream": {"status": "up" if health.up else "down", "version": health.version,
                          "models": health.models, "loaded": health.loaded}})
 
     def usage(self, page_request):
-        """Tell the account: by a key of USAGE_BY, since a time."""
-        body_info = read_query(page_request, "by", "since")
-        by, since = body_info.get("by", "user"), body_info.get("since", "7d")
+        query = {"by": "user", "since": "7d", **read_query(page_request, "by", "since")}
+        by, since = query["by"], query["since"]
         if by not in USAGE_BY:
-            raise UsageError(f'by: "{by[:40]}" is none of {", ".join(USAGE_BY)}')
+            raise UsageError(f'by: "{by[:40]}" is not one of {", ".join(USAGE_BY)}')
         try:
             return json_page(self._store.usage(by, usage_start(since, self._ledger.now)))
         except ValueError as error:
             raise UsageError(f'since: "{since[:40]}" {error}') from None
 
-    @functools.cached_property
-    def _document(self):
-        return json_page(openapi_document(self._routes, self._base))
-
-    @functools.cached_property
-    def _docs(self):
-        return docs_page(self._routes, self._base)
-
-    @functools.cached_property
-    def _admin(self):
-        return admin_page(self._base)
-
     def openapi(self, _):
-        return self._document
+        return openapi_page(self._routes, self._base)
 
     def docs(self, _):
-        return self._docs
+        return docs_page(self._routes, self._base)
 
     def admin(self, _):
-        return self._admin
-
-    def list_tokens(self, page_request):
-        return json_page([token_json(token) for token in self._store.list(read_query(page_request, "user").get("user"))])
-
-    def create_token(self, page_request):
-        """Make a token; this answer alone has its secret."""
-        members = read_json_object(page_request, ("user", "name", *self.CHANGED))
-        for key in "user", "name":
-            if not isinstance(members.get(key), str):
-                raise UsageError(f"{key}: a text has to be there")
-        token, secret = self._store.create(members["user"], members["name"], **columns_in_body(members))
-        return json_page(dict(token_json(token), token=secret), 201)
+        return admin_page(self._base)
 
     def _token(self, page_request):
         return self._store.get(int(page_request.path.split("/")[3]))
+
+    def list_tokens(self, page_request):
+        tokens = self._store.list(read_query(page_request, "user").get("user"))
+        return json_page([token_json(token) for token in tokens])
+
+    def create_token(self, page_request):
+        members = {"user": None, "name": None, **read_json_object(page_request, "user", "name", *self.CHANGEABLE)}
+        token, secret = self._store.create(**{key: read_member(key, value) for key, value in members.items()})
+        return json_page({**token_json(token), "token": secret}, 201)
 
     def show_token(self, page_request):
         return json_page(token_json(self._token(page_request)))
 
     def update_token(self, page_request):
-        changes = columns_in_body(read_json_object(page_request, self.CHANGED))
+        members = read_json_object(page_request, *self.CHANGEABLE)
+        changes = {column: read_member(column, value) for column, value in members.items()}
         token = self._token(page_request)
         return json_page(token_json(self._store.update(token.user, token.name, **changes)))
 
     def rotate_token(self, page_request):
-        """Give a token a new secret; this answer alone has it."""
         token = self._token(page_request)
         token, secret = self._store.rotate(token.user, token.name)
-        return json_page(dict(token_json(token), token=secret))
+        return json_page({**token_json(token), "token": secret})
 
     def delete_token(self, page_request):
         token = self._token(page_request)
