@@ -5047,31 +5047,30 @@ STYLE = r"""
 [hidden] { display: none !important; }
 body { max-width: 66.5rem; margin: 0 auto; padding: 2.5rem clamp(.9rem, 4vw, 1.25rem) 3rem; background: var(--paper);
   color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: break-word; -webkit-text-size-adjust: 100%; }
-h1, h2, h3, p { margin: 0 0 .75rem; line-height: 1.3; }
-h1 { font-size: 1.9rem; }
-h2 { font-size: 1.2rem; }
-h3 { margin-top: 1.25rem; font-size: 1rem; }
-p { max-width: 44rem; line-height: inherit; }
+h1 { margin: 0 0 .5rem; font-size: 1.9rem; line-height: 1.3; }
+h2 { margin: 0 0 .75rem; font-size: 1.2rem; }
+h3 { margin: 1.25rem 0 .5rem; font-size: 1rem; }
+p { margin: 0 0 .75rem; max-width: 44rem; }
 a { color: var(--accent); }
 nav { display: flex; flex-wrap: wrap; gap: .35rem 1.1rem; }
-nav a:not(:hover) { text-decoration: none; }
-small, summary, footer, figcaption, .dim { color: var(--dim); font-size: .875rem; font-weight: 400; }
-section, dialog { padding: 1.35rem clamp(1rem, 4vw, 1.5rem) 1.5rem; background: var(--card); color: inherit;
-  border: 1px solid var(--line); border-radius: .75rem; }
+small, summary, footer, figcaption, dt, .axis, .dim { color: var(--dim); font-size: .875rem; font-weight: 400; }
 section { margin: 1.5rem 0; }
-section > :last-child, .row .row, .head > * { margin-bottom: 0; }
+section, dialog { padding: 1.35rem clamp(1rem, 4vw, 1.5rem) 1.5rem; background: var(--card); color: inherit;
+  border: 1px solid var(--line); border-radius: .75rem; overflow-wrap: anywhere; }
+section > :last-child, .row .row, .head > *, td .row, dialog .row { margin-bottom: 0; }
 code, pre { font: .875rem/1.55 ui-monospace, Menlo, Consolas, monospace; }
 pre, #answer { margin: 0; padding: .9rem 1rem; background: var(--paper); border: 1px solid var(--line);
   border-radius: .5rem; overflow-x: auto; }
-#answer, dialog pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-#answer { min-height: 4.5rem; margin-bottom: .75rem; }
+#answer, dialog pre { white-space: pre-wrap; }
+#answer { min-height: 4.5rem; }
+#figures { margin-top: .75rem; }
 #thought { color: var(--dim); font-style: italic; }
 label { display: block; font-size: .9rem; font-weight: 600; }
 input, select, textarea, button { padding: .45rem .75rem; background: var(--paper); border: 1px solid var(--edge);
   border-radius: .45rem; font: inherit; color: inherit; }
 label > input, label > select, textarea { display: block; width: 100%; margin-top: .25rem; font-weight: 400; }
 label > input[type=checkbox] { display: inline; width: auto; accent-color: var(--accent); }
-textarea { min-height: 5.5rem; margin-bottom: .75rem; resize: vertical; }
+textarea { margin-bottom: .75rem; resize: vertical; }
 button { background: var(--card); cursor: pointer; white-space: nowrap; }
 button:hover { background: var(--soft); }
 button[type=submit] { background: var(--accent); border-color: transparent; color: var(--on-accent); font-weight: 600; }
@@ -5081,20 +5080,19 @@ details button, td button { padding: .15rem .55rem; font-size: .85rem; }
 fieldset { min-width: 0; margin: 0; padding: 0; border: 0; }
 .row { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; margin-bottom: .75rem; }
 .row > label { flex: 1 1 14rem; }
-.head { justify-content: space-between; align-items: center; }
+.head { justify-content: space-between; }
+.head, .head .row { align-items: center; }
 #filter { width: 11rem; }
-.problem, .bad { color: var(--bad); }
-.problem { font-weight: 600; }
-:empty:is(p, .row) { display: none; }
+.problem, .bad { color: var(--bad); font-weight: 600; }
+p:empty { display: none; }
 .good { color: var(--good); }
 .tag { padding: .05rem .4rem; border-radius: .35rem; background: var(--soft); color: var(--accent); font-size: .8rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1rem; margin: 0 0 1rem; }
-dt, .axis { color: var(--dim); font-size: .85rem; }
-dd { margin: 0; font-size: 1.3rem; line-height: 1.35; overflow-wrap: anywhere; }
+dd { margin: 0; font-size: 1.3rem; line-height: 1.35; }
 dd small { display: block; }
 table { width: 100%; border-collapse: collapse; font-size: .925rem; }
 th, td { padding: .45rem .9rem .45rem 0; border-top: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { font-weight: 400; overflow-wrap: anywhere; }
+th { font-weight: 400; }
 thead th, th[scope=rowgroup] { border-top: 0; color: var(--dim); font-size: .85rem; font-weight: 600; }
 thead th, th code, td button { white-space: nowrap; }
 th[scope=rowgroup] { padding-top: 1.2rem; }
@@ -5108,9 +5106,8 @@ svg { display: block; width: 100%; height: 9rem; border-bottom: 1px solid var(--
 figure { margin: 0; }
 figcaption, .axis { display: flex; justify-content: space-between; gap: 1rem; }
 details { margin-top: .6rem; }
-summary { cursor: pointer; }
 pre + button { margin-top: .5rem; }
-dialog { width: min(34rem, calc(100vw - 2rem)); overflow-wrap: anywhere; }
+dialog { width: min(34rem, calc(100vw - 2rem)); }
 dialog::backdrop { background: rgb(0 0 0 / 50%); }
 dialog form { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: .75rem 1rem; }
 dialog form > :not(label) { grid-column: 1 / -1; margin: 0; }
@@ -5118,7 +5115,7 @@ dialog .row { justify-content: end; }
 dialog pre { margin-bottom: .75rem; }
 @media (max-width: 40rem) {
   .stack thead, .stack td:empty { display: none; }
-  .stack :is(tbody, tr, th, td) { display: block; padding: .1rem 0; border: 0; text-align: left; overflow-wrap: anywhere; }
+  .stack :is(tbody, tr, th, td) { display: block; padding: .1rem 0; border: 0; text-align: left; }
   .stack tr { padding: .6rem 0; border-top: 1px solid var(--line); }
   .stack td[data-label]::before { content: attr(data-label) ": "; color: var(--dim); }
   #panel .stack th { font-weight: 600; }
@@ -5140,7 +5137,8 @@ const keep = secret => secret === PATH_SECRET || sessionStorage.setItem(KEY, sec
 const number = value => value === null ? "unknown" : value.toLocaleString("en");
 const minute = time => time.slice(0, 16).replace("T", " ");
 const nameOf = row => `${row.user}/${row.name}`;
-const tokensOf = row => row.prompt_tokens === null ? null : row.prompt_tokens - row.cached_tokens + row.completion_tokens;
+const tokensOf = ({prompt_tokens, cached_tokens, completion_tokens}) =>
+  prompt_tokens === null ? null : prompt_tokens - cached_tokens + completion_tokens;
 let now = Date.now();   // by the gateway's clock, once it has answered
 const dayAgo = days => new Date(now - days * 86400000).toISOString().slice(0, 10);
 
@@ -5274,22 +5272,10 @@ function nameModel() {
   if (/^[\w.:\/-]+$/.test(name)) for (const place of document.querySelectorAll(".model")) place.textContent = name;
 }
 
-function enter(me) {
-  showMe(me);
-  byId("me").hidden = false;
-  showModels().catch(error => show("problem", error.message));
-}
-
-function leave() {
-  if (running) running.abort();
-  byId("me").hidden = byId("talk").disabled = true;
-  clear("me", "who", "model", "thought", "said", "figures", "problem");
-}
-
 async function* linesOf(body) {
   const reader = body.getReader(), decoder = new TextDecoder();
   for (let rest = "", ended = false; !ended;) {
-    const {value, done} = await reader.read().catch(() => { throw new Error("The response broke off before its end"); });
+    const {value, done} = await reader.read().catch(() => { throw new Error("The response broke off"); });
     const lines = (rest + decoder.decode(value, {stream: !done})).split("\n");
     rest = done ? "" : lines.pop();
     ended = done;
@@ -5342,11 +5328,18 @@ byId("model").addEventListener("change", nameModel);
 byId("prompt").addEventListener("keydown", event => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("console-form").requestSubmit();
 });
-signIn("/me", enter, leave);
+signIn("/me", me => {
+  showMe(me);
+  showModels().catch(error => show("problem", error.message));
+}, () => {
+  if (running) running.abort();
+  byId("talk").disabled = true;
+  clear("me", "who", "model", "thought", "said", "figures", "problem");
+});
 """
 
 ADMIN_SCRIPT = r"""
-const FIELDS = {user: ["User", "a person"], name: ["Name", "a device or a program"], expires_at: ["Expires", "30d, 2027-01-31"]};
+const FIELDS = {user: ["User", "a person"], name: ["Name", "a device"], expires_at: ["Expires", "30d, 2027-01-31"]};
 for (const [name, {label, example}] of Object.entries(LIMITS)) FIELDS[name] = [label, example];
 let tokens = [], timer = 0, renewing = false;
 
@@ -5487,7 +5480,7 @@ async function watch() {
 
 function usageTable(name, heading, rows) {
   const most = Math.max(1, ...rows.map(tokensOf));
-  return table(name, [heading, "Share", "Tokens", "Cached", "Requests"],
+  return table(name, [heading, "", "Tokens", "Cached", "Requests"],
     rows.map(row => [row[heading.toLowerCase()] || "-", bar(tokensOf(row) / most), number(tokensOf(row)),
       number(row.cached_tokens || 0), number(row.requests)]), [2, 3, 4]);
 }
@@ -5503,27 +5496,23 @@ async function loadUsage() {
 }
 const showUsage = () => attempt(byId("refresh"), byId("usage-problem"), loadUsage);
 
-function enter(list) {
-  tokens = list;
-  byId("panel").hidden = false;
-  showTokens();
-  showUsage();
-  watch();
-}
-
-function leave() {
-  clearTimeout(timer);
-  tokens = [];
-  byId("panel").hidden = true;
-  clear("status", "tokens", "by-day", "by-user", "by-model");
-}
-
 byId("create").addEventListener("click", () => editToken({admin: false}));
 byId("filter").addEventListener("input", showTokens);
 byId("period").addEventListener("change", showUsage);
 byId("refresh").addEventListener("click", showUsage);
 document.addEventListener("visibilitychange", () => { if (!document.hidden && !byId("panel").hidden) watch(); });
-const signOut = signIn("/admin/tokens", enter, leave);
+const signOut = signIn("/admin/tokens", list => {
+  tokens = list;
+  byId("panel").hidden = false;
+  showTokens();
+  showUsage();
+  watch();
+}, () => {
+  clearTimeout(timer);
+  tokens = [];
+  byId("panel").hidden = true;
+  clear("status", "tokens", "by-day", "by-user", "by-model");
+});
 """
 
 SIGN_IN = """<section id="yours" aria-labelledby="yours-title"><h2 id="yours-title">Your token</h2>
@@ -5537,21 +5526,19 @@ SIGN_IN = """<section id="yours" aria-labelledby="yours-title"><h2 id="yours-tit
 <div id="signed-in" class="row head" hidden><span id="who">Signed in.</span>
 <button id="sign-out" type="button">Sign out</button></div>"""
 DOCS = """
-<header>
-<small>ollama_gateway {version}</small>
-<h1>A shared Ollama server</h1>
+<header><small>ollama_gateway {version}</small><h1>A shared Ollama server</h1>
 <p>Every Ollama, OpenAI and Anthropic client works here, with streaming. You need a token: ask the administrator.</p>
 <nav><a href="#yours">Your token</a><a href="#examples">Examples</a><a href="#routes">Routes</a>
-<a href="#errors">Errors</a><a href="#settings">Settings</a>{links}</nav>
-</header>
-<main>
-{sign_in}
-<div id="me" hidden></div></section>
+<a href="#errors">Errors</a><a href="#settings">Settings</a>{links}</nav></header>
+<main>{sign_in}
+<div id="me"></div></section>
 <section id="console" aria-labelledby="console-title" hidden><h2 id="console-title">Console</h2>
 <form id="console-form"><fieldset id="talk" disabled>
 <div class="row"><label>Model<select id="model"></select></label></div>
-<label>Prompt <small>Ctrl+Enter sends it</small><textarea id="prompt" required>Why is the sky blue?</textarea></label>
-<div class="row"><button id="send" type="submit">Send</button><button id="stop" type="button" disabled>Stop</button></div>
+<label>Prompt <small>Ctrl+Enter sends it</small>
+<textarea id="prompt" rows="4" required>Why is the sky blue?</textarea></label>
+<div class="row"><button id="send" type="submit">Send</button>
+<button id="stop" type="button" disabled>Stop</button></div>
 </fieldset></form>
 <p id="problem" class="problem" role="alert"></p>
 <div id="answer" role="log" aria-label="Answer"><p id="thought"></p><p id="said"></p></div>
@@ -5560,7 +5547,7 @@ DOCS = """
 <p>They read the token from the variable <code>TOKEN</code>: <code>export TOKEN=ogw_…</code></p>
 {examples}</section>
 <section id="routes" aria-labelledby="routes-title"><h2 id="routes-title">Routes</h2>
-<p>Send the token as <code>Authorization: Bearer …</code> or <code>x-api-key: …</code>. All other paths are refused.</p>
+<p>Send the token as <code>Authorization: Bearer …</code> or <code>x-api-key: …</code>. Other paths are refused.</p>
 {routes}</section>
 <section id="errors" aria-labelledby="errors-title"><h2 id="errors-title">Errors</h2>
 <p>An error has the format of the route's API. Ollama's own errors are passed on unchanged. Every response has an
@@ -5568,19 +5555,14 @@ DOCS = """
 {errors}</section>
 <section id="settings" aria-labelledby="settings-title"><h2 id="settings-title">Settings</h2>
 <details><summary>For administrators: the flags of <code>serve</code> and their variables</summary>
-{options}</details></section>
-</main>
+{options}</details></section></main>
 <footer>This page loads nothing from other servers, and sends your input to this gateway only.</footer>
 """
 ADMIN = """
-<header>
-<small>ollama_gateway {version}</small>
-<h1>Administration</h1>
+<header><small>ollama_gateway {version}</small><h1>Administration</h1>
 <p>Tokens, running requests and usage.</p>
-<nav><a href="docs">Documentation</a></nav>
-</header>
-<main>
-{sign_in}</section>
+<nav><a href="docs">Documentation</a></nav></header>
+<main>{sign_in}</section>
 <div id="panel" hidden>
 <section aria-labelledby="now-title"><h2 id="now-title">Now</h2>
 <p id="status-problem" class="problem" role="alert"></p>
@@ -5598,9 +5580,7 @@ ADMIN = """
 <p id="usage-problem" class="problem" role="alert"></p>
 <div id="by-day"></div>
 <h3>By user</h3><div id="by-user"></div>
-<h3>By model</h3><div id="by-model"></div></section>
-</div>
-</main>
+<h3>By model</h3><div id="by-model"></div></section></div></main>
 <footer>The token is sent in a header, never in a cookie: pages of other sites cannot use it.</footer>
 """
 EXAMPLES = r"""
@@ -5654,7 +5634,7 @@ def source_hash(text):
 
 def html_page(title, body, script, base):
     """Return the response for a page whose only sources are its own style and script and the gateway's API."""
-    limits = {limit.column: {"label": limit.label, "example": limit.example, "phrase": limit.phrase} for limit in LIMITS}
+    limits = {limit.column: {key: getattr(limit, key) for key in ("label", "example", "phrase")} for limit in LIMITS}
     script = f'"use strict";\nconst BASE = {json.dumps(base)}, LIMITS = {json.dumps(limits)};\n{script}'
     policy = (f"default-src 'none'; style-src {source_hash(STYLE)}; script-src {source_hash(script)}; "
               "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
@@ -5691,8 +5671,8 @@ def html_examples(base):
     for name, text in re.findall(r"(?ms)^== (\w+)\n(.*?)\n(?===|\Z)", EXAMPLES):
         if "{host}" not in text or base.endswith("/api"):
             text = re.sub(r"\{\w+\}", lambda place: places.get(place[0], place[0]), html.escape(text, quote=False))
-            found.append(f'<details id="example-{name}" name="example"{"" if found else " open"}><summary>{name}</summary>'
-                         f"<pre><code>{text}</code></pre></details>")
+            found.append(f'<details id="example-{name}" name="example"{"" if found else " open"}>'
+                         f"<summary>{name}</summary><pre><code>{text}</code></pre></details>")
     return "\n".join(found)
 
 
@@ -5708,8 +5688,9 @@ def docs_page(routes, base):
     if any(route.handler == "admin" for route in routes):
         links += '<a href="admin">Administration</a>'
     body = DOCS.format(
-        version=VERSION, links=links, examples=html_examples(base), routes=html_table(("Route", "What it does"), groups),
-        sign_in=SIGN_IN.format(label="Token", noscript="Signing in requires JavaScript. The rest of this page does not."),
+        version=VERSION, links=links, examples=html_examples(base),
+        sign_in=SIGN_IN.format(label="Token", noscript="Signing in requires JavaScript. All else here does not."),
+        routes=html_table(("Route", "Purpose"), groups),
         errors=html_table(("Status", "Reason"), {"": errors.items()}),
         options=html_table(("Flag", "Meaning", "Variable", "Default"), {
             "": [(option.flag, option.help, option.variable, option.default) for option in OPTIONS]}))
