@@ -5093,6 +5093,7 @@ dd small { display: block; }
 table { width: 100%; border-collapse: collapse; font-size: .925rem; }
 th, td { padding: .45rem .9rem .45rem 0; border-top: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { font-weight: 400; }
+td { overflow-wrap: break-word; }
 thead th, th[scope=rowgroup] { border-top: 0; color: var(--dim); font-size: .85rem; font-weight: 600; }
 thead th, th code, td button { white-space: nowrap; }
 th[scope=rowgroup] { padding-top: 1.2rem; }
@@ -5116,6 +5117,7 @@ dialog pre { margin-bottom: .75rem; }
 @media (max-width: 40rem) {
   .stack thead, .stack td:empty { display: none; }
   .stack :is(tbody, tr, th, td) { display: block; padding: .1rem 0; border: 0; text-align: left; }
+  .stack td { overflow-wrap: anywhere; }
   .stack tr { padding: .6rem 0; border-top: 1px solid var(--line); }
   .stack td[data-label]::before { content: attr(data-label) ": "; color: var(--dim); }
   #panel .stack th { font-weight: 600; }
