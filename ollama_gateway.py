@@ -664,6 +664,7 @@ class Route(NamedTuple):
     path: str
     access: str             # "public", "token" or "admin"
     category: str               # "page", "read", "inference", "model" or "account"
+    summary: str = ""       # in the documentation
     model_in: str = ""         # where the request names its model: "json", "form" or "path"
     model_list_key: str = ""         # the key of the list of models in its answer
     handler: str = ""          # which of our own pages answers
@@ -3098,51 +3099,51 @@ class Gateway:
 # == Routing and access =======================================================
 
 ROUTES = (
-    Route("GET", "/", "public", "page", handler="banner"),
-    Route("GET", "/health", "public", "page", handler="health"),
-    Route("GET", "/me", "token", "page", handler="me"),
-    Route("GET", "/metrics", "admin", "page", handler="metrics"),
-    Route("GET", "/docs", "public", "page", handler="docs"),
-    Route("GET", "/openapi.json", "public", "page", handler="openapi"),
-    Route("GET", "/admin", "public", "page", handler="admin"),
-    Route("GET", "/admin/status", "admin", "page", handler="status"),
-    Route("GET", "/admin/usage", "admin", "page", handler="usage"),
-    Route("GET", "/admin/tokens", "admin", "page", handler="list_tokens"),
-    Route("POST", "/admin/tokens", "admin", "page", handler="create_token"),
-    Route("GET", "/admin/tokens/{id}", "admin", "page", handler="show_token"),
-    Route("PATCH", "/admin/tokens/{id}", "admin", "page", handler="update_token"),
-    Route("DELETE", "/admin/tokens/{id}", "admin", "page", handler="delete_token"),
-    Route("POST", "/admin/tokens/{id}/rotate", "admin", "page", handler="rotate_token"),
-    Route("GET", "/api/version", "token", "read"),
-    Route("GET", "/api/status", "token", "read"),
-    Route("GET", "/api/tags", "token", "read", model_list_key="models"),
-    Route("GET", "/api/ps", "token", "read", model_list_key="models"),
-    Route("POST", "/api/show", "token", "read", "json"),
-    Route("GET", "/api/experimental/model-recommendations", "token", "read"),
-    Route("GET", "/v1/models", "token", "read", model_list_key="data"),
-    Route("GET", "/v1/models/{model}", "token", "read", "path"),
-    Route("POST", "/api/generate", "token", "inference", "json"),
-    Route("POST", "/api/chat", "token", "inference", "json"),
-    Route("POST", "/api/embed", "token", "inference", "json"),
-    Route("POST", "/api/embeddings", "token", "inference", "json"),
-    Route("POST", "/v1/chat/completions", "token", "inference", "json"),
-    Route("POST", "/v1/completions", "token", "inference", "json"),
-    Route("POST", "/v1/embeddings", "token", "inference", "json"),
-    Route("POST", "/v1/responses", "token", "inference", "json"),
-    Route("POST", "/v1/messages", "token", "inference", "json"),
-    Route("POST", "/v1/audio/transcriptions", "token", "inference", "form"),
-    Route("POST", "/api/pull", "admin", "model", "json"),
-    Route("POST", "/api/push", "admin", "model", "json"),
-    Route("POST", "/api/create", "admin", "model", "json"),
-    Route("POST", "/api/copy", "admin", "model"),
-    Route("DELETE", "/api/delete", "admin", "model", "json"),
-    Route("POST", "/api/blobs/{digest}", "admin", "model", streamed=True),
-    Route("HEAD", "/api/blobs/{digest}", "admin", "model"),
-    Route("POST", "/api/me", "admin", "account"),
-    Route("POST", "/api/signout", "admin", "account"),
-    Route("DELETE", "/api/user/keys/{key}", "admin", "account"),
-    Route("POST", "/api/experimental/web_search", "admin", "account"),
-    Route("POST", "/api/experimental/web_fetch", "admin", "account"),
+    Route("GET", "/", "public", "page", "health check for Ollama's clients", handler="banner"),
+    Route("GET", "/health", "public", "page", "state of the gateway and of Ollama", handler="health"),
+    Route("GET", "/me", "token", "page", "the token, what is left of its limits, and its usage", handler="me"),
+    Route("GET", "/metrics", "admin", "page", "metrics for Prometheus", handler="metrics"),
+    Route("GET", "/docs", "public", "page", "documentation, with a console", handler="docs"),
+    Route("GET", "/openapi.json", "public", "page", "this API as an OpenAPI document", handler="openapi"),
+    Route("GET", "/admin", "public", "page", "admin page", handler="admin"),
+    Route("GET", "/admin/status", "admin", "page", "running and queued requests, state of Ollama", handler="status"),
+    Route("GET", "/admin/usage", "admin", "page", "usage by user, token, model or day", handler="usage"),
+    Route("GET", "/admin/tokens", "admin", "page", "list the tokens", handler="list_tokens"),
+    Route("POST", "/admin/tokens", "admin", "page", "create a token and its secret", handler="create_token"),
+    Route("GET", "/admin/tokens/{id}", "admin", "page", "show a token", handler="show_token"),
+    Route("PATCH", "/admin/tokens/{id}", "admin", "page", "change a token; null lifts a limit", handler="update_token"),
+    Route("DELETE", "/admin/tokens/{id}", "admin", "page", "delete a token", handler="delete_token"),
+    Route("POST", "/admin/tokens/{id}/rotate", "admin", "page", "give a token a new secret", handler="rotate_token"),
+    Route("GET", "/api/version", "token", "read", "Ollama's version"),
+    Route("GET", "/api/status", "token", "read", "Ollama's state"),
+    Route("GET", "/api/tags", "token", "read", "list the models", model_list_key="models"),
+    Route("GET", "/api/ps", "token", "read", "list the loaded models", model_list_key="models"),
+    Route("POST", "/api/show", "token", "read", "show a model", "json"),
+    Route("GET", "/api/experimental/model-recommendations", "token", "read", "models that Ollama recommends"),
+    Route("GET", "/v1/models", "token", "read", "list the models", model_list_key="data"),
+    Route("GET", "/v1/models/{model}", "token", "read", "show a model", "path"),
+    Route("POST", "/api/generate", "token", "inference", "continue a prompt", "json"),
+    Route("POST", "/api/chat", "token", "inference", "continue a conversation", "json"),
+    Route("POST", "/api/embed", "token", "inference", "embed texts", "json"),
+    Route("POST", "/api/embeddings", "token", "inference", "embed a text (superseded by /api/embed)", "json"),
+    Route("POST", "/v1/chat/completions", "token", "inference", "continue a conversation", "json"),
+    Route("POST", "/v1/completions", "token", "inference", "continue a prompt", "json"),
+    Route("POST", "/v1/embeddings", "token", "inference", "embed texts", "json"),
+    Route("POST", "/v1/responses", "token", "inference", "continue a conversation (OpenAI Responses)", "json"),
+    Route("POST", "/v1/messages", "token", "inference", "continue a conversation (Anthropic Messages)", "json"),
+    Route("POST", "/v1/audio/transcriptions", "token", "inference", "transcribe speech", "form"),
+    Route("POST", "/api/pull", "admin", "model", "download a model from a registry", "json"),
+    Route("POST", "/api/push", "admin", "model", "upload a model to a registry", "json"),
+    Route("POST", "/api/create", "admin", "model", "create a model from another one, or from files", "json"),
+    Route("POST", "/api/copy", "admin", "model", "copy a model to a second name"),
+    Route("DELETE", "/api/delete", "admin", "model", "delete a model", "json"),
+    Route("POST", "/api/blobs/{digest}", "admin", "model", "upload a file for a model", streamed=True),
+    Route("HEAD", "/api/blobs/{digest}", "admin", "model", "check whether a file exists"),
+    Route("POST", "/api/me", "admin", "account", "show the host's ollama.com account"),
+    Route("POST", "/api/signout", "admin", "account", "sign the host out of its ollama.com account"),
+    Route("DELETE", "/api/user/keys/{key}", "admin", "account", "remove a key from the host's ollama.com account"),
+    Route("POST", "/api/experimental/web_search", "admin", "account", "search the web with the host's account"),
+    Route("POST", "/api/experimental/web_fetch", "admin", "account", "fetch a page with the host's account"),
 )
 PREFLIGHT = Route("OPTIONS", "*", "public", "page", handler="preflight")
 SEGMENTS = {
@@ -4840,54 +4841,6 @@ class Journal:
 
 # == OpenAPI ==================================================================
 
-SUMMARIES = """
-GET    /: health check for Ollama's clients
-GET    /health: state of the gateway and of Ollama
-GET    /me: the token's limits, what is left of them, and its usage of seven days
-GET    /metrics: metrics for Prometheus
-GET    /docs: documentation, with a console
-GET    /openapi.json: this API as an OpenAPI document
-GET    /admin: admin page
-GET    /admin/status: running and queued requests, and the state of Ollama
-GET    /admin/usage: usage by user, token, model or day
-GET    /admin/tokens: list the tokens
-POST   /admin/tokens: create a token; only this response contains its secret
-GET    /admin/tokens/{id}: show a token
-PATCH  /admin/tokens/{id}: change a token's expiry, rights or limits; null removes a limit
-DELETE /admin/tokens/{id}: delete a token: it stops working at its next request
-POST   /admin/tokens/{id}/rotate: give a token a new secret; only this response contains it
-GET    /api/version: Ollama's version
-GET    /api/status: Ollama's state
-GET    /api/tags: list the models
-GET    /api/ps: list the loaded models
-POST   /api/show: show a model
-GET    /api/experimental/model-recommendations: models that Ollama recommends
-GET    /v1/models: list the models
-GET    /v1/models/{model}: show a model
-POST   /api/generate: continue a prompt
-POST   /api/chat: continue a conversation
-POST   /api/embed: embed texts
-POST   /api/embeddings: embed a text (superseded by /api/embed)
-POST   /v1/chat/completions: continue a conversation
-POST   /v1/completions: continue a prompt
-POST   /v1/embeddings: embed texts
-POST   /v1/responses: continue a conversation (OpenAI Responses)
-POST   /v1/messages: continue a conversation (Anthropic Messages)
-POST   /v1/audio/transcriptions: transcribe speech
-POST   /api/pull: download a model from a registry
-POST   /api/push: upload a model to a registry
-POST   /api/create: create a model from another one, or from files
-POST   /api/copy: copy a model to a second name
-DELETE /api/delete: delete a model
-POST   /api/blobs/{digest}: upload a file for a model
-HEAD   /api/blobs/{digest}: check whether a file exists
-POST   /api/me: show the host's ollama.com account
-POST   /api/signout: sign the host out of its ollama.com account
-DELETE /api/user/keys/{key}: remove a key from the host's ollama.com account
-POST   /api/experimental/web_search: search the web with the host's account
-POST   /api/experimental/web_fetch: fetch a page with the host's account
-"""
-
 # A shape is a type, a schema's name, a media type, [shape], {member: shape} ("?": optional) or (shape, None): nullable.
 TOKEN_SHAPE = {
     "id": int, "user": str, "name": str, "hint": str, "created_at": str, "expires_at": (str, None), "admin": bool,
@@ -4921,10 +4874,6 @@ PATH_PARAMETERS = {"id": {"type": "integer", "minimum": 1}, "model": {"type": "s
 QUERY_PARAMETERS = {"list_tokens": {"user": {"type": "string"}},
                     "usage": {"by": {"enum": list(USAGE_BY), "default": "user"},
                               "since": {"type": "string", "default": "7d"}}}
-
-
-def summary_of(route):
-    return re.search(rf"(?m)^{route.method} +{re.escape(route.path)}: (.*)$", SUMMARIES)[1]
 
 
 def json_schema(shape):
@@ -4992,7 +4941,7 @@ def openapi_operation(route):
     refusals = {str(status): {"$ref": f"#/components/responses/{dialect}-{status}"}
                 for status in possible_refusals(route)}
     return {"operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"), "tags": [tag],
-            "summary": summary_of(route), "parameters": parameters, **({"requestBody": body} if body else {}),
+            "summary": route.summary, "parameters": parameters, **({"requestBody": body} if body else {}),
             "responses": {"201" if route.handler == "create_token" else "200": done, **refusals,
                           "default": {"$ref": f"#/components/responses/{dialect}"}},
             **({"security": []} if route.access == "public" else {}),
@@ -5681,7 +5630,7 @@ def html_examples(base):
 @functools.lru_cache(maxsize=8)     # 2 ms for a page that anyone may request
 def docs_page(routes, base):
     """Return the documentation of a gateway with these routes, with /api at the base."""
-    groups = {group: [(f"{route.method} {at_base(route.path, base)}", summary_of(route))
+    groups = {group: [(f"{route.method} {at_base(route.path, base)}", route.summary)
                       for route in routes if route.access == access] for access, group in ACCESS.items()}
     errors = {}
     for status, meaning in sorted(REFUSALS.values()):
