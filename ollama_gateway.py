@@ -616,6 +616,7 @@ class Route(NamedTuple):
     path: str
     access: str                 # "public", "token" or "admin"
     category: str               # "page", "read", "inference", "model" or "account"
+    summary: str = ""           # in the documentation
     model_in: str = ""          # where the request names its model: "json", "form" or "path"
     model_list_key: str = ""    # the key of the list of models in the response
     handler: str = ""           # the method that responds, for own pages
@@ -2906,51 +2907,51 @@ class Handler(http.server.BaseHTTPRequestHandler):
 # == Routing and access =======================================================
 
 ROUTES = (
-    Route("GET", "/", "public", "page", handler="banner"),
-    Route("GET", "/health", "public", "page", handler="health"),
-    Route("GET", "/me", "token", "page", handler="me"),
-    Route("GET", "/metrics", "admin", "page", handler="metrics"),
-    Route("GET", "/docs", "public", "page", handler="docs"),
-    Route("GET", "/openapi.json", "public", "page", handler="openapi"),
-    Route("GET", "/admin", "public", "page", handler="admin"),
-    Route("GET", "/admin/status", "admin", "page", handler="status"),
-    Route("GET", "/admin/usage", "admin", "page", handler="usage"),
-    Route("GET", "/admin/tokens", "admin", "page", handler="list_tokens"),
-    Route("POST", "/admin/tokens", "admin", "page", handler="create_token"),
-    Route("GET", "/admin/tokens/{id}", "admin", "page", handler="show_token"),
-    Route("PATCH", "/admin/tokens/{id}", "admin", "page", handler="update_token"),
-    Route("DELETE", "/admin/tokens/{id}", "admin", "page", handler="delete_token"),
-    Route("POST", "/admin/tokens/{id}/rotate", "admin", "page", handler="rotate_token"),
-    Route("GET", "/api/version", "token", "read"),
-    Route("GET", "/api/status", "token", "read"),
-    Route("GET", "/api/tags", "token", "read", model_list_key="models"),
-    Route("GET", "/api/ps", "token", "read", model_list_key="models"),
-    Route("POST", "/api/show", "token", "read", "json"),
-    Route("GET", "/api/experimental/model-recommendations", "token", "read"),
-    Route("GET", "/v1/models", "token", "read", model_list_key="data"),
-    Route("GET", "/v1/models/{model}", "token", "read", "path"),
-    Route("POST", "/api/generate", "token", "inference", "json"),
-    Route("POST", "/api/chat", "token", "inference", "json"),
-    Route("POST", "/api/embed", "token", "inference", "json"),
-    Route("POST", "/api/embeddings", "token", "inference", "json"),
-    Route("POST", "/v1/chat/completions", "token", "inference", "json"),
-    Route("POST", "/v1/completions", "token", "inference", "json"),
-    Route("POST", "/v1/embeddings", "token", "inference", "json"),
-    Route("POST", "/v1/responses", "token", "inference", "json"),
-    Route("POST", "/v1/messages", "token", "inference", "json"),
-    Route("POST", "/v1/audio/transcriptions", "token", "inference", "form"),
-    Route("POST", "/api/pull", "admin", "model", "json"),
-    Route("POST", "/api/push", "admin", "model", "json"),
-    Route("POST", "/api/create", "admin", "model", "json"),
-    Route("POST", "/api/copy", "admin", "model"),
-    Route("DELETE", "/api/delete", "admin", "model", "json"),
-    Route("POST", "/api/blobs/{digest}", "admin", "model", streamed=True),
-    Route("HEAD", "/api/blobs/{digest}", "admin", "model"),
-    Route("POST", "/api/me", "admin", "account"),
-    Route("POST", "/api/signout", "admin", "account"),
-    Route("DELETE", "/api/user/keys/{key}", "admin", "account"),
-    Route("POST", "/api/experimental/web_search", "admin", "account"),
-    Route("POST", "/api/experimental/web_fetch", "admin", "account"),
+    Route("GET", "/", "public", "page", "health check for Ollama's clients", handler="banner"),
+    Route("GET", "/health", "public", "page", "state of the gateway and of Ollama", handler="health"),
+    Route("GET", "/me", "token", "page", "the token, what is left of its limits, and its usage", handler="me"),
+    Route("GET", "/metrics", "admin", "page", "metrics for Prometheus", handler="metrics"),
+    Route("GET", "/docs", "public", "page", "documentation, with a console", handler="docs"),
+    Route("GET", "/openapi.json", "public", "page", "this API as an OpenAPI document", handler="openapi"),
+    Route("GET", "/admin", "public", "page", "admin page", handler="admin"),
+    Route("GET", "/admin/status", "admin", "page", "running and queued requests, state of Ollama", handler="status"),
+    Route("GET", "/admin/usage", "admin", "page", "usage by user, token, model or day", handler="usage"),
+    Route("GET", "/admin/tokens", "admin", "page", "list the tokens", handler="list_tokens"),
+    Route("POST", "/admin/tokens", "admin", "page", "create a token and its secret", handler="create_token"),
+    Route("GET", "/admin/tokens/{id}", "admin", "page", "show a token", handler="show_token"),
+    Route("PATCH", "/admin/tokens/{id}", "admin", "page", "change a token; null lifts a limit", handler="update_token"),
+    Route("DELETE", "/admin/tokens/{id}", "admin", "page", "delete a token", handler="delete_token"),
+    Route("POST", "/admin/tokens/{id}/rotate", "admin", "page", "give a token a new secret", handler="rotate_token"),
+    Route("GET", "/api/version", "token", "read", "Ollama's version"),
+    Route("GET", "/api/status", "token", "read", "Ollama's state"),
+    Route("GET", "/api/tags", "token", "read", "list the models", model_list_key="models"),
+    Route("GET", "/api/ps", "token", "read", "list the loaded models", model_list_key="models"),
+    Route("POST", "/api/show", "token", "read", "show a model", "json"),
+    Route("GET", "/api/experimental/model-recommendations", "token", "read", "models that Ollama recommends"),
+    Route("GET", "/v1/models", "token", "read", "list the models", model_list_key="data"),
+    Route("GET", "/v1/models/{model}", "token", "read", "show a model", "path"),
+    Route("POST", "/api/generate", "token", "inference", "continue a prompt", "json"),
+    Route("POST", "/api/chat", "token", "inference", "continue a conversation", "json"),
+    Route("POST", "/api/embed", "token", "inference", "embed texts", "json"),
+    Route("POST", "/api/embeddings", "token", "inference", "embed a text (superseded by /api/embed)", "json"),
+    Route("POST", "/v1/chat/completions", "token", "inference", "continue a conversation", "json"),
+    Route("POST", "/v1/completions", "token", "inference", "continue a prompt", "json"),
+    Route("POST", "/v1/embeddings", "token", "inference", "embed texts", "json"),
+    Route("POST", "/v1/responses", "token", "inference", "continue a conversation (OpenAI Responses)", "json"),
+    Route("POST", "/v1/messages", "token", "inference", "continue a conversation (Anthropic Messages)", "json"),
+    Route("POST", "/v1/audio/transcriptions", "token", "inference", "transcribe speech", "form"),
+    Route("POST", "/api/pull", "admin", "model", "download a model from a registry", "json"),
+    Route("POST", "/api/push", "admin", "model", "upload a model to a registry", "json"),
+    Route("POST", "/api/create", "admin", "model", "create a model from another one, or from files", "json"),
+    Route("POST", "/api/copy", "admin", "model", "copy a model to a second name"),
+    Route("DELETE", "/api/delete", "admin", "model", "delete a model", "json"),
+    Route("POST", "/api/blobs/{digest}", "admin", "model", "upload a file for a model", streamed=True),
+    Route("HEAD", "/api/blobs/{digest}", "admin", "model", "check whether a file exists"),
+    Route("POST", "/api/me", "admin", "account", "show the host's ollama.com account"),
+    Route("POST", "/api/signout", "admin", "account", "sign the host out of its ollama.com account"),
+    Route("DELETE", "/api/user/keys/{key}", "admin", "account", "remove a key from the host's ollama.com account"),
+    Route("POST", "/api/experimental/web_search", "admin", "account", "search the web with the host's account"),
+    Route("POST", "/api/experimental/web_fetch", "admin", "account", "fetch a page with the host's account"),
 )
 PREFLIGHT = Route("OPTIONS", "*", "public", "page", handler="preflight")
 SEGMENTS = {
@@ -4704,128 +4705,33 @@ class Gateway:
 
 # == OpenAPI ==================================================================
 
-
-class RouteDoc(NamedTuple):
-    """A route's summary, and which of SCHEMAS its request and its answer have."""
-
-    summary: str
-    request: str
-    answer: str
-
-
-ROUTE_DOCS = """
-GET    / | health check of Ollama's clients -> text/plain
-GET    /health | state of the gateway and of Ollama -> Health
-GET    /me | the token's limits, what is left of them, and its usage of seven days -> Me
-GET    /metrics | metrics for Prometheus -> text/plain
-GET    /docs | documentation, with a console -> text/html
-GET    /openapi.json | this API as an OpenAPI document -> Object
-GET    /admin | admin page -> text/html
-GET    /admin/status | running and queued requests, and the state of Ollama -> Status
-GET    /admin/usage | usage by user, token, model or day -> Use[]
-GET    /admin/tokens | list the tokens -> Token[]
-POST   /admin/tokens | create a token; only this answer has its secret: NewToken -> TokenWithSecret
-GET    /admin/tokens/{id} | show a token -> Token
-PATCH  /admin/tokens/{id} | change a token's expiry, rights or limits; null removes a limit: TokenChanges -> Token
-DELETE /admin/tokens/{id} | delete a token: it stops working at its next request -> Token
-POST   /admin/tokens/{id}/rotate | give a token a new secret; only this answer has it -> TokenWithSecret
-GET    /api/version | Ollama's version
-GET    /api/status | Ollama's state
-GET    /api/tags | list the models
-GET    /api/ps | list the loaded models
-POST   /api/show | show a model
-GET    /api/experimental/model-recommendations | models that Ollama recommends
-GET    /v1/models | list the models
-GET    /v1/models/{model} | show a model
-POST   /api/generate | continue a prompt
-POST   /api/chat | continue a conversation
-POST   /api/embed | embed texts
-POST   /api/embeddings | embed a text (superseded by /api/embed)
-POST   /v1/chat/completions | continue a conversation
-POST   /v1/completions | continue a prompt
-POST   /v1/embeddings | embed texts
-POST   /v1/responses | continue a conversation (OpenAI Responses)
-POST   /v1/messages | continue a conversation (Anthropic Messages)
-POST   /v1/audio/transcriptions | transcribe speech
-POST   /api/pull | download a model from a registry
-POST   /api/push | upload a model to a registry
-POST   /api/create | create a model from another one, or from files
-POST   /api/copy | copy a model to a second name
-DELETE /api/delete | delete a model
-POST   /api/blobs/{digest} | upload a file for a model
-HEAD   /api/blobs/{digest} | check whether a file exists
-POST   /api/me | show the host's ollama.com account
-POST   /api/signout | sign the host out of its ollama.com account
-DELETE /api/user/keys/{key} | remove a key from the host's ollama.com account
-POST   /api/experimental/web_search | search the web with the host's account
-POST   /api/experimental/web_fetch | fetch a page with the host's account
-"""
-SCHEMAS = f"""
-Object:
-Health: status!, upstream!, version!
-TokenChanges: admin: boolean, expires_at?, {", ".join(f"{column}: any" for column in LIMIT_BY_COLUMN)}
-NewToken: user!, name!, *TokenChanges
-named: id!: integer, user!, name!, hint!, created_at!, expires_at!?, admin!: boolean, *limits
-limits: {", ".join(f"{limit.column}!?: {limit.json_type}" for limit in LIMITS)}
-Token: *named, last_used_at!?, expired!: boolean
-TokenWithSecret: *Token, token!
-Me: *named, left!: Object, usage!: DayUse[]
-used: requests!: integer, errors!: integer, cancelled!: integer, *cost, seconds!: number
-cost: prompt_tokens!?: integer, cached_tokens!?: integer, completion_tokens!?: integer, estimated_tokens!: integer
-DayUse: day!, *used
-Use: user, name, model, day, *used
-Status: version!, *gauges, requests!: Running[], upstream!: Object
-gauges: in_flight_requests!: integer, queued_requests!: integer, connections!: integer
-Running: user!, name!, model!?, path!, waiting!: boolean, seconds!: number
-"""     # the gateway's own; members are strings by default; "!": required; "?": nullable; "*": another line's members
-MEMBER = re.compile(r"(\w+)(!?)(\??)(?:: ([\w\[\]]+))?")
-BODY_TYPES = {"json": "application/json", "form": "multipart/form-data"}     # by Route.names
-
-
-def route_doc(route):
-    """Return the RouteDoc of a route."""
-    line = re.search(rf"(?m)^{route.method} +{re.escape(route.path)} +\| (.*?)(?:: (\S+))?(?: -> (\S+))?$", ROUTE_DOCS)
-    return RouteDoc(line[1], line[2] or "", line[3] or "")
-
-
-def members_of(name):
-    """Yield the members of one of SCHEMAS: their names, "!", "?" and types."""
-    for part in re.search(rf"(?m)^{name}:(.*)$", SCHEMAS)[1].split(","):
-        if part.strip().startswith("*"):
-            yield from members_of(part.strip()[1:])
-        elif part:
-            yield MEMBER.fullmatch(part.strip()).groups()
-
-
-def type_schema(name):
-    """Return the JSON schema of a type: one of JSON Schema, "any", one of SCHEMAS, or a list of such."""
-    if name.endswith("[]"):
-        return {"type": "array", "items": type_schema(name[:-2])}
-    if name == "any":
-        return {}
-    return {"$ref": f"#/components/schemas/{name}"} if name[0].isupper() else {"type": name}
-
-
-def object_schema(name):
-    """Return the JSON schema of one of SCHEMAS."""
-    properties, required = {}, []
-    for member, needed, nullable, kind in members_of(name):
-        schema = properties[member] = type_schema(kind or "string")
-        if nullable and "type" in schema:
-            schema["type"] = [schema["type"], "null"]
-        if needed:
-            required.append(member)
-    return {"type": "object", "properties": properties, **({"required": required} if required else {})}
-
-
-def example_schema(value):
-    """Return the JSON schema of an example: an object with these keys, or a string or null."""
-    if isinstance(value, dict):
-        return {"type": "object", "required": list(value),
-                "properties": {key: example_schema(member) for key, member in value.items()}}
-    return {"type": ["string", "null"]}
-
-
+# A shape is a type, a schema's name, a media type, [shape], {member: shape} ("?": optional) or (shape, None): nullable.
+TOKEN_SHAPE = {
+    "id": int, "user": str, "name": str, "hint": str, "created_at": str, "expires_at": (str, None), "admin": bool,
+    **{limit.column: ([str] if limit.json_type == "string[]" else int, None) for limit in LIMITS}}
+LISTED_SHAPE = {**TOKEN_SHAPE, "last_used_at": (str, None), "expired": bool}
+CHANGES_SHAPE = {"admin?": bool, "expires_at?": (str, None), **{f"{column}?": object for column in LIMIT_BY_COLUMN}}
+USAGE_SHAPE = {
+    "requests": int, "errors": int, "cancelled": int, "seconds": float, "estimated_tokens": int,
+    "prompt_tokens": (int, None), "cached_tokens": (int, None), "completion_tokens": (int, None)}
+RUNNING_SHAPE = {"user": str, "name": str, "model": (str, None), "path": str, "waiting": bool, "seconds": float}
+SCHEMAS = {
+    "Health": {"status": str, "upstream": str, "version": str},
+    "TokenChanges": CHANGES_SHAPE,
+    "NewToken": {"user": str, "name": str, **CHANGES_SHAPE},
+    "Token": LISTED_SHAPE,
+    "TokenWithSecret": {**LISTED_SHAPE, "token": str},
+    "Me": {**TOKEN_SHAPE, "left": {}, "usage": [{"day": str, **USAGE_SHAPE}]},
+    "Usage": {"user?": str, "name?": str, "model?": str, "day?": str, **USAGE_SHAPE},
+    "Status": {"version": str, "in_flight_requests": int, "queued_requests": int, "connections": int,
+               "requests": [RUNNING_SHAPE], "upstream": {}},
+}
+REQUEST_SHAPES = {"create_token": "NewToken", "update_token": "TokenChanges"}     # by Route.handler
+RESPONSE_SHAPES = {
+    "banner": "text/plain", "health": "Health", "me": "Me", "metrics": "text/plain", "docs": "text/html",
+    "openapi": {}, "admin": "text/html", "status": "Status", "usage": ["Usage"], "list_tokens": ["Token"],
+    "create_token": "TokenWithSecret", "show_token": "Token", "update_token": "Token", "delete_token": "Token",
+    "rotate_token": "TokenWithSecret"}
 PATH_PARAMETERS = {"id": {"type": "integer", "minimum": 1}, "model": {"type": "string"},
                    "key": {"type": "string", "pattern": f"^{SEGMENTS['key']}$"},
                    "digest": {"type": "string", "pattern": f"^{SEGMENTS['digest']}$"}}
@@ -4834,24 +4740,41 @@ QUERY_PARAMETERS = {"list_tokens": {"user": {"type": "string"}},
                               "since": {"type": "string", "default": "7d"}}}
 
 
-def openapi_parameters(route):
-    """Return the OpenAPI parameters of a route."""
-    segments = re.findall(r"\{(\w+)\}", route.path)
-    return ([{"name": name, "in": "path", "required": True, "schema": PATH_PARAMETERS[name]} for name in segments]
-            + [{"name": name, "in": "query", "schema": schema}
-               for name, schema in QUERY_PARAMETERS.get(route.handler, {}).items()])
+def json_schema(shape):
+    """Return the JSON Schema of a shape."""
+    if isinstance(shape, str):
+        return {"$ref": f"#/components/schemas/{shape}"}
+    if isinstance(shape, list):
+        return {"type": "array", "items": json_schema(shape[0])}
+    if isinstance(shape, tuple):
+        schema = json_schema(shape[0])
+        return {**schema, "type": [schema["type"], "null"]}
+    if isinstance(shape, dict):
+        return {"type": "object", "required": [name for name in shape if not name.endswith("?")],
+                "properties": {name.rstrip("?"): json_schema(member) for name, member in shape.items()}}
+    kind = {str: "string", int: "integer", float: "number", bool: "boolean"}.get(shape)
+    return {"type": kind} if kind else {}
 
 
-def openapi_bodies(route, doc):
-    """Return the OpenAPI request body and the content of the answer; of Ollama's routes no more than the types."""
-    answer = {"content": {doc.answer if "/" in doc.answer else "application/json": {
-        "schema": type_schema("string" if "/" in doc.answer else doc.answer)}}} if doc.answer else {}
-    if route.category != "page" and route.method in ("POST", "DELETE") and "{key}" not in route.path:
-        kind = "application/octet-stream" if route.streamed else BODY_TYPES.get(route.model_in, "application/json")
-        schema = {} if route.streamed else {"schema": {"type": "object"}}
-        return {"requestBody": {"content": {kind: schema}}}, answer
-    content = {"application/json": {"schema": type_schema(doc.request)}} if doc.request else {}
-    return {"requestBody": {"required": True, "content": content}} if content else {}, answer
+def openapi_content(shape):
+    """Return the content of an OpenAPI body, {} without a shape."""
+    if shape is None:
+        return {}
+    if isinstance(shape, str) and "/" in shape:
+        return {"content": {shape: {"schema": {"type": "string"}}}}
+    return {"content": {"application/json": {"schema": json_schema(shape)}}}
+
+
+def openapi_body(route):
+    """Return the OpenAPI request body of a route, None for none. Ollama documents the bodies of its own routes."""
+    if route.handler in REQUEST_SHAPES:
+        return {"required": True, **openapi_content(REQUEST_SHAPES[route.handler])}
+    if route.category == "page" or route.method in ("GET", "HEAD") or "{key}" in route.path:
+        return None
+    if route.streamed:
+        return {"content": {"application/octet-stream": {}}}
+    media_type = "multipart/form-data" if route.model_in == "form" else "application/json"
+    return {"content": {media_type: {"schema": {"type": "object"}}}}
 
 
 def possible_refusals(route):
@@ -4870,31 +4793,39 @@ def possible_refusals(route):
 
 def openapi_operation(route):
     """Return the OpenAPI operation of a route."""
-    doc, dialect = route_doc(route), dialect_of(route.path)
-    tag = "Admin" if route.path.startswith("/admin") else "Gateway" if route.category == "page" else dialect.capitalize()
-    body, answer = openapi_bodies(route, doc)
-    found = {"operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"), "tags": [tag],
-             "summary": doc.summary, "parameters": openapi_parameters(route), **body, "responses": {
-                 "201" if route.handler == "create_token" else "200": {"description": "done", **answer},
-                 **{str(status): {"$ref": f"#/components/responses/{dialect}-{status}"}
-                    for status in possible_refusals(route)},
-                 "default": {"$ref": f"#/components/responses/{dialect}"}}}
-    if route.access == "public":
-        found["security"] = []
-    elif route.access == "admin":
-        found["description"] = "Requires an admin token."
-    return found
+    dialect, body = dialect_of(route.path), openapi_body(route)
+    tag = "Gateway" if route.category == "page" else dialect.capitalize()
+    if route.path.startswith("/admin"):
+        tag = "Admin"
+    parameters = [{"name": name, "in": "path", "required": True, "schema": PATH_PARAMETERS[name]}
+                  for name in re.findall(r"\{(\w+)\}", route.path)]
+    parameters += [{"name": name, "in": "query", "schema": schema}
+                   for name, schema in QUERY_PARAMETERS.get(route.handler, {}).items()]
+    done = {"description": "done", **openapi_content(RESPONSE_SHAPES.get(route.handler))}
+    refusals = {str(status): {"$ref": f"#/components/responses/{dialect}-{status}"}
+                for status in possible_refusals(route)}
+    return {"operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"), "tags": [tag],
+            "summary": route.summary, "parameters": parameters, **({"requestBody": body} if body else {}),
+            "responses": {"201" if route.handler == "create_token" else "200": done, **refusals,
+                          "default": {"$ref": f"#/components/responses/{dialect}"}},
+            **({"security": []} if route.access == "public" else {}),
+            **({"description": "Requires an admin token."} if route.access == "admin" else {})}
+
+
+def error_shape(value):
+    """Return the shape of an error object: its values are objects, or strings that may be null."""
+    return {key: error_shape(member) for key, member in value.items()} if isinstance(value, dict) else (str, None)
 
 
 def openapi_refusals():
-    """Return the OpenAPI responses of each status that refuses, in each dialect."""
+    """Return the OpenAPI responses for the statuses of refusals, in each dialect."""
     found = {}
     for dialect in "ollama", "openai", "anthropic":
-        content = {"application/json": {"schema": example_schema(Refusal("malformed").body_for(dialect))}}
-        found[dialect] = {"description": "another refusal, or an error of Ollama's own"}
+        content = openapi_content(error_shape(Refusal("malformed").body_for(dialect)))
+        found[dialect] = {"description": "another refusal, or an error from Ollama"}
         for status in sorted({reason.status for reason in REFUSALS.values()}):
             meanings = [reason.meaning for reason in REFUSALS.values() if reason.status == status]
-            found[f"{dialect}-{status}"] = {"description": "; or ".join(meanings), "content": content}
+            found[f"{dialect}-{status}"] = {"description": "; or ".join(meanings), **content}
     return found
 
 
@@ -4913,188 +4844,144 @@ def openapi_document(routes, base):
         "components": {
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"},
                                 "key": {"type": "apiKey", "in": "header", "name": "x-api-key"}},
-            "schemas": {name: object_schema(name) for name in re.findall(r"(?m)^([A-Z]\w+):", SCHEMAS)},
+            "schemas": {name: json_schema(shape) for name, shape in SCHEMAS.items()},
             "responses": openapi_refusals()}}
 
 # == Web pages ================================================================
 
 STYLE = r"""
 :root { color-scheme: light dark; --paper: #faf9f6; --card: #fff; --ink: #1e2422; --dim: #59625d; --line: #dfdcd4;
-  --edge: #868e89; --accent: #0a695c; --on-accent: #fff; --soft: #e4efec; --mild: #64a195; --bad: #a2261e;
+  --edge: #868e89; --soft: #e4efec; --mild: #64a195; --accent: #0a695c; --on-accent: #fff; --bad: #a2261e;
   --good: #1b6a35; }
 @media (prefers-color-scheme: dark) { :root { --paper: #141716; --card: #1c201f; --ink: #e6eae8; --dim: #a4ada8;
-  --line: #343a37; --edge: #78817c; --accent: #63cdbb; --on-accent: #07241f; --soft: #21332f; --mild: #3f8073;
+  --line: #343a37; --edge: #78817c; --soft: #21332f; --mild: #3f8073; --accent: #63cdbb; --on-accent: #07241f;
   --bad: #ff9c91; --good: #80d69a; } }
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
-html { scroll-behavior: smooth; scroll-padding-top: 1rem; -webkit-text-size-adjust: 100%; }
-body { margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: break-word;
-  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
-body > header, main, body > footer { max-width: 64rem; margin: 0 auto; padding: 0 1.25rem; }
-body > header { padding-top: 2.5rem; }
-body > footer { padding-top: 1rem; padding-bottom: 3rem; color: var(--dim); font-size: .9rem; }
-h1 { margin: .25rem 0 .5rem; font-size: 1.9rem; line-height: 1.2; letter-spacing: -.02em; }
-h2 { margin: 0 0 .75rem; font-size: 1.2rem; line-height: 1.3; letter-spacing: -.01em; }
+body { max-width: 66.5rem; margin: 0 auto; padding: 2.5rem clamp(.9rem, 4vw, 1.25rem) 3rem; background: var(--paper);
+  color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: break-word; -webkit-text-size-adjust: 100%; }
+h1 { margin: 0 0 .5rem; font-size: 1.9rem; line-height: 1.3; }
+h2 { margin: 0 0 .75rem; font-size: 1.2rem; }
 h3 { margin: 1.25rem 0 .5rem; font-size: 1rem; }
 p { margin: 0 0 .75rem; max-width: 44rem; }
-a { color: var(--accent); text-underline-offset: .15em; }
-nav { display: flex; flex-wrap: wrap; gap: .35rem 1.1rem; margin: 1rem 0 0; }
-nav a { text-decoration: none; }
-nav a:hover { text-decoration: underline; }
-.brand, small, .dim { color: var(--dim); }
-.brand { margin: 0; font-size: .9rem; }
-small { font-size: .85rem; }
-main > section, #desk > section { margin: 1.5rem 0; padding: 1.35rem 1.5rem 1.5rem; background: var(--card);
-  border: 1px solid var(--line); border-radius: .75rem; }
-section > :last-child { margin-bottom: 0; }
-code, pre { font: .875rem/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace; }
-pre { margin: 0; padding: .9rem 1rem; background: var(--paper); border: 1px solid var(--line); border-radius: .5rem;
-  overflow-x: auto; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+a { color: var(--accent); }
+nav { display: flex; flex-wrap: wrap; gap: .35rem 1.1rem; }
+small, summary, footer, figcaption, dt, .axis, .dim { color: var(--dim); font-size: .875rem; font-weight: 400; }
+section { margin: 1.5rem 0; }
+section, dialog { padding: 1.35rem clamp(1rem, 4vw, 1.5rem) 1.5rem; background: var(--card); color: inherit;
+  border: 1px solid var(--line); border-radius: .75rem; overflow-wrap: anywhere; }
+section > :last-child, .row .row, .head > *, td .row, dialog .row { margin-bottom: 0; }
+code, pre { font: .875rem/1.55 ui-monospace, Menlo, Consolas, monospace; }
+pre, #answer { margin: 0; padding: .9rem 1rem; background: var(--paper); border: 1px solid var(--line);
+  border-radius: .5rem; overflow-x: auto; }
+#answer, dialog pre { white-space: pre-wrap; }
+#answer { min-height: 4.5rem; }
+#figures { margin-top: .75rem; }
+#thought { color: var(--dim); font-style: italic; }
 label { display: block; font-size: .9rem; font-weight: 600; }
-label small { font-weight: 400; }
-input, select, textarea, button { border: 1px solid var(--edge); border-radius: .45rem; font: inherit; color: inherit; }
-input, select, textarea { display: block; width: 100%; margin-top: .25rem; padding: .45rem .65rem;
-  background: var(--paper); font-weight: 400; }
-input[type=checkbox] { display: inline-block; width: 1.05rem; height: 1.05rem; margin: 0 .35rem 0 0;
-  vertical-align: -.15rem; accent-color: var(--accent); }
-::placeholder { color: var(--dim); opacity: 1; }
-textarea { min-height: 5.5rem; resize: vertical; }
-button { padding: .45rem .9rem; background: transparent; cursor: pointer; white-space: nowrap; }
+input, select, textarea, button { padding: .45rem .75rem; background: var(--paper); border: 1px solid var(--edge);
+  border-radius: .45rem; font: inherit; color: inherit; }
+label > input, label > select, textarea { display: block; width: 100%; margin-top: .25rem; font-weight: 400; }
+label > input[type=checkbox] { display: inline; width: auto; accent-color: var(--accent); }
+textarea { margin-bottom: .75rem; resize: vertical; }
+button { background: var(--card); cursor: pointer; white-space: nowrap; }
 button:hover { background: var(--soft); }
 button[type=submit] { background: var(--accent); border-color: transparent; color: var(--on-accent); font-weight: 600; }
-button[type=submit]:hover { filter: brightness(1.08); }
-button.danger[type=submit] { background: var(--bad); color: var(--card); }
-button.small, td button { padding: .15rem .55rem; font-size: .85rem; }
-:disabled { opacity: .55; cursor: default; }
+button.danger { background: var(--bad); color: var(--card); }
+details button, td button { padding: .15rem .55rem; font-size: .85rem; }
+:disabled { opacity: .55; }
 fieldset { min-width: 0; margin: 0; padding: 0; border: 0; }
-.row, .head { display: flex; flex-wrap: wrap; gap: .75rem; align-items: flex-end; margin-bottom: .75rem; }
+.row { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; margin-bottom: .75rem; }
 .row > label { flex: 1 1 14rem; }
-label + .row { margin-top: .75rem; }
 .head { justify-content: space-between; }
 .head, .head .row { align-items: center; }
-.head h2, .head .row, .head input, .head select { margin: 0; }
-.head input, .head select { width: auto; max-width: 11rem; }
-.problem { margin: .5rem 0 .75rem; color: var(--bad); font-weight: 600; }
-.problem:empty, .note:empty { display: none; }
-.note { margin: .6rem 0 0; color: var(--dim); font-size: .9rem; font-variant-numeric: tabular-nums; }
-.answer { min-height: 4.5rem; font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; }
-.thought { color: var(--dim); font-style: italic; }
-.thought:not(:empty) + .said:not(:empty)::before { content: "\A\A"; }
-.tag { padding: .05rem .4rem; border-radius: .35rem; background: var(--soft); color: var(--accent); font-size: .8rem; }
-.bad { color: var(--bad); }
+#filter { width: 11rem; }
+.problem, .bad { color: var(--bad); font-weight: 600; }
+p:empty { display: none; }
 .good { color: var(--good); }
+.tag { padding: .05rem .4rem; border-radius: .35rem; background: var(--soft); color: var(--accent); font-size: .8rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1rem; margin: 0 0 1rem; }
-.tiles dt { color: var(--dim); font-size: .85rem; }
-.tiles dd { margin: 0; font-size: 1.3rem; line-height: 1.35; overflow-wrap: anywhere; }
-.tiles dd svg { margin: .1rem 0 .2rem; }
-.tiles dd small { display: block; line-height: 1.4; }
-.tabs { display: flex; flex-wrap: wrap; gap: .35rem; margin-bottom: .75rem; }
-.tabs [aria-selected=true] { background: var(--soft); border-color: var(--accent); color: var(--accent); }
-.example { position: relative; }
-.example > button { position: absolute; top: .45rem; right: .45rem; background: var(--card); }
-.example pre { padding-right: 5.5rem; }
+dd { margin: 0; font-size: 1.3rem; line-height: 1.35; }
+dd small { display: block; }
 table { width: 100%; border-collapse: collapse; font-size: .925rem; }
-th, td { padding: .45rem .9rem .45rem 0; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
-th { font-weight: 600; }
-tbody th[scope=row] { font-weight: 400; overflow-wrap: anywhere; }
-tbody th[scope=rowgroup] { padding-top: 1.2rem; border-top: 0; color: var(--dim); }
-thead th { border-top: 0; color: var(--dim); font-size: .85rem; white-space: nowrap; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+th, td { padding: .45rem .9rem .45rem 0; border-top: 1px solid var(--line); text-align: left; vertical-align: top; }
+th { font-weight: 400; }
+td { overflow-wrap: break-word; }
+thead th, th[scope=rowgroup] { border-top: 0; color: var(--dim); font-size: .85rem; font-weight: 600; }
+thead th, th code, td button { white-space: nowrap; }
+th[scope=rowgroup] { padding-top: 1.2rem; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
 td:last-child, th:last-child { padding-right: 0; }
-td[data-label=Expires] { min-width: 6.4rem; }
-td .row { flex-wrap: nowrap; gap: .35rem; margin: 0; }
-th code { white-space: nowrap; }
-svg { display: block; width: 100%; fill: var(--accent); }
-svg.days { height: 9rem; border-bottom: 1px solid var(--edge); }
-svg.bar { height: .55rem; min-width: 5rem; border-radius: .3rem; background: var(--soft); }
-td svg.bar { margin-top: .5rem; }
-svg .prompt { fill: var(--mild); }
+td .row { flex-wrap: nowrap; gap: .35rem; }
+progress { display: block; width: 100%; min-width: 5rem; height: .55rem; margin: .4rem 0; accent-color: var(--accent); }
+svg { display: block; width: 100%; height: 9rem; border-bottom: 1px solid var(--edge); fill: var(--accent); }
+.prompt { color: var(--mild); fill: var(--mild); }
+.answer { color: var(--accent); }
 figure { margin: 0; }
-figcaption, .axis { display: flex; justify-content: space-between; gap: 1rem; color: var(--dim); font-size: .85rem; }
-.key { white-space: nowrap; }
-.key::before { content: ""; display: inline-block; width: .7rem; height: .7rem; margin: 0 .35rem 0 .8rem;
-  border-radius: .15rem; background: var(--accent); }
-.key.prompt::before { background: var(--mild); }
-details { margin-top: .6rem; font-size: .9rem; }
-summary { color: var(--dim); cursor: pointer; }
-dialog { width: min(34rem, calc(100vw - 2rem)); padding: 1.5rem; background: var(--card); color: inherit;
-  border: 1px solid var(--line); border-radius: .75rem; overflow-wrap: anywhere; }
+figcaption, .axis { display: flex; justify-content: space-between; gap: 1rem; }
+details { margin-top: .6rem; }
+pre + button { margin-top: .5rem; }
+dialog { width: min(34rem, calc(100vw - 2rem)); }
 dialog::backdrop { background: rgb(0 0 0 / 50%); }
-dialog form { display: grid; grid-template-columns: 1fr 1fr; gap: .75rem 1rem; align-items: start; }
-dialog form > * { grid-column: 1 / -1; margin: 0; }
-dialog form > .half { grid-column: auto; }
-dialog pre { white-space: pre-wrap; overflow-wrap: anywhere; margin-bottom: .75rem; }
-dialog .row { justify-content: flex-end; margin: .5rem 0 0; }
-dialog .problem { margin: .35rem 0 0; font-size: .9rem; }
-.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+dialog form { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: .75rem 1rem; }
+dialog form > :not(label) { grid-column: 1 / -1; margin: 0; }
+dialog .row { justify-content: end; }
+dialog pre { margin-bottom: .75rem; }
 @media (max-width: 40rem) {
-  body > header, main, body > footer { padding-left: .9rem; padding-right: .9rem; }
-  main > section, #desk > section { padding: 1.1rem 1rem; }
-  .stack thead { display: none; }
-  .stack, .stack tbody, .stack tr, .stack th, .stack td { display: block; }
+  .stack thead, .stack td:empty { display: none; }
+  .stack :is(tbody, tr, th, td) { display: block; padding: .1rem 0; border: 0; text-align: left; }
+  .stack td { overflow-wrap: anywhere; }
   .stack tr { padding: .6rem 0; border-top: 1px solid var(--line); }
-  .stack th, .stack td { padding: .1rem 0; border: 0; text-align: left; overflow-wrap: anywhere; }
   .stack td[data-label]::before { content: attr(data-label) ": "; color: var(--dim); }
-  .stack td[data-label=Actions]::before, .stack td[data-label=Share]::before { content: none; }
-  .stack td:empty { display: none; }
-  #desk .stack th { font-weight: 600; }
-  .example > button { position: static; margin-top: .5rem; }
-  .example pre { padding-right: 1rem; }
-  .stack td svg.bar { margin: .15rem 0; }
-  .stack td .row { flex-wrap: wrap; margin-top: .3rem; }
+  #panel .stack th { font-weight: 600; }
   .stack code { white-space: normal; }
-  dialog form > .half { grid-column: 1 / -1; }
 }
-@media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto; } }
 """
 
 SCRIPT = r"""
-"use strict";
 const KEY = "ollama_gateway.token";
-// All is asked for below where the page is seen, behind a proxy's prefix too; a secret in the path goes as a header.
+// Requests go to where the page was found, also behind a proxy's prefix. A secret in that path is sent as a header.
 const [, ROOT, PATH_SECRET] = location.pathname.match(/^(.*?)(?:\/t\/([^/]+))?\/[^/]*$/);
-const BASE = document.documentElement.dataset.base;
-const LIMITS = JSON.parse(document.getElementById("limits").textContent);
 const ADDRESS = location.origin + ROOT;
 
 const byId = id => document.getElementById(id);
+const show = (id, ...content) => byId(id).replaceChildren(...content);
+const clear = (...ids) => ids.forEach(id => show(id));
 const token = () => sessionStorage.getItem(KEY) || PATH_SECRET;
 const keep = secret => secret === PATH_SECRET || sessionStorage.setItem(KEY, secret);
 const number = value => value === null ? "unknown" : value.toLocaleString("en");
 const minute = time => time.slice(0, 16).replace("T", " ");
-const spent = row => row.prompt_tokens === null ? null : row.prompt_tokens - row.cached_tokens + row.completion_tokens;
+const nameOf = row => `${row.user}/${row.name}`;
+const tokensOf = ({prompt_tokens, cached_tokens, completion_tokens}) =>
+  prompt_tokens === null ? null : prompt_tokens - cached_tokens + completion_tokens;
 let now = Date.now();   // by the gateway's clock, once it has answered
 const dayAgo = days => new Date(now - days * 86400000).toISOString().slice(0, 10);
 
-function fill(node, attributes, children) {
-  for (const [name, value] of Object.entries(attributes)) {
-    if (typeof value === "function") node.addEventListener(name, value);
-    else if (value !== false) node.setAttribute(name, value);
+const builder = namespace => (name, attributes, ...children) => {
+  const node = document.createElementNS(namespace, name);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (typeof value === "function") node.addEventListener(key, value);
+    else if (value !== false) node.setAttribute(key, value);
   }
   node.append(...children.flat(Infinity));
   return node;
-}
-const element = (name, attributes, ...children) => fill(document.createElement(name), attributes, children);
-const drawn = (name, attributes, ...children) =>
-  fill(document.createElementNS("http://www.w3.org/2000/svg", name), attributes, children);
+};
+const element = builder("http://www.w3.org/1999/xhtml"), drawing = builder("http://www.w3.org/2000/svg");
 const button = (text, click, attributes = {}) => element("button", {type: "button", click, ...attributes}, text);
-
-async function refusal(reply) {
-  const told = await reply.json().catch(() => null), retry = reply.headers.get("Retry-After");
-  const text = reply.status === 401 ? "This token is not valid: it is unknown, expired or deleted"
-    : told && told.error || `${reply.status} ${reply.statusText}`;
-  return Object.assign(new Error(text + (retry ? `; try again in ${retry} s` : "")), {status: reply.status});
-}
+const tile = (name, ...content) => element("div", {}, element("dt", {}, name), element("dd", {}, content));
+const bar = share => element("progress", {value: share || 0, "aria-hidden": "true"});
 
 async function ask(method, path, {body, secret = token(), signal} = {}) {
-  if (!/^[\x21-\x7e]+$/.test(secret)) throw new Error("A token is one word of plain letters, digits and signs");
+  if (!/^[\x21-\x7e]+$/.test(secret)) throw new Error("A token is one word of ASCII letters, digits and signs");
   const headers = {Authorization: `Bearer ${secret}`, "Content-Type": "application/json"};
-  const reply = await fetch(ROOT + path, {method, headers, signal, cache: "no-store", body: JSON.stringify(body)})
+  const response = await fetch(ROOT + path, {method, headers, signal, cache: "no-store", body: JSON.stringify(body)})
     .catch(error => { throw error.name === "AbortError" ? error : new Error("The gateway cannot be reached"); });
-  now = Date.parse(reply.headers.get("Date")) || now;
-  if (!reply.ok) throw await refusal(reply);
-  return reply;
+  now = Date.parse(response.headers.get("Date")) || now;
+  if (response.ok) return response;
+  const {status, statusText} = response, retry = response.headers.get("Retry-After");
+  const text = status === 401 ? "This token is not valid: it is unknown, expired or deleted"
+    : (await response.json().catch(() => null))?.error || `${status} ${statusText}`;
+  throw Object.assign(new Error(text + (retry ? `; try again in ${retry} s` : "")), {status});
 }
 const askJSON = async (...args) => (await ask(...args)).json();
 
@@ -5105,120 +4992,105 @@ async function attempt(pressed, problem, action) {
   pressed.disabled = false;
 }
 
-// Asks for the token, until it is forgotten: `enter` keeps the one it is given, or throws if it is not good enough.
-function signIn(enter, leave) {
+// Signs in with the token that is kept, or that is typed: enter(JSON at path) shows the page, leave() clears it.
+function signIn(path, enter, leave) {
   const form = byId("sign-in"), problem = byId("sign-in-problem"), field = byId("token");
+  const setSignedIn = signedIn => { form.hidden = signedIn; byId("signed-in").hidden = !signedIn; };
   const use = secret => attempt(form.querySelector("button"), problem, async () => {
-    await enter(secret).catch(error => {
+    const content = await askJSON("GET", path, {secret}).catch(error => {
       if (error.status === 401 && secret === token()) sessionStorage.removeItem(KEY);
       throw error;
     });
+    keep(secret);
     field.value = "";
-    form.hidden = true;
-    byId("signed-in").hidden = false;
+    setSignedIn(true);
+    enter(content);
   });
-  const forget = (why = "") => {
+  const signOut = reason => {
     sessionStorage.removeItem(KEY);
-    problem.textContent = why;
-    form.hidden = false;
-    byId("signed-in").hidden = true;
+    problem.textContent = reason;
+    setSignedIn(false);
     leave();
     field.focus();
   };
   form.addEventListener("submit", event => { event.preventDefault(); use(field.value.trim()); });
-  byId("forget").addEventListener("click", () => forget());
+  byId("sign-out").addEventListener("click", () => signOut(""));
   if (token()) use(token());
-  return forget;
+  return signOut;
 }
 
-function copy(pressed, source) {
+const copyButton = (source, attributes) => button("Copy", ({target}) => {
   getSelection().selectAllChildren(source);
-  pressed.textContent = document.execCommand("copy") ? "Copied" : "Selected";   // the newer way takes TLS
-}
-const copyButton = (source, attributes) => button("Copy", event => copy(event.target, source), attributes);
+  target.textContent = document.execCommand("copy") ? "Copied" : "Selected";   // navigator.clipboard requires TLS
+}, attributes);
 
-// A row is a list of cells, a cell what an element may hold; the first names its row, those in `numbers` are figures.
-function table(caption, headings, rows, numbers = []) {
+// A row is a list of cells: the first names the row, those in `numbers` are aligned as numbers.
+function table(name, headings, rows, numbers = []) {
   const style = at => numbers.includes(at) && "number";
   const head = (heading, at) => element("th", {scope: "col", class: style(at)}, heading);
-  const cell = (content, at) => at ? element("td", {class: style(at), "data-label": headings[at]}, content)
+  const cell = (content, at) => at ? element("td", {class: style(at), "data-label": headings[at] || false}, content)
     : element("th", {scope: "row"}, content);
-  return element("table", {class: "stack"}, element("caption", {class: "unseen"}, caption),
+  return element("table", {class: "stack", "aria-label": name},
     element("thead", {}, element("tr", {}, headings.map(head))),
     element("tbody", {}, rows.map(cells => element("tr", {}, cells.map(cell)))));
 }
 
-const bar = share => drawn("svg", {class: "bar", "aria-hidden": "true"},
-  drawn("rect", {width: `${100 * share}%`, height: "100%"}));
+function dayColumn(row, at, most) {
+  const answers = row.completion_tokens / most * 100, prompts = (row.prompt_tokens - row.cached_tokens) / most * 100;
+  const part = (y, height, style) => drawing("rect", {class: style, x: at + 0.12, width: 0.76, y, height});
+  return drawing("g", {},
+    drawing("title", {}, `${row.day}: ${number(tokensOf(row))} tokens, ${number(row.requests)} requests`),
+    part(100 - answers, answers, "answer"), part(100 - answers - prompts, prompts, "prompt"));
+}
 
-function dayChart(rows, days) {
-  const known = new Map(rows.map(row => [row.day, row]));
-  const all = Array.from({length: days}, (_, at) => dayAgo(days - 1 - at)).map(
-    day => known.get(day) || {day, requests: 0, prompt_tokens: 0, cached_tokens: 0, completion_tokens: 0});
-  const most = Math.max(1, ...all.map(spent)), total = all.reduce((sum, row) => sum + spent(row), 0);
-  const column = (row, at) => {
-    const said = row.completion_tokens / most * 100, asked = (row.prompt_tokens - row.cached_tokens) / most * 100;
-    return drawn("g", {},
-      drawn("title", {}, `${row.day}: ${number(spent(row))} tokens, ${number(row.requests)} requests`),
-      drawn("rect", {x: at + 0.12, width: 0.76, y: 100 - said, height: said}),
-      drawn("rect", {class: "prompt", x: at + 0.12, width: 0.76, y: 100 - said - asked, height: asked}));
-  };
+function dayChart(used, days) {
+  const unused = {requests: 0, prompt_tokens: 0, cached_tokens: 0, completion_tokens: 0};
+  const rows = Array.from({length: days}, (_, at) => dayAgo(days - 1 - at))
+    .map(day => used.find(row => row.day === day) || {day, ...unused});
+  const most = Math.max(1, ...rows.map(tokensOf)), total = rows.reduce((sum, row) => sum + tokensOf(row), 0);
+  const key = name => [element("span", {class: name}, " ■"), ` ${name}s`];
   return element("figure", {},
-    element("figcaption", {}, element("span", {}, `most in a day: ${number(most)}`), element("span", {},
-      element("span", {class: "key prompt"}, "prompts"), element("span", {class: "key"}, "answers"))),
-    drawn("svg", {class: "days", viewBox: `0 0 ${days} 100`, preserveAspectRatio: "none", role: "img",
-      "aria-label": `Tokens of each of the last ${days} days, ${number(total)} in all`}, all.map(column)),
-    element("div", {class: "axis"}, element("span", {}, all[0].day), element("span", {}, "today, in UTC")),
-    element("details", {}, element("summary", {}, "As a table"), table("Use by day", ["Day", "Tokens", "Requests"],
-      all.filter(row => row.requests).map(row => [row.day, number(spent(row)), number(row.requests)]), [1, 2])));
+    element("figcaption", {}, element("span", {}, `most in a day: ${number(most)}`),
+      element("span", {}, key("prompt"), key("answer"))),
+    drawing("svg", {viewBox: `0 0 ${days} 100`, preserveAspectRatio: "none", role: "img",
+      "aria-label": `Tokens of each of the last ${days} days, ${number(total)} in all`},
+    rows.map((row, at) => dayColumn(row, at, most))),
+    element("div", {class: "axis"}, element("span", {}, rows[0].day), element("span", {}, "today, in UTC")),
+    element("details", {}, element("summary", {}, "As a table"), table("Usage by day", ["Day", "Tokens", "Requests"],
+      rows.filter(row => row.requests).map(row => [row.day, number(tokensOf(row)), number(row.requests)]), [1, 2])));
 }
 """
 
 DOCS_SCRIPT = r"""
-let running = null;
-
-const tile = (name, ...content) => element("div", {}, element("dt", {}, name), element("dd", {}, content));
+let running = null;     // the AbortController of the request that is running
 
 function showMe(me) {
-  byId("who").textContent = `${me.user}/${me.name}`;
-  byId("me").replaceChildren(
-    element("dl", {class: "tiles"},
-      tile("Valid", me.expires_at ? `until ${minute(me.expires_at)}` : "until deleted"),
-      tile("Models", me.models ? me.models.join(", ") : "all"),
-      Object.entries(me.left).map(([name, {limit, remaining}]) => tile(LIMITS[name].label,
-        number(remaining), bar(remaining / limit), element("small", {}, `left of ${number(limit)}`)))),
-    element("h3", {}, "Your last seven days"), dayChart(me.usage, 7));
+  show("who", nameOf(me));
+  const limits = Object.entries(me.left).map(([name, {limit, remaining}]) => tile(LIMITS[name].label,
+    number(remaining), bar(remaining / limit), element("small", {}, `left of ${number(limit)}`)));
+  show("me", element("dl", {class: "tiles"},
+    tile("Valid", me.expires_at ? `until ${minute(me.expires_at)}` : "until deleted"),
+    tile("Models", me.models ? me.models.join(", ") : "all"), limits),
+  element("h3", {}, "Your last seven days"), dayChart(me.usage, 7));
 }
 
 async function showModels() {
   const {models} = await askJSON("GET", `${BASE}/tags`);
-  byId("model").replaceChildren(...(models || []).map(({name}) => element("option", {}, name)));
+  show("model", ...(models || []).map(({name}) => element("option", {}, name)));
   byId("talk").disabled = false;
   nameModel();
 }
 
+// Puts the model's name into the examples, unless a shell could read it as more than a name.
 function nameModel() {
-  const name = byId("model").value;     // what could be more than a name in a shell's eyes is not put there
+  const name = byId("model").value;
   if (/^[\w.:\/-]+$/.test(name)) for (const place of document.querySelectorAll(".model")) place.textContent = name;
-}
-
-async function enter(secret) {
-  showMe(await askJSON("GET", "/me", {secret}));
-  keep(secret);
-  byId("me").hidden = false;
-  showModels().catch(error => { byId("problem").textContent = error.message; });
-}
-
-function leave() {
-  if (running) running.abort();
-  byId("me").hidden = byId("talk").disabled = true;
-  for (const id of ["me", "who", "model", "thought", "said", "figures", "problem"]) byId(id).replaceChildren();
 }
 
 async function* linesOf(body) {
   const reader = body.getReader(), decoder = new TextDecoder();
   for (let rest = "", ended = false; !ended;) {
-    const {value, done} = await reader.read().catch(() => { throw new Error("The answer broke off before its end"); });
+    const {value, done} = await reader.read().catch(() => { throw new Error("The response broke off"); });
     const lines = (rest + decoder.decode(value, {stream: !done})).split("\n");
     rest = done ? "" : lines.pop();
     ended = done;
@@ -5226,21 +5098,21 @@ async function* linesOf(body) {
   }
 }
 
-async function talk(signal) {
-  const began = performance.now(), seconds = () => (performance.now() - began) / 1000;
+async function chat(signal) {
+  const start = performance.now(), seconds = () => (performance.now() - start) / 1000;
   const body = {model: byId("model").value, messages: [{role: "user", content: byId("prompt").value}]};
   let first = 0;
   for await (const line of linesOf((await ask("POST", `${BASE}/chat`, {body, signal})).body)) {
-    const {message = {}, error, done, eval_count: count, eval_duration: lasted} = JSON.parse(line.trim() || "{}");
+    const {message = {}, error, done, eval_count: count, eval_duration: duration} = JSON.parse(line.trim() || "{}");
     if (error) throw new Error(error);
     byId("thought").append(message.thinking || "");
     byId("said").append(message.content || "");
     if (!first && (message.thinking || message.content)) {
       first = seconds();
-      byId("figures").textContent = `first token after ${first.toFixed(2)} s`;
+      show("figures", `first token after ${first.toFixed(2)} s`);
     }
     if (done && count) {
-      const rate = count / (lasted / 1e9 || seconds() - first);
+      const rate = count / (duration / 1e9 || seconds() - first);
       byId("figures").append(`, ${number(count)} tokens, ${rate.toFixed(1)} a second`);
     }
   }
@@ -5249,51 +5121,21 @@ async function talk(signal) {
 async function send(event) {
   event.preventDefault();
   if (running) return;
-  for (const id of ["thought", "said", "figures"]) byId(id).replaceChildren();
+  const setBusy = busy => { byId("stop").disabled = !busy; byId("answer").setAttribute("aria-busy", busy); };
   const {signal} = running = new AbortController();
-  byId("stop").disabled = false;
-  byId("answer").setAttribute("aria-busy", "true");
-  await attempt(byId("send"), byId("problem"), () => talk(signal).catch(error => {
+  clear("thought", "said", "figures");
+  setBusy(true);
+  await attempt(byId("send"), byId("problem"), () => chat(signal).catch(error => {
     if (!signal.aborted) throw error;
     byId("figures").append(" (stopped)");
   }));
   running = null;
-  byId("stop").disabled = true;
-  byId("answer").setAttribute("aria-busy", "false");
+  setBusy(false);
   if (token()) askJSON("GET", "/me").then(me => token() && showMe(me), () => {});
 }
 
-function showTab(shown, tabs) {
-  for (const tab of tabs) {
-    tab.setAttribute("aria-selected", tab === shown);
-    tab.tabIndex = tab === shown ? 0 : -1;
-    byId(tab.getAttribute("aria-controls")).hidden = tab !== shown;
-  }
-}
-
-function makeTabs() {
-  const examples = [...document.querySelectorAll(".example")];
-  const tabs = examples.map(example => {
-    const heading = example.querySelector("h3");
-    heading.hidden = true;
-    example.append(copyButton(example.querySelector("code"), {class: "small"}));
-    fill(example, {role: "tabpanel", "aria-label": heading.textContent}, []);
-    const attributes = {role: "tab", "aria-controls": example.id};
-    return button(heading.textContent, event => showTab(event.target, tabs), attributes);
-  });
-  const turn = event => {
-    const step = {ArrowRight: 1, ArrowLeft: tabs.length - 1}[event.key], at = tabs.indexOf(event.target);
-    if (!step) return;
-    const next = tabs[(at + step) % tabs.length];
-    showTab(next, tabs);
-    next.focus();
-  };
-  examples[0].before(element("div", {class: "tabs", role: "tablist", "aria-label": "Clients", keydown: turn}, tabs));
-  showTab(tabs[0], tabs);
-}
-
 for (const place of document.querySelectorAll(".address")) place.textContent = ADDRESS;
-makeTabs();
+for (const pre of document.querySelectorAll("#examples pre")) pre.after(copyButton(pre.firstChild));
 byId("console").hidden = false;
 byId("console-form").addEventListener("submit", send);
 byId("stop").addEventListener("click", () => running && running.abort());
@@ -5301,18 +5143,22 @@ byId("model").addEventListener("change", nameModel);
 byId("prompt").addEventListener("keydown", event => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("console-form").requestSubmit();
 });
-signIn(enter, leave);
+signIn("/me", me => {
+  showMe(me);
+  showModels().catch(error => show("problem", error.message));
+}, () => {
+  if (running) running.abort();
+  byId("talk").disabled = true;
+  clear("me", "who", "model", "thought", "said", "figures", "problem");
+});
 """
 
 ADMIN_SCRIPT = r"""
-const FIELDS = {user: ["User", "a person"], name: ["Name", "a device, a program"],
-  expires_at: ["Expires", "30d, 2027-01-31"],
-  ...Object.fromEntries(Object.entries(LIMITS).map(([name, {label, example}]) => [name, [label, example]]))};
-let tokens = [], watching = 0, renewing = false;
+const FIELDS = {user: ["User", "a person"], name: ["Name", "a device"], expires_at: ["Expires", "30d, 2027-01-31"]};
+for (const [name, {label, example}] of Object.entries(LIMITS)) FIELDS[name] = [label, example];
+let tokens = [], timer = 0, renewing = false;
 
-const nameOf = row => `${row.user}/${row.name}`;
-const asText = value => value === null || value === undefined ? "" : [].concat(value).join(",");
-const doing = (text, style = false) => element("button", {type: "submit", class: style}, text);
+const asText = value => [value ?? ""].flat().join(",");
 
 function dialog(title, ...content) {
   const box = element("dialog", {"aria-labelledby": "dialog-title", close: () => box.remove()},
@@ -5322,15 +5168,16 @@ function dialog(title, ...content) {
   return box;
 }
 
-// A dialog whose form does something when it is submitted, and says what went wrong where it went wrong.
-function formDialog(title, content, submitter, action) {
+// Opens a form that calls action(form) when it is submitted, and shows an error beside the field that caused it.
+function formDialog(title, content, label, action, style = false) {
   const problem = element("p", {class: "problem", role: "alert"});
+  const submitter = element("button", {type: "submit", class: style}, label);
   const submit = async event => {
     event.preventDefault();
-    await attempt(submitter, problem, async () => { await action(form); box.close(); });
-    const wrong = form.elements[problem.textContent.split(":")[0]];
-    if (wrong) wrong.focus();
-    if (wrong) wrong.after(problem);
+    await attempt(submitter, problem, async () => { await action(form); await loadTokens(); box.close(); });
+    const field = form.elements[problem.textContent.split(":")[0]];
+    if (field) field.focus();
+    if (field) field.after(problem);
     else form.lastChild.before(problem);
   };
   const form = element("form", {submit}, content, problem,
@@ -5340,64 +5187,55 @@ function formDialog(title, content, submitter, action) {
 
 function showSecret(made) {
   const secret = element("code", {}, made.token);
-  const usage = element("code", {}, `curl -H "Authorization: Bearer ${made.token}" ${ADDRESS}${BASE}/tags`);
-  const box = dialog(`The secret of ${nameOf(made)}`,
-    element("p", {}, "It is shown only now. Keep it like a password."), element("pre", {id: "secret"}, secret),
-    element("p", {}, "To use it:"), element("pre", {}, usage),
-    element("p", {}, element("a", {href: "docs", target: "_blank"}, "How each client takes it")),
-    element("div", {class: "row"}, copyButton(secret, {autofocus: ""}), button("I have kept it", () => box.close())));
+  const example = element("code", {}, `curl -H "Authorization: Bearer ${made.token}" ${ADDRESS}${BASE}/tags`);
+  const box = dialog(`Secret of ${nameOf(made)}`,
+    element("p", {}, "The secret is shown only once. Keep it like a password."), element("pre", {id: "secret"}, secret),
+    element("p", {}, "To use it:"), element("pre", {}, example),
+    element("p", {}, element("a", {href: "docs", target: "_blank"}, "Examples for each client")),
+    element("div", {class: "row"}, copyButton(secret, {autofocus: ""}), button("I have saved it", () => box.close())));
   box.addEventListener("cancel", event => event.preventDefault());
 }
 
-function editToken(title, names, known, text, save) {
-  const fields = names.map(name => element("label", {class: "half"},
-    FIELDS[name][0] + " ", element("small", {}, FIELDS[name][1]),
+async function saveToken(known, names, {elements}) {
+  const changes = known.id ? {} : {user: "", name: ""};
+  for (const name of names) {
+    const typed = elements[name].value.trim();
+    if (typed !== asText(known[name])) changes[name] = typed || null;
+  }
+  if (elements.admin.checked !== known.admin) changes.admin = elements.admin.checked;
+  if (known.id) await ask("PATCH", `/admin/tokens/${known.id}`, {body: changes});
+  else showSecret(await askJSON("POST", "/admin/tokens", {body: changes}));
+}
+
+function editToken(known) {
+  const names = Object.keys(FIELDS).slice(known.id ? 2 : 0);
+  const fields = names.map(name => element("label", {}, `${FIELDS[name][0]} `, element("small", {}, FIELDS[name][1]),
     element("input", {name, value: asText(known[name]), autocomplete: "off", spellcheck: "false"})));
-  const box = element("input", {type: "checkbox", name: "admin"});
-  box.checked = known.admin;
-  formDialog(title, [fields, element("label", {}, box, "Admin ", element("small", {}, "may manage models and tokens")),
-    element("p", {class: "dim"}, "A field that is empty sets no limit.")], doing(text),
-    async form => {
-      const changes = {};
-      for (const name of names) {
-        const typed = form.elements[name].value.trim();
-        if (typed !== asText(known[name])) changes[name] = typed || null;
-      }
-      if (box.checked !== known.admin) changes.admin = box.checked;
-      await save(changes);
-      await loadTokens();
-    });
-}
-
-function createToken() {
-  editToken("New token", Object.keys(FIELDS), {admin: false}, "Create",
-    async changes => showSecret(await askJSON("POST", "/admin/tokens", {body: {user: "", name: "", ...changes}})));
-}
-
-function changeToken(known) {
-  editToken(`Limits of ${nameOf(known)}`, Object.keys(FIELDS).slice(2), known, "Save",
-    changes => ask("PATCH", `/admin/tokens/${known.id}`, {body: changes}));
+  const admin = element("label", {}, element("input", {type: "checkbox", name: "admin", checked: known.admin}),
+    " Admin ", element("small", {}, "may manage models and tokens"));
+  formDialog(known.id ? `Limits of ${nameOf(known)}` : "New token",
+    [fields, admin, element("p", {class: "dim"}, "An empty field sets no limit.")],
+    known.id ? "Save" : "Create", form => saveToken(known, names, form));
 }
 
 function rotateToken(known) {
-  const text = `The secret of ${nameOf(known)} stops working at its next request.`;
-  formDialog("Give it a new secret?", element("p", {}, text), doing("New secret"), async () => {
-    renewing = token().startsWith(known.hint);      // it is the one in use: the old one is refused from here on
-    const made = await askJSON("POST", `/admin/tokens/${known.id}/rotate`).then(answer => {
-      if (renewing) keep(answer.token);
-      return answer;
-    }).finally(() => { renewing = false; });
-    showSecret(made);
-    await loadTokens();
+  const text = `The current secret of ${nameOf(known)} stops working at its next request.`;
+  formDialog("Create a new secret?", element("p", {}, text), "New secret", async () => {
+    renewing = token().startsWith(known.hint);      // the page's own token: from here on its old secret is refused
+    try {
+      const made = await askJSON("POST", `/admin/tokens/${known.id}/rotate`);
+      if (renewing) keep(made.token);
+      showSecret(made);
+    } finally {
+      renewing = false;
+    }
   });
 }
 
 function deleteToken(known) {
-  const text = `${nameOf(known)} stops working at its next request, and does not come back.`;
-  formDialog("Delete this token?", element("p", {}, text), doing("Delete", "danger"), async () => {
-    await ask("DELETE", `/admin/tokens/${known.id}`);
-    await loadTokens();
-  });
+  const text = `${nameOf(known)} stops working at its next request. This cannot be undone.`;
+  formDialog("Delete this token?", element("p", {}, text), "Delete",
+    () => ask("DELETE", `/admin/tokens/${known.id}`), "danger");
 }
 
 function limitsOf(row) {
@@ -5407,24 +5245,20 @@ function limitsOf(row) {
 }
 
 function tokenRow(row) {
-  const actions = Object.entries({Edit: changeToken, "New secret": rotateToken, Delete: deleteToken}).map(
+  const actions = Object.entries({Edit: editToken, "New secret": rotateToken, Delete: deleteToken}).map(
     ([text, act]) => button(text, () => act(row), {"aria-label": `${text}: ${nameOf(row)}`}));
   return [[nameOf(row), row.admin ? [" ", element("span", {class: "tag"}, "admin")] : ""],
     element("code", {}, `${row.hint}…`),
     row.expired ? element("span", {class: "bad"}, "expired") : row.expires_at ? minute(row.expires_at) : "never",
-    row.last_used_at ? minute(row.last_used_at) : "never", limitsOf(row),
-    element("div", {class: "row"}, actions)];
+    row.last_used_at ? minute(row.last_used_at) : "never", limitsOf(row), element("div", {class: "row"}, actions)];
 }
 
 function showTokens() {
   const words = byId("filter").value.toLowerCase().split(/\s+/);
-  const shown = tokens.filter(row => {
-    const text = `${nameOf(row)} ${row.hint} ${row.admin ? "admin" : ""} ${limitsOf(row)}`.toLowerCase();
-    return words.every(word => text.includes(word));
-  });
-  byId("token-count").textContent = `${shown.length} of ${tokens.length}`;
-  byId("tokens").replaceChildren(
-    table("Tokens", ["Token", "Secret", "Expires", "Last used", "Limits", "Actions"], shown.map(tokenRow)));
+  const text = row => `${nameOf(row)} ${row.hint} ${row.admin ? "admin" : ""} ${limitsOf(row)}`.toLowerCase();
+  const shown = tokens.filter(row => words.every(word => text(row).includes(word)));
+  show("token-count", `${shown.length} of ${tokens.length}`);
+  show("tokens", table("Tokens", ["Token", "Secret", "Expires", "Last used", "Limits", ""], shown.map(tokenRow)));
 }
 
 async function loadTokens() {
@@ -5434,36 +5268,35 @@ async function loadTokens() {
 
 function showStatus({upstream, requests, ...gauges}) {
   const up = upstream.status === "up";
-  byId("in-flight").textContent = number(gauges.in_flight_requests);
-  byId("queued").textContent = number(gauges.queued_requests);
-  byId("connections").textContent = number(gauges.connections);
-  byId("ollama").textContent = up ? `up, ${upstream.version}` : "down";
-  byId("ollama").className = up ? "good" : "bad";
-  byId("loaded").textContent = upstream.loaded.map(({name}) => name).join(", ") || "none";
-  byId("requests").replaceChildren(requests.length ? table("Requests in flight and queued",
-    ["Token", "Model", "Path", "State", "Seconds"], requests.map(row => [nameOf(row), row.model || "",
-      element("code", {}, row.path), row.waiting ? "waiting" : "running", row.seconds.toFixed(1)]), [4])
-    : element("p", {class: "dim"}, "Nothing runs or waits now."));
+  const rows = requests.map(row => [nameOf(row), row.model || "", element("code", {}, row.path),
+    row.waiting ? "queued" : "running", row.seconds.toFixed(1)]);
+  show("status", element("dl", {class: "tiles"},
+    tile("Running", number(gauges.in_flight_requests)), tile("Queued", number(gauges.queued_requests)),
+    tile("Connections", number(gauges.connections)),
+    tile("Ollama", element("span", {class: up ? "good" : "bad"}, up ? `up, ${upstream.version}` : "down")),
+    tile("Loaded models", upstream.loaded.map(({name}) => name).join(", ") || "none")),
+  rows.length ? table("Requests", ["Token", "Model", "Path", "State", "Seconds"], rows, [4])
+    : element("p", {class: "dim"}, "No requests are running or queued."));
 }
 
 async function watch() {
-  const problem = byId("status-problem"), secret = token();
+  const secret = token(), hidden = () => byId("panel").hidden;
   await askJSON("GET", "/admin/status", {secret}).then(status => {
-    if (!byId("desk").hidden) showStatus(status);
-    problem.textContent = "";
+    if (!hidden()) showStatus(status);
+    show("status-problem");
   }, error => {
-    if (renewing || secret !== token()) return;     // that one is in use no more
-    if (error.status === 401 || error.status === 403) forget(error.message);
-    problem.textContent = error.message;
+    if (renewing || secret !== token()) return;     // the secret was replaced meanwhile
+    if (error.status === 401 || error.status === 403) signOut(error.message);
+    show("status-problem", error.message);
   });
-  clearTimeout(watching);
-  if (!document.hidden && !byId("desk").hidden) watching = setTimeout(watch, 2000);
+  clearTimeout(timer);
+  if (!document.hidden && !hidden()) timer = setTimeout(watch, 2000);
 }
 
-function usageTable(caption, heading, rows) {
-  const most = Math.max(1, ...rows.map(spent));
-  return table(caption, [heading, "Share", "Tokens", "Cached", "Requests"],
-    rows.map(row => [row[heading.toLowerCase()] || "-", bar(spent(row) / most), number(spent(row)),
+function usageTable(name, heading, rows) {
+  const most = Math.max(1, ...rows.map(tokensOf));
+  return table(name, [heading, "", "Tokens", "Cached", "Requests"],
+    rows.map(row => [row[heading.toLowerCase()] || "-", bar(tokensOf(row) / most), number(tokensOf(row)),
       number(row.cached_tokens || 0), number(row.requests)]), [2, 3, 4]);
 }
 
@@ -5471,147 +5304,99 @@ async function loadUsage() {
   const days = byId("period").value;
   const [byDay, byUser, byModel] = await Promise.all(
     ["day", "user", "model"].map(by => askJSON("GET", `/admin/usage?by=${by}&since=${days}d`)));
-  if (days !== byId("period").value || byId("desk").hidden) return;    // nobody waits for this any more
-  byId("by-day").replaceChildren(dayChart(byDay, Number(days)));
-  byId("by-user").replaceChildren(usageTable("Use by user", "User", byUser));
-  byId("by-model").replaceChildren(usageTable("Use by model", "Model", byModel));
+  if (days !== byId("period").value || byId("panel").hidden) return;    // out of date
+  show("by-day", dayChart(byDay, Number(days)));
+  show("by-user", usageTable("Usage by user", "User", byUser));
+  show("by-model", usageTable("Usage by model", "Model", byModel));
 }
 const showUsage = () => attempt(byId("refresh"), byId("usage-problem"), loadUsage);
 
-async function enter(secret) {
-  tokens = await askJSON("GET", "/admin/tokens", {secret});
-  keep(secret);
-  byId("desk").hidden = false;
-  showTokens();
-  showUsage();
-  watch();
-}
-
-function leave() {
-  clearTimeout(watching);
-  tokens = [];
-  byId("desk").hidden = true;
-  for (const id of ["loaded", "requests", "tokens", "by-day", "by-user", "by-model"]) byId(id).replaceChildren();
-}
-
-byId("create").addEventListener("click", createToken);
+byId("create").addEventListener("click", () => editToken({admin: false}));
 byId("filter").addEventListener("input", showTokens);
 byId("period").addEventListener("change", showUsage);
 byId("refresh").addEventListener("click", showUsage);
-document.addEventListener("visibilitychange", () => { if (!document.hidden && !byId("desk").hidden) watch(); });
-const forget = signIn(enter, leave);
+document.addEventListener("visibilitychange", () => { if (!document.hidden && !byId("panel").hidden) watch(); });
+const signOut = signIn("/admin/tokens", list => {
+  tokens = list;
+  byId("panel").hidden = false;
+  showTokens();
+  showUsage();
+  watch();
+}, () => {
+  clearTimeout(timer);
+  tokens = [];
+  byId("panel").hidden = true;
+  clear("status", "tokens", "by-day", "by-user", "by-model");
+});
 """
 
-SIGN_IN = """
+SIGN_IN = """<section id="yours" aria-labelledby="yours-title"><h2 id="yours-title">Your token</h2>
+<noscript><p>{noscript}</p></noscript>
 <form id="sign-in">
-<div class="row">
-<label>{label}<input id="token" type="password" autocomplete="off" spellcheck="false" required></label>
-<button type="submit">Use this token</button>
-</div>
-<p class="dim">It stays in this tab, and is forgotten with it.</p>
+<div class="row"><label>{label}<input id="token" type="password" autocomplete="off" spellcheck="false" required></label>
+<button type="submit">Sign in</button></div>
+<p class="dim">The token is kept in this tab only, until it is closed.</p>
 <p id="sign-in-problem" class="problem" role="alert"></p>
 </form>
-<div id="signed-in" class="head" hidden><span id="who">{signed_in}</span>
-<button id="forget" type="button">Forget the token</button></div>
-"""
+<div id="signed-in" class="row head" hidden><span id="who">Signed in.</span>
+<button id="sign-out" type="button">Sign out</button></div>"""
 DOCS = """
-<header>
-<p class="brand">ollama_gateway {version}</p>
-<h1>An Ollama to share</h1>
-<p>Every Ollama, OpenAI and Anthropic client works here, streaming. It takes a token: ask whoever runs this gateway.</p>
+<header><small>ollama_gateway {version}</small><h1>A shared Ollama server</h1>
+<p>Every Ollama, OpenAI and Anthropic client works here, with streaming. You need a token: ask the administrator.</p>
 <nav><a href="#yours">Your token</a><a href="#examples">Examples</a><a href="#routes">Routes</a>
-<a href="#errors">Errors</a><a href="#settings">Settings</a>{links}</nav>
-</header>
-<main>
-<section id="yours" aria-labelledby="yours-title">
-<h2 id="yours-title">Your token</h2>
-<noscript><p>Trying a token here takes JavaScript; all else on this page does without.</p></noscript>
-{sign_in}
-<div id="me" hidden></div>
-</section>
-<section id="console" aria-labelledby="console-title" hidden>
-<h2 id="console-title">Console</h2>
+<a href="#errors">Errors</a><a href="#settings">Settings</a>{links}</nav></header>
+<main>{sign_in}
+<div id="me"></div></section>
+<section id="console" aria-labelledby="console-title" hidden><h2 id="console-title">Console</h2>
 <form id="console-form"><fieldset id="talk" disabled>
 <div class="row"><label>Model<select id="model"></select></label></div>
-<label>Prompt <small>Ctrl+Enter sends it</small><textarea id="prompt" required>Why is the sky blue?</textarea></label>
+<label>Prompt <small>Ctrl+Enter sends it</small>
+<textarea id="prompt" rows="4" required>Why is the sky blue?</textarea></label>
 <div class="row"><button id="send" type="submit">Send</button>
 <button id="stop" type="button" disabled>Stop</button></div>
 </fieldset></form>
 <p id="problem" class="problem" role="alert"></p>
-<pre id="answer" class="answer" aria-label="Answer" aria-live="polite"><span id="thought" class="thought"></span
-><span id="said" class="said"></span></pre>
-<p id="figures" class="note" role="status"></p>
-</section>
-<section id="examples" aria-labelledby="examples-title">
-<h2 id="examples-title">Examples</h2>
-<p>The token is in the variable <code>TOKEN</code>: <code>export TOKEN=ogw_…</code></p>
-{examples}
-</section>
-<section id="routes" aria-labelledby="routes-title">
-<h2 id="routes-title">Routes</h2>
-<p>The token goes into <code>Authorization: Bearer …</code> or <code>x-api-key: …</code>.
-Whatever is not in this table is refused.</p>
-{routes}
-</section>
-<section id="errors" aria-labelledby="errors-title">
-<h2 id="errors-title">Errors</h2>
-<p>They come in the dialect of the route. Ollama's own errors pass through as they are. Every answer has an
-<code>X-Request-Id</code> to ask after it by.</p>
-{errors}
-</section>
-<section id="settings" aria-labelledby="settings-title">
-<h2 id="settings-title">Settings</h2>
-<details><summary>For whoever runs the gateway: flags of <code>serve</code>, and variables</summary>
-{options}</details>
-</section>
-</main>
-<footer>Nothing on this page comes from elsewhere, and what you send goes to this gateway alone.</footer>
+<div id="answer" role="log" aria-label="Answer"><p id="thought"></p><p id="said"></p></div>
+<p id="figures" class="dim" role="status"></p></section>
+<section id="examples" aria-labelledby="examples-title"><h2 id="examples-title">Examples</h2>
+<p>They read the token from the variable <code>TOKEN</code>: <code>export TOKEN=ogw_…</code></p>
+{examples}</section>
+<section id="routes" aria-labelledby="routes-title"><h2 id="routes-title">Routes</h2>
+<p>Send the token as <code>Authorization: Bearer …</code> or <code>x-api-key: …</code>. Other paths are refused.</p>
+{routes}</section>
+<section id="errors" aria-labelledby="errors-title"><h2 id="errors-title">Errors</h2>
+<p>An error has the format of the route's API. Ollama's own errors are passed on unchanged. Every response has an
+<code>X-Request-Id</code>: name it when you report a problem.</p>
+{errors}</section>
+<section id="settings" aria-labelledby="settings-title"><h2 id="settings-title">Settings</h2>
+<details><summary>For administrators: the flags of <code>serve</code> and their variables</summary>
+{options}</details></section></main>
+<footer>This page loads nothing from other servers, and sends your input to this gateway only.</footer>
 """
 ADMIN = """
-<header>
-<p class="brand">ollama_gateway {version}</p>
-<h1>Administration</h1>
-<p>Tokens, what runs now, and who used how much.</p>
-<nav><a href="docs">Documentation</a></nav>
-</header>
-<main>
-<section aria-labelledby="yours-title">
-<h2 id="yours-title">Your token</h2>
-<noscript><p>This page takes JavaScript; <code>ollama_gateway.py token</code> on the box does without.</p></noscript>
-{sign_in}
-</section>
-<div id="desk" hidden>
-<section aria-labelledby="now-title">
-<h2 id="now-title">Now</h2>
-<dl class="tiles">
-<div><dt>In flight</dt><dd id="in-flight"></dd></div>
-<div><dt>Queued</dt><dd id="queued"></dd></div>
-<div><dt>Connections</dt><dd id="connections"></dd></div>
-<div><dt>Ollama</dt><dd id="ollama"></dd></div>
-<div><dt>Loaded models</dt><dd id="loaded"></dd></div>
-</dl>
+<header><small>ollama_gateway {version}</small><h1>Administration</h1>
+<p>Tokens, running requests and usage.</p>
+<nav><a href="docs">Documentation</a></nav></header>
+<main>{sign_in}</section>
+<div id="panel" hidden>
+<section aria-labelledby="now-title"><h2 id="now-title">Now</h2>
 <p id="status-problem" class="problem" role="alert"></p>
-<div id="requests"></div>
-</section>
+<div id="status"></div></section>
 <section aria-labelledby="tokens-title">
-<div class="head"><h2 id="tokens-title">Tokens <small id="token-count" role="status"></small></h2>
+<div class="row head"><h2 id="tokens-title">Tokens <small id="token-count" role="status"></small></h2>
 <div class="row"><input id="filter" type="search" placeholder="Filter" aria-label="Filter the tokens">
 <button id="create" type="button">New token</button></div></div>
-<div id="tokens"></div>
-</section>
+<div id="tokens"></div></section>
 <section aria-labelledby="usage-title">
-<div class="head"><h2 id="usage-title">Usage</h2>
+<div class="row head"><h2 id="usage-title">Usage</h2>
 <div class="row"><select id="period" aria-label="Period"><option value="7">7 days</option>
 <option value="30">30 days</option><option value="90">90 days</option></select>
 <button id="refresh" type="button">Refresh</button></div></div>
 <p id="usage-problem" class="problem" role="alert"></p>
 <div id="by-day"></div>
 <h3>By user</h3><div id="by-user"></div>
-<h3>By model</h3><div id="by-model"></div>
-</section>
-</div>
-</main>
-<footer>The token travels in a header, never in a cookie: no other site's page can act with it.</footer>
+<h3>By model</h3><div id="by-model"></div></section></div></main>
+<footer>The token is sent in a header, never in a cookie: pages of other sites cannot use it.</footer>
 """
 EXAMPLES = r"""
 == curl
@@ -5619,7 +5404,7 @@ curl -N {address}{base}/chat \
   -H "Authorization: Bearer $TOKEN" \
   -d '{"model": "{model}", "messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
 == ollama
-# It takes a gateway that was started with --path-tokens.
+# The gateway must be started with --path-tokens.
 OLLAMA_HOST={address}/t/$TOKEN ollama run {model}
 == Python
 import os
@@ -5658,42 +5443,42 @@ ACCESS = {"token": "With any token", "admin": "With an admin token", "public": "
 
 
 def source_hash(text):
-    """Return what a Content-Security-Policy calls an inline style or script by."""
+    """Return the source expression for an inline style or script (Content Security Policy 3, 2.3.1)."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def html_page(title, body, script, base):
-    """Return a page that is nothing but itself: no source beside its own style and script, no target but its origin."""
-    limits = json.dumps({limit.column: {"label": limit.label, "example": limit.example, "phrase": limit.phrase}
-                         for limit in LIMITS})
+    """Return the response for a page whose only sources are its own style and script and the gateway's API."""
+    limits = {limit.column: {key: getattr(limit, key) for key in ("label", "example", "phrase")} for limit in LIMITS}
+    script = f'"use strict";\nconst BASE = {json.dumps(base)}, LIMITS = {json.dumps(limits)};\n{script}'
     policy = (f"default-src 'none'; style-src {source_hash(STYLE)}; script-src {source_hash(script)}; "
               "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-    page = (f'<!doctype html>\n<html lang="en" data-base="{base}">\n<head>\n<meta charset="utf-8">\n'
+    page = (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" '
-            f'content="light dark">\n<title>{title}</title>\n<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n'
-            f'</head>\n<body>{body}<script type="application/json" id="limits">{limits}</script>'
-            f"<script>{script}</script>\n</body>\n</html>\n")
+            f'content="light dark">\n<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n'
+            f"</head>\n<body>{body}<script>{script}</script>\n</body>\n</html>\n")
     return 200, "text/html; charset=utf-8", page.encode(), [
         ("Content-Security-Policy", policy), ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-cache")]
 
 
-def html_rows(headings, rows, group=""):
-    """Return a table's rows, below the name of their group; a row's first cell is code."""
-    told = [f'<tr><th scope="rowgroup" colspan="{len(headings)}">{group}</th></tr>\n'] if group else []
-    labels = [f' data-label="{heading}"' if at else "" for at, heading in enumerate(headings[1:])]
-    for first, *others in rows:
-        cells = "".join(f"<td{label}>{html.escape(cell or '')}</td>" for label, cell in zip(labels, others))
-        told.append(f'<tr><th scope="row"><code>{html.escape(first)}</code></th>{cells}</tr>\n')
-    return "<tbody>\n" + "".join(told) + "</tbody>\n"
+def html_table(headings, groups):
+    """Return an HTML table of {heading of a group, or "": rows}; the first cell of a row is code."""
+    labels = ["", *(f' data-label="{heading}"' for heading in headings[2:])]    # the second column needs none
+    parts = ['<table class="stack">\n<thead><tr>', *(f'<th scope="col">{heading}</th>' for heading in headings),
+             "</tr></thead>\n"]
+    for group, rows in groups.items():
+        parts.append("<tbody>\n")
+        if group:
+            parts.append(f'<tr><th scope="rowgroup" colspan="{len(headings)}">{group}</th></tr>\n')
+        for first, *others in rows:
+            cells = "".join(f"<td{label}>{html.escape(cell or '')}</td>" for label, cell in zip(labels, others))
+            parts.append(f'<tr><th scope="row"><code>{html.escape(first)}</code></th>{cells}</tr>\n')
+        parts.append("</tbody>\n")
+    return "".join(parts) + "</table>"
 
 
-def html_table(headings, bodies):
-    head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
-    return f'<table class="stack">\n<thead><tr>{head}</tr></thead>\n{bodies}</table>'
-
-
-def example_sections(base):
-    """Return the examples, with what the script replaces marked; Ollama's libraries put /api behind their host."""
+def html_examples(base):
+    """Return the examples; the script fills in address and model. Ollama's libraries append /api to their host."""
     places = {"{address}": '<span class="address">http://127.0.0.1:8000</span>', "{base}": base,
               "{model}": '<span class="model">llama3.2</span>'}
     places["{host}"] = places["{address}"] + base[:-len("/api")]
@@ -5701,17 +5486,16 @@ def example_sections(base):
     for name, text in re.findall(r"(?ms)^== (\w+)\n(.*?)\n(?===|\Z)", EXAMPLES):
         if "{host}" not in text or base.endswith("/api"):
             text = re.sub(r"\{\w+\}", lambda place: places.get(place[0], place[0]), html.escape(text, quote=False))
-            found.append(
-                f'<div class="example" id="example-{name}"><h3>{name}</h3><pre><code>{text}</code></pre></div>')
+            found.append(f'<details id="example-{name}" name="example"{"" if found else " open"}>'
+                         f"<summary>{name}</summary><pre><code>{text}</code></pre></details>")
     return "\n".join(found)
 
 
+@functools.lru_cache(maxsize=8)     # 2 ms for a page that anyone may request
 def docs_page(routes, base):
     """Return the documentation of a gateway with these routes, with /api at the base."""
-    ways, when, flags = ("Route", "What it does"), ("Status", "When"), ("Flag", "What it is", "Variable", "Default")
-    told = {access: [] for access in ACCESS}
-    for route in routes:
-        told[route.access].append((f"{route.method} {at_base(route.path, base)}", route_doc(route).summary))
+    groups = {group: [(f"{route.method} {at_base(route.path, base)}", route.summary)
+                      for route in routes if route.access == access] for access, group in ACCESS.items()}
     errors = {}
     for status, meaning in sorted(REFUSALS.values()):
         errors[str(status)] = f"{errors[str(status)]}; or {meaning}" if str(status) in errors else meaning
@@ -5719,18 +5503,19 @@ def docs_page(routes, base):
     if any(route.handler == "admin" for route in routes):
         links += '<a href="admin">Administration</a>'
     body = DOCS.format(
-        version=VERSION, links=links, sign_in=SIGN_IN.format(label="Token", signed_in=""),
-        examples=example_sections(base),
-        routes=html_table(ways, "".join(html_rows(ways, told[access], group) for access, group in ACCESS.items())),
-        errors=html_table(when, html_rows(when, errors.items())),
-        options=html_table(flags, html_rows(flags, [
-            (option.flag, option.help, option.variable, option.default) for option in OPTIONS])))
-    return html_page("An Ollama to share", body, SCRIPT + DOCS_SCRIPT, base)
+        version=VERSION, links=links, examples=html_examples(base),
+        sign_in=SIGN_IN.format(label="Token", noscript="Signing in requires JavaScript. All else here does not."),
+        routes=html_table(("Route", "Purpose"), groups),
+        errors=html_table(("Status", "Reason"), {"": errors.items()}),
+        options=html_table(("Flag", "Meaning", "Variable", "Default"), {
+            "": [(option.flag, option.help, option.variable, option.default) for option in OPTIONS]}))
+    return html_page("A shared Ollama server", body, SCRIPT + DOCS_SCRIPT, base)
 
 
 def admin_page(base):
-    """Return the shell of the page for whoever runs the gateway: it knows nothing until it is given an admin token."""
-    body = ADMIN.format(version=VERSION, sign_in=SIGN_IN.format(label="Admin token", signed_in="Signed in."))
+    """Return the admin page, which is empty until an admin token is entered."""
+    noscript = "This page requires JavaScript. The command <code>ollama_gateway.py token</code> does not."
+    body = ADMIN.format(version=VERSION, sign_in=SIGN_IN.format(label="Admin token", noscript=noscript))
     return html_page("Administration", body, SCRIPT + ADMIN_SCRIPT, base)
 
 # == Own endpoints ============================================================
@@ -5740,64 +5525,63 @@ def json_page(value, status=200):
     return status, "application/json", json.dumps(value).encode() + b"\n", [("Cache-Control", "no-store")]
 
 
-def read_query(page_request, *known):
-    """Return the values of a query by their names; raise UsageError for those that are not known, or come twice."""
+@functools.lru_cache(maxsize=8)     # 5 ms for a document that anyone may request
+def openapi_page(routes, base):
+    return json_page(openapi_document(routes, base))
+
+
+def checked_members(pairs, names, place):
+    """Return pairs of names and values as a dictionary; raise UsageError for other names and for repeated ones."""
+    members = dict(pairs)
+    if len(members) < len(pairs) or not set(members) <= set(names):
+        wrong = min(set(members) - set(names), default="a name twice")
+        raise UsageError(f'{place} has "{wrong[:40]}": its names may be {", ".join(names)}, each once')
+    return members
+
+
+def read_query(page_request, *names):
     pairs = urllib.parse.parse_qsl(page_request.request.query[1:], keep_blank_values=True)
-    for at, (name, _) in enumerate(pairs):
-        if name not in known or name in dict(pairs[:at]):
-            raise UsageError(f'the query\'s "{name[:40]}" is ' + (
-                "there twice" if name in known else f"not known here, only {' and '.join(known)}"))
-    return dict(pairs)
+    return checked_members(pairs, names, "the query")
 
 
-def read_json_object(page_request, known):
-    """Return the members of a body's JSON object; raise UsageError for one that is none, or has others than known."""
+def read_json_object(page_request, *names):
     try:
         pairs = json.loads(page_request.body, object_pairs_hook=tuple)
     except (ValueError, RecursionError):
         pairs = None
     if not isinstance(pairs, tuple):
         raise UsageError("the body is not a JSON object")
-    members = dict(pairs)
-    if len(members) < len(pairs) or not set(members) <= set(known):
-        wrong = min(set(members) - set(known), default="a key twice")
-        raise UsageError(f'the body has "{wrong[:40]}": its keys may be {", ".join(known)}, each once')
-    return members
+    return checked_members(pairs, names, "the body")
 
 
-def columns_in_body(members):
-    """Return the values that a body's members have for SETTABLE and admin, by column; raise UsageError."""
-    found = {}
-    for column in SETTABLE:
-        if column in members:
-            value = members[column]
-            if isinstance(value, list) and column in LIMIT_BY_COLUMN and LIMIT_BY_COLUMN[column].json_type == "string[]":
-                value = ",".join(map(str, value))
-            text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
-            try:
-                found[column] = read_column(column, text)
-            except ValueError as error:
-                raise UsageError(f'{column}: "{text[:200]}" {error}') from None
-    if "admin" in members:
-        if not isinstance(members["admin"], bool):
-            raise UsageError("admin: it must be true or false")
-        found["admin"] = members["admin"]
-    return found
+def read_member(column, value):
+    """Return the value for a column of a token from a member of a JSON object; raise UsageError."""
+    if column not in SETTABLE:
+        if not isinstance(value, bool if column == "admin" else str):
+            raise UsageError(f"{column}: the value must be {'true or false' if column == 'admin' else 'a string'}")
+        return value
+    if isinstance(value, list) and column in LIMIT_BY_COLUMN and LIMIT_BY_COLUMN[column].json_type == "string[]":
+        value = ",".join(map(str, value))
+    text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+    try:
+        return read_column(column, text)
+    except ValueError as error:
+        raise UsageError(f'{column}: "{text[:200]}" {error}') from None
 
 
 class Pages:
-    """The gateway's own pages: each is a method, of the name that the table of routes has for it."""
+    """The gateway's own pages: the method that Route.handler names takes a PageRequest and returns the response."""
 
-    CHANGED = ("admin", *SETTABLE)
+    CHANGEABLE = ("admin", *SETTABLE)
 
     def __init__(self, routes, base, store, health, ledger, limiter, metrics, gauges):
-        self._routes, self._base = routes, base
+        self._routes, self._base = tuple(routes), base
         self._store, self._health, self._ledger, self._limiter = store, health, ledger, limiter
         self._metrics, self._gauges = metrics, gauges
 
     @staticmethod
     def banner(_):
-        """Answer as Ollama itself does: its clients ask for this first."""
+        """Answer as Ollama does: its clients send this request first."""
         return 200, "text/plain; charset=utf-8", b"Ollama is running"
 
     @staticmethod
@@ -5805,94 +5589,75 @@ class Pages:
         return 204, "", b""
 
     def health(self, _):
-        """Tell, without a token, whether the gateway and Ollama are there."""
         return json_page({"status": "ok", "upstream": "up" if self._health.up else "down", "version": VERSION})
 
     def me(self, page_request):
-        """Tell a token what it may, what of that is left, and what it used in the last seven days."""
+        """Return the token, what is left of its limits, and its usage of the last seven days."""
         left = {name: {"limit": most, "remaining": left, "reset": reset}
                 for name, most, left, reset in self._limiter.statuses(page_request.token)}
-        told = token_json(page_request.token)
-        del told["last_used_at"], told["expired"]   # it is used now, and is not
+        shown = token_json(page_request.token)
+        del shown["last_used_at"], shown["expired"]     # it is in use now
         usage = self._store.usage("day", usage_start("7d", self._ledger.now), page_request.token)
-        return json_page(dict(told, left=left, usage=usage))
+        return json_page({**shown, "left": left, "usage": usage})
 
     def metrics(self, _):
-        """Tell what Prometheus asks for."""
         lines = "".join(f"{line}\n" for line in self._metrics.lines())
         return 200, "text/plain; version=0.0.4; charset=utf-8", lines.encode()
 
     def status(self, _):
-        """Tell what runs and waits, and how Ollama is."""
         health, now = self._health, time.monotonic()
-        requests = [{"user": context.token.user, "name": context.token.name, "model": context.model, "path": context.path,
-                     "waiting": context.sent_at is None, "seconds": round(now - context.started_at, 3)}
-                    for context in self._ledger.running()]
+        requests = [{"user": context.token.user, "name": context.token.name, "model": context.model,
+                     "path": context.path, "waiting": context.sent_at is None,
+                     "seconds": round(now - context.started_at, 3)} for context in self._ledger.running()]
         return json_page({
-            "version": VERSION, **{name: tell() for name, (_, tell) in self._gauges.items()}, "requests": requests,
+            "version": VERSION, **{name: read() for name, (_, read) in self._gauges.items()}, "requests": requests,
             "upstream": {"status": "up" if health.up else "down", "version": health.version,
                          "models": health.models, "loaded": health.loaded}})
 
     def usage(self, page_request):
-        """Tell the account: by a key of USAGE_BY, since a time."""
-        body_info = read_query(page_request, "by", "since")
-        by, since = body_info.get("by", "user"), body_info.get("since", "7d")
+        query = {"by": "user", "since": "7d", **read_query(page_request, "by", "since")}
+        by, since = query["by"], query["since"]
         if by not in USAGE_BY:
-            raise UsageError(f'by: "{by[:40]}" is none of {", ".join(USAGE_BY)}')
+            raise UsageError(f'by: "{by[:40]}" is not one of {", ".join(USAGE_BY)}')
         try:
             return json_page(self._store.usage(by, usage_start(since, self._ledger.now)))
         except ValueError as error:
             raise UsageError(f'since: "{since[:40]}" {error}') from None
 
-    @functools.cached_property
-    def _document(self):
-        return json_page(openapi_document(self._routes, self._base))
-
-    @functools.cached_property
-    def _docs(self):
-        return docs_page(self._routes, self._base)
-
-    @functools.cached_property
-    def _admin(self):
-        return admin_page(self._base)
-
     def openapi(self, _):
-        return self._document
+        return openapi_page(self._routes, self._base)
 
     def docs(self, _):
-        return self._docs
+        return docs_page(self._routes, self._base)
 
     def admin(self, _):
-        return self._admin
-
-    def list_tokens(self, page_request):
-        return json_page([token_json(token) for token in self._store.list(read_query(page_request, "user").get("user"))])
-
-    def create_token(self, page_request):
-        """Make a token; this answer alone has its secret."""
-        members = read_json_object(page_request, ("user", "name", *self.CHANGED))
-        for key in "user", "name":
-            if not isinstance(members.get(key), str):
-                raise UsageError(f"{key}: a text has to be there")
-        token, secret = self._store.create(members["user"], members["name"], **columns_in_body(members))
-        return json_page(dict(token_json(token), token=secret), 201)
+        return admin_page(self._base)
 
     def _token(self, page_request):
         return self._store.get(int(page_request.path.split("/")[3]))
+
+    def list_tokens(self, page_request):
+        tokens = self._store.list(read_query(page_request, "user").get("user"))
+        return json_page([token_json(token) for token in tokens])
+
+    def create_token(self, page_request):
+        members = {"user": None, "name": None, **read_json_object(page_request, "user", "name", *self.CHANGEABLE)}
+        token, secret = self._store.create(**{key: read_member(key, value) for key, value in members.items()})
+        return json_page({**token_json(token), "token": secret}, 201)
 
     def show_token(self, page_request):
         return json_page(token_json(self._token(page_request)))
 
     def update_token(self, page_request):
-        changes = columns_in_body(read_json_object(page_request, self.CHANGED))
+        members = read_json_object(page_request, *self.CHANGEABLE)
+        changes = {column: read_member(column, value) for column, value in members.items()}
         token = self._token(page_request)
         return json_page(token_json(self._store.update(token.user, token.name, **changes)))
 
     def rotate_token(self, page_request):
-        """Give a token a new secret; this answer alone has it."""
         token = self._token(page_request)
         token, secret = self._store.rotate(token.user, token.name)
-        return json_page(dict(token_json(token), token=secret))
+        return json_page({**token_json(token), "token": secret})
 
     def delete_token(self, page_request):
         token = self._token(page_request)
