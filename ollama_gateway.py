@@ -4138,73 +4138,27 @@ class HealthProbe:
 
 # == Relay ====================================================================
 
-
-class UsageReader:
-    """Looks at an answer that passes by for the tokens it cost."""
-
-    reported = None     # the Usage that Ollama reports
-    ended = False       # the last line that matters was seen
-    alters = False      # the client gets other bytes than Ollama sent
-    held = b""          # what the client is still to get, should no more come
-
-    @property
-    def usage(self):
-        """Return the Usage so far."""
-        return self.reported or Usage(None, None, None)
-
-    def feed(self, piece, last):
-        """Take a piece and return what the client gets of it."""
-        return piece
-
-
 TOKEN_COUNTS = (("prompt_eval_count", "eval_count"), ("prompt_tokens", "completion_tokens"),
-                ("input_tokens", "output_tokens"))  # as Ollama, OpenAI and Anthropic call them
+                ("input_tokens", "output_tokens"))      # the names of Ollama, OpenAI and Anthropic
 COUNT = re.compile(rb'"(\w+_(?:count|tokens))"\s*:\s*(\d{1,10})(?![\d.eE])')
-
-
-# How /api/chat, generate and embed end today; read so, the counts cost 1 us instead of 10, a twentieth of the answer.
-USUAL_END = re.compile(rb'"total_duration":\d+,"load_duration":\d+,"prompt_eval_count":(\d{1,9})'
-                       rb'(?:,"prompt_eval_duration":\d+,"eval_count":(\d{1,9}),"eval_duration":\d+)?\}\s*\Z')
-
-
-def counts_at_end(data):
-    """Return the token counts that an answer, or a line of one, ends with; {} if it ends otherwise.
-
-    Ollama writes them last. No text has their keys, for its quotes are escaped; if they are those of a nested object,
-    more brackets follow.
-    """
-    at = max(data.rfind(b'"total_duration"', -ENDING_BYTES), data.rfind(b'"usage"', -ENDING_BYTES))
-    end = data[at:] if at >= 0 else b""
-    if b"[" in end or end.count(b"}") - end.count(b"{") != 1:
-        return {}
-    return {key.decode(): int(number) for key, number in COUNT.findall(end)}
-
-
-def decoded_answer(data, whole=True):
-    """Return the members of an answer, or of a line of one, or only the token counts; {} for neither.
-
-    whole: data has no gap.
-    """
-    members = counts_at_end(data)
-    if members or not whole or len(data) > WHOLE_BYTES:
-        return members or {key.decode(): int(number) for key, number in COUNT.findall(data)}
-    try:
-        members = json.loads(data.decode())     # twice as fast as of bytes
-    except (ValueError, RecursionError):
-        return {}
-    return members if isinstance(members, dict) else {}
+# The end of a usual answer, or of the last line of one: its counts are read in 1 us instead of 10, a tenth of the CPU
+# time of a small answer. The last bracket closes the answer, so that these counts are not those of a nested object.
+USUAL_END = re.compile(
+    rb'"(?:total_duration":\d+,"load_duration":\d+,"prompt_eval_count":([1-9]\d{0,8})'
+    rb'(?:,"prompt_eval_duration":\d+,"eval_count":(\d{1,9}),"eval_duration":\d+)?'
+    rb'|usage":\{"prompt_tokens":([1-9]\d{0,8})(?:,"completion_tokens":(\d{1,9}))?,"total_tokens":\d+\})\}\s*\Z')
 
 
 def whole_tokens(value):
-    """Return a reported number of tokens, within bounds; 0 for what is not one."""
+    """Return a reported number of tokens within bounds, 0 for another value."""
     return min(max(value, 0), MAX_TOKENS) if isinstance(value, int) else 0
 
 
-def reported_usage(answer):
-    """Return the Usage that a decoded answer reports, in any dialect; None if it has none, or is not the last line.
+def parse_usage(answer):
+    """Return the Usage in a decoded answer, or in a line of one, of any dialect; None if it reports none.
 
-    A missing count is 0. The prompt includes its cached tokens, as in Ollama's openai/openai.go and responses.go; of
-    Anthropic's input_tokens they are no part (UsageFromMetrics in anthropic/anthropic.go), so they are added.
+    A missing count is 0. The prompt includes its cached tokens as in Ollama's openai/openai.go and responses.go, but
+    Anthropic's input_tokens do not (UsageFromMetrics in anthropic/anthropic.go): they are added.
     """
     if answer.get("done") is False:
         return None
@@ -4229,8 +4183,45 @@ def reported_usage(answer):
     return Usage(prompt, None if cached is None else min(whole_tokens(cached), prompt), completion)
 
 
+def read_usage(data, whole=True):
+    """Return the Usage in the JSON of an answer, or of a line of one; None if it reports none.
+
+    whole: data has no gap.
+    """
+    usual = USUAL_END.search(data, max(len(data) - ENDING_BYTES, 0))
+    if usual:
+        prompt, *completion = map(int, filter(None, usual.groups()))
+        return Usage(prompt, None, sum(completion))
+    if not whole or len(data) > WHOLE_BYTES:    # only texts follow these keys, and the quotes in texts are escaped
+        counts = COUNT.findall(data, max(data.rfind(b'"total_duration"'), data.rfind(b'"usage"'), 0))
+        return parse_usage({key.decode(): int(number) for key, number in counts})
+    try:
+        answer = json.loads(data.decode())     # twice as fast as of bytes
+    except (ValueError, RecursionError):
+        return None
+    return parse_usage(answer) if isinstance(answer, dict) else None
+
+
+class UsageReader:
+    """Reads the usage in an answer that is passed on; this one reads none."""
+
+    reported = None     # the Usage that Ollama reports
+    ended = False       # the last line of a stream was read
+    alters = False      # the client gets other bytes than Ollama sent
+    pending = b""       # bytes for the client if the answer breaks off here
+
+    @property
+    def usage(self):
+        """Return the Usage so far."""
+        return self.reported or Usage(None, None, None)
+
+    def feed(self, piece, last):
+        """Read a piece of the answer and return the bytes for the client."""
+        return piece
+
+
 class JsonUsageReader(UsageReader):
-    """Reads the tokens in an answer that is one JSON object; of a large one its beginning and its end are kept."""
+    """Reads the usage in an answer that is one JSON object; of a large one, its beginning and its end are kept."""
 
     def __init__(self):
         self._beginning = self._end = b""
@@ -4238,12 +4229,9 @@ class JsonUsageReader(UsageReader):
 
     @property
     def reported(self):
-        """Return the Usage; it is read when it is first needed, mostly in the background."""
+        """Return the Usage; it is read on the first access, mostly in the background."""
         if self._unread:
-            self._unread, data = False, self._beginning + self._end
-            usual = USUAL_END.search(data, max(len(data) - ENDING_BYTES, 0))
-            self._reported = Usage(int(usual[1]), None, int(usual[2] or 0)) if usual else reported_usage(
-                decoded_answer(data, not self._end))
+            self._unread, self._reported = False, read_usage(self._beginning + self._end, not self._end)
         return self._reported
 
     def feed(self, piece, last):
@@ -4256,17 +4244,16 @@ class JsonUsageReader(UsageReader):
 
 
 class StreamUsageReader(UsageReader):
-    """Reads the tokens in a stream of lines: where none reports them, the pieces that went by count.
+    """Reads the usage in a stream of lines; until a line reports it, each piece of text counts as a token.
 
-    marks: what a line has in it that may report them, what each piece has, and how the last line may begin, if that is
-    another one. White space may be anywhere. No text has the quoted ones, for its quotes are escaped.
+    markers: bytes in a line that may report the usage, bytes in each piece of text and, if another line is the last
+    one, its possible beginnings. No text contains the quoted bytes, because its quotes are escaped.
     """
 
     def __init__(self, markers):
-        self._marker, self._piece_marker, *self._final_lines = markers
-        self._line = b""        # one that has not ended yet
-        self._pieces = 0
-        self._recent = deque(maxlen=8)      # whole lines
+        self._marker, self._piece_marker, *self._last_lines = markers
+        self._line, self._pieces = b"", 0       # a line that has not ended yet; the number of pieces of text
+        self._recent = deque(maxlen=8)          # whole lines
 
     @property
     def usage(self):
@@ -4276,45 +4263,37 @@ class StreamUsageReader(UsageReader):
     def feed(self, piece, last):
         data = self._line + piece if self._line else piece
         end = len(data) if last else data.rfind(b"\n") + 1 or data.rfind(b"\r") + 1
-        self.scan(data[:end])
         self._line = data[end:] if len(data) - end <= LINE_LIMIT else b""
-        if last:
-            self.finish()
+        if end:
+            self._read_lines(data[:end])
+        if last and self.reported is None:      # the keys may be written with escapes
+            for line in b"".join(self._recent).splitlines():
+                self._read_line(line)
         return piece
 
-    def scan(self, lines):
-        """Count the pieces in whole lines, and read the tokens in the line that reports them."""
+    def _read_lines(self, lines):
         self._pieces += lines.count(self._piece_marker)
-        if lines:
-            self._recent.append(lines)
+        self._recent.append(lines)
         if self._marker in lines:
             for line in lines.splitlines():
                 if self._marker in line and b'"choices":[{' not in line:   # there /v1/completions has zeros
-                    self.read(line)
-        for start in self._final_lines:
+                    self._read_line(line)
+        for start in self._last_lines:
             if lines.startswith(start) or b"\n" + start in lines:
                 self.ended = True
 
-    def finish(self):
-        """Read the last lines again if the tokens have not been found: JSON may spell a key with escapes."""
-        for line in b"".join(self._recent).splitlines() if self.reported is None else ():
-            self.read(line)
-
-    def read(self, line):
-        """Read the tokens that a line reports."""
-        answer = decoded_answer(line[max(line.find(b"{"), 0):])
-        usage = reported_usage(answer)
+    def _read_line(self, line):
+        usage = read_usage(line[max(line.find(b"{"), 0):])
         if usage:
-            self.reported = usage
-            self.ended = self.ended or answer.get("done", b'"done":true' in line) is True
+            self.reported, self.ended = usage, self.ended or not self._last_lines
 
 
 class UsageStripper(StreamUsageReader):
-    """Takes the usage out again that a stream of events reports only because the gateway asked for it."""
+    """Removes the usage from a stream of events that reports it only because the gateway requested it."""
 
     alters = True
-    _event = b""        # one that has not ended yet
-    END = re.compile(rb"(\n\r?\n|\r\r)")  # of an event
+    _event = b""        # an event that has not ended yet
+    EVENT_END = re.compile(rb"(\n\r?\n|\r\r)")
     USAGE = re.compile(rb',\s*"usage"\s*:\s*(?:null|\{(?:[^{}]|\{[^{}]*\})*\})(?=\s*\}\s*\Z)')
     NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 
@@ -4322,27 +4301,25 @@ class UsageStripper(StreamUsageReader):
         data = self._event + piece
         end = max(data.rfind(b"\n\n") + 2, data.rfind(b"\n\r\n") + 3, data.rfind(b"\r\r") + 2)
         end = len(data) if last or len(data) > LINE_LIMIT else end if end > 2 else 0    # 2: not found
-        events, self._event = data[:end], data[end:]
-        self.scan(events)
-        if last:
-            self.finish()
+        self._event = data[end:]
+        events = super().feed(data[:end], last)
         if b'"usage"' not in events:
             return events
-        parts = self.END.split(events)      # of each event: what it says, how it ends
+        parts = self.EVENT_END.split(events)    # alternately events and their ends
         return b"".join(map(self._without_usage, parts[::2], parts[1::2] + [b""]))
 
     @property
-    def held(self):
+    def pending(self):
         return re.split(rb',\s*"usage"', self._event)[0]
 
     def _without_usage(self, event, end):
         usage = self.USAGE.search(event)
-        if usage and self.NO_CHOICES.search(event):     # the extra event
+        if usage and self.NO_CHOICES.search(event):     # the additional event
             return b""
         return event[:usage.start()] + event[usage.end():] + end if usage else event + end
 
 
-STREAM_MARKERS = {    # by content type and path, where that matters
+STREAM_MARKERS = {    # by content type or path
     "application/x-ndjson": (b"true", b"false"),    # the values of "done"
     "text/event-stream": (b'"prompt_tokens"', b'"choices"', b"data: [DONE]"),
     "/v1/messages": (b'"input_tokens"', b'"content_block_delta"', b"event: message_stop"),
@@ -4352,7 +4329,7 @@ REPORTS_NO_USAGE = ("/api/embeddings", "/v1/audio/transcriptions")
 
 
 def usage_reader_for(response, route, body_info):
-    """Return what is to look at an answer; None if it can have cost nothing."""
+    """Return the UsageReader for a response; None if the request cannot have cost tokens."""
     kind = response.head.kind
     if route.category != "inference" or not 200 <= response.status < 300:
         return None
@@ -4365,32 +4342,32 @@ def usage_reader_for(response, route, body_info):
 
 
 class TokenRatio:
-    """Estimates tokens by the bytes of a text, by a ratio learnt for each model from what Ollama counts.
+    """Estimates the tokens of a text by its size, with a ratio for each model that is learnt from Ollama's counts.
 
-    A moving average: with each new prompt, earlier ones weigh a tenth less.
+    The ratio is a moving average: with each new prompt, the weight of earlier ones falls by a tenth.
     """
 
-    BEFORE = (400.0, 100.0)     # bytes and tokens; 4 bytes a token until a model's own are known
+    DEFAULT = (400.0, 100.0)    # bytes and tokens of unknown models: 4 bytes a token
 
     def __init__(self):
-        self._lock, self._sums = threading.Lock(), {}   # {model: (bytes, tokens)}, the one learnt longest ago first
+        self._lock, self._sums = threading.Lock(), {}   # {model: (bytes, tokens)}, the least recently learnt first
 
     def learn(self, model, size, tokens):
-        """Take the size and the count of a prompt."""
+        """Add a prompt's size in bytes and its tokens, counted by Ollama."""
         with self._lock:
-            sizes, counts = self._sums.pop(model, self.BEFORE)
+            sizes, counts = self._sums.pop(model, self.DEFAULT)
             self._sums[model] = sizes * 0.9 + size, counts * 0.9 + tokens
             if len(self._sums) > MODEL_CACHE_SIZE:
                 del self._sums[next(iter(self._sums))]
 
     def tokens(self, model, size):
-        """Return how many tokens a model's prompt of this size probably has."""
-        sizes, counts = self._sums.get(model, self.BEFORE)
+        """Return the estimated tokens of a prompt of a size in bytes."""
+        sizes, counts = self._sums.get(model, self.DEFAULT)
         return round(size / min(max(sizes / counts, 1), 8))
 
 
 class PromptCount:
-    """A with block around a request's time upstream, after which its prompt has a count, Ollama's or an estimate."""
+    """A with block around the request to Ollama; at its end, a prompt that Ollama did not count gets an estimate."""
 
     __slots__ = ("_ratio", "_context", "_body")
 
@@ -4401,29 +4378,23 @@ class PromptCount:
         return self
 
     def __exit__(self, kind, *_):
-        usage_reader, token, body = self._context.usage_reader, self._context.token, self._body
-        if self._context.route in REPORTS_NO_USAGE:
-            return
-        if kind is None and not token.tokens_per_day and isinstance(usage_reader, JsonUsageReader):
-            return  # whole, and no budget depends on it: it is read in the background
-        with contextlib.suppress(Refusal):      # a disk that fails to give the body back
-            if usage_reader and usage_reader.reported:
-                if usage_reader.reported.prompt and token.tokens_per_day and body.size <= LEARNING_BYTES:
-                    self._learn(body.inspect(prompt_text_bytes), usage_reader.reported.prompt)
-            elif usage_reader or kind and issubclass(kind, ClientLeft):      # else Ollama did not take the request
-                self._context.estimate = self._ratio.tokens(self._model, body.inspect(prompt_text_bytes))
-
-    @property
-    def _model(self):
-        return normalize_model(self._context.model)
-
-    def _learn(self, size, tokens):
-        if size * 2 > self._body.size:      # images are tokens without text
-            self._ratio.learn(self._model, size, tokens)
+        context, body = self._context, self._body
+        reader, budget = context.usage_reader, context.token.tokens_per_day
+        if context.route in REPORTS_NO_USAGE or kind is None and not budget and isinstance(reader, JsonUsageReader):
+            return      # the usage in a whole answer is read in the background if no budget depends on it
+        usage = reader and reader.reported
+        with contextlib.suppress(Refusal):      # the body's file may be unreadable
+            if usage and usage.prompt and budget and body.size <= LEARNING_BYTES:
+                size = body.inspect(prompt_text_bytes)
+                if size * 2 > body.size:        # images are tokens without text
+                    self._ratio.learn(normalize_model(context.model), size, usage.prompt)
+            elif not usage and (reader or kind and issubclass(kind, ClientLeft)):   # Ollama may have read the prompt
+                size = body.inspect(prompt_text_bytes)
+                context.estimate = self._ratio.tokens(normalize_model(context.model), size)
 
 
 def filter_models(response, key, globs):
-    """Read a list of models and return it as bytes, those alone that a token's globs name; raise Refusal."""
+    """Return a list of models, as the bytes of its JSON, with only those that a token's globs allow; raise Refusal."""
     data = bytearray()
     while not response.complete:
         data += response.read()
@@ -4440,11 +4411,11 @@ def filter_models(response, key, globs):
         raise Refusal("upstream_failed", "Ollama's list of models cannot be read") from None
 
 
-def relay(response, client, route, body_info, token, leave):
-    """Pass the answer on, each piece when it comes, but for the last one: return that.
+def relay(response, client, route, body_info, token, release_slot):
+    """Send a response to the client piece by piece, and return its last piece unsent.
 
-    While the client does not read, nothing is read for it. A client may ask again as soon as it has seen a stream's
-    last line, and not wait for the body's end: before that line goes out, the request has to `leave` its place.
+    Nothing is read while the client does not read. A client may send its next request after a stream's last line,
+    without waiting for the end of the body: release_slot is called before that line is sent.
     """
     context, lines = client.context, response.head.lines
     if response.status == 503 and not response.field("retry-after"):  # Ollama's queue is full
@@ -4464,13 +4435,13 @@ def relay(response, client, route, body_info, token, leave):
         try:
             piece = response.read()
         except Refusal:
-            if usage_reader and usage_reader.held:
-                client.write(usage_reader.held)
+            if usage_reader and usage_reader.pending:
+                client.write(usage_reader.pending)
             raise
         if usage_reader:
             piece = usage_reader.feed(piece, response.complete)
             if usage_reader.ended:
-                leave()
+                release_slot()
         if response.complete:
             return piece
         client.write(piece)

@@ -4935,7 +4935,7 @@ class Tapping(unittest.TestCase):
     def test_what_is_held_of_a_broken_stream_is_as_if_nothing_had_been_asked(self):
         tap = self.tap("/v1/completions", SSE, True)
         self.assertEqual(tap.feed(b'data: {"x":1}\n\ndata: {"id":"1","usage":{"pro', False), b'data: {"x":1}\n\n')
-        self.assertEqual(tap.held, b'data: {"id":"1"')
+        self.assertEqual(tap.pending, b'data: {"id":"1"')
 
     def test_an_answer_that_is_not_streamed_is_read_whatever_its_size(self):
         tap = self.tap("/api/embed", JSON, False)
@@ -4982,7 +4982,7 @@ class Tapping(unittest.TestCase):
             event = b'data: {"choices":[{"delta":{"content":"x"}}],"usage":null}' + ending
             for _ in range(2):
                 self.assertEqual(tap.feed(event, False), event.replace(b',"usage":null', b""))
-            self.assertEqual((tap.held, tap.usage[::2]), (b"", (0, 2)))
+            self.assertEqual((tap.pending, tap.usage[::2]), (b"", (0, 2)))
 
     def test_an_early_end_of_each_stream_is_seen(self):
         for path, kind, body, ours, _ in RECORDED + SPELLED[:1] + SPELLED[3:4]:
@@ -4999,10 +4999,10 @@ class Tapping(unittest.TestCase):
         for answer, reported in (({"done": True, "done_reason": "load"}, True), ({"model": "x", "embeddings": []}, True),
                                  ({"total_duration": 5}, True), ({"error": "x"}, False), ({"done": False, "eval_count": 3}, False),
                                  ({"usage": {}}, False), ({}, False)):
-            self.assertEqual(gateway.reported_usage(answer), gateway.Usage() if reported else None, answer)
+            self.assertEqual(gateway.parse_usage(answer), gateway.Usage() if reported else None, answer)
 
     def test_cached_tokens_are_never_more_than_the_prompt(self):
-        self.assertEqual(gateway.reported_usage({"done": True, "prompt_eval_count": 5, "prompt_eval_cached_count": 9}), (5, 5, 0, 0))
+        self.assertEqual(gateway.parse_usage({"done": True, "prompt_eval_count": 5, "prompt_eval_cached_count": 9}), (5, 5, 0, 0))
 
     def test_odd_numbers_are_none(self):
         for value in (b"-5", b"1e9", b'"7"', b"null", b"[1]"):
@@ -5215,9 +5215,10 @@ class Accounting(GatewayCase):
         for images in (), ["iVBO" * 9000]:
             for _ in range(30):
                 self.ask("POST", "/api/chat", {**CHAT, "prompt": "word " * 800 if not images else "", "images": images}, token=token)
+        eventually(lambda: len(self.lines) == 60, "the log lines")
         self.lines.clear()
         self.fake.replies["/api/chat"] = Reply.json(200, {})
-        self.ask("POST", "/api/chat", {**CHAT, "model": "TINY:latest", "prompt": "word " * 800})
+        self.ask("POST", "/api/chat", {**CHAT, "model": "TINY:latest", "prompt": "word " * 800}, token=token)
         estimate = int(self.logged()["prompt"])     # half as many tokens as bytes, by now, and images say nothing of texts
         self.assertTrue(1900 < estimate < 2100, estimate)
 
