@@ -1258,7 +1258,7 @@ def fold_keys(pairs):
     return members
 
 
-# int() takes quadratic time where Python does not limit its digits; a call of another function takes longer otherwise
+# int() without a limit on digits takes quadratic time: older Pythons get float(), slower for short numbers
 DECODER = json.JSONDecoder(object_pairs_hook=tuple, parse_constant=lambda _: TOO_LONG,
                            parse_int=None if hasattr(sys, "set_int_max_str_digits") else float)
 
@@ -1404,13 +1404,13 @@ def inspect_json(data, usage_on_request=False):
 
 FORM = re.compile(r'multipart/form-data(?: *; *charset=[\w-]+)? *; *boundary=(?:"([^"\\]{1,70})"|([^\s";]{1,70}))'
                   r'(?: *; *charset=[\w-]+)? *', re.IGNORECASE)
-TOKEN = rb"[\w!#$%&+.^`|~-]+"
-FILE_NAME = (rb'(?:; *filename=(?:"(?:[^"\\\r\n]|\\[^\r\n])*"|%b))?' rb'(?:; *filename\*=[^\s";]*)?' % TOKEN)
+UNQUOTED = rb"[\w!#$%&+.^`|~-]+"
+FILE_NAME = rb'(?:; *filename=(?:"(?:[^"\\\r\n]|\\[^\r\n])*"|%b))?(?:; *filename\*=[^\s";]*)?' % UNQUOTED
 PART_FIELD = (rb"(?:(?:content-(?:type|length|id)|mime-version):[^\r\n]*"
               rb"|content-transfer-encoding: *(?:7bit|8bit|binary) *)")
 PART_HEAD = re.compile(
     rb'(?:%b\r\n)*content-disposition: *form-data(%b); *name=(?:"([^"\\\r\n]*)"|(%b))(%b)(?:\r\n%b)*'
-    % (PART_FIELD, FILE_NAME, TOKEN, FILE_NAME, PART_FIELD), re.IGNORECASE)
+    % (PART_FIELD, FILE_NAME, UNQUOTED, FILE_NAME, PART_FIELD), re.IGNORECASE)
 
 
 def form_parts(content_type, data):
@@ -1554,25 +1554,22 @@ class BufferedBody(contextlib.AbstractContextManager):
 
     def append(self, piece):
         """Add a piece; raise Refusal if there is no room for it."""
-        if self._file is None and self.size + len(piece) <= SPOOL_BYTES and self._storage.take("memory", len(piece)):
+        self.size += len(piece)
+        if self._file is None and self.size <= SPOOL_BYTES and self._storage.take("memory", len(piece)):
             self._memory += len(piece)
             self._data += piece
-        else:
-            with disk_errors():
-                self._write(piece)
-        self.size += len(piece)
-
-    def _write(self, piece):
-        if self._file is None:
-            import tempfile  # few requests need it, and every start would wait for it
-            self._file = tempfile.TemporaryFile()
-            piece, self._data = self._data + piece, b""
-            self._storage.take("memory", -self._memory)
-            self._memory = 0
-        if not self._storage.take("disk", len(piece)):
-            raise Refusal("no_room", "request bodies already take the disk space of --max-spool: try again later")
-        self._disk += len(piece)
-        self._file.write(piece)
+            return
+        with disk_errors():
+            if self._file is None:
+                import tempfile  # few requests need it, and every start would wait for it
+                self._file = tempfile.TemporaryFile()
+                piece, self._data = self._data + piece, b""
+                self._storage.take("memory", -self._memory)
+                self._memory = 0
+            if not self._storage.take("disk", len(piece)):
+                raise Refusal("no_room", "request bodies already take the disk space of --max-spool: try again later")
+            self._disk += len(piece)
+            self._file.write(piece)
 
     @property
     def framing(self):
@@ -4166,10 +4163,8 @@ def parse_usage(answer):
     answer = response if isinstance(response, dict) else answer
     usage = answer.get("usage")
     counts = usage if isinstance(usage, dict) else answer
-    for names in TOKEN_COUNTS:
-        if names[0] in counts or names[1] in counts:
-            break
-    else:
+    names = next((names for names in TOKEN_COUNTS if names[0] in counts or names[1] in counts), None)
+    if names is None:
         empty = answer.get("done") is True or "total_duration" in answer or answer.get("embeddings") == []
         return Usage() if empty else None
     prompt, completion = whole_tokens(counts.get(names[0])), whole_tokens(counts.get(names[1]))
@@ -4188,10 +4183,9 @@ def read_usage(data, whole=True):
 
     whole: data has no gap.
     """
-    usual = USUAL_END.search(data, max(len(data) - ENDING_BYTES, 0))
+    usual = USUAL_END.search(data, len(data) - ENDING_BYTES)
     if usual:
-        prompt, *completion = map(int, filter(None, usual.groups()))
-        return Usage(prompt, None, sum(completion))
+        return Usage(int(usual[1] or usual[3]), None, int(usual[2] or usual[4] or 0))
     if not whole or len(data) > WHOLE_BYTES:    # only texts follow these keys, and the quotes in texts are escaped
         counts = COUNT.findall(data, max(data.rfind(b'"total_duration"'), data.rfind(b'"usage"'), 0))
         return parse_usage({key.decode(): int(number) for key, number in counts})
@@ -4207,7 +4201,6 @@ class UsageReader:
 
     reported = None     # the Usage that Ollama reports
     ended = False       # the last line of a stream was read
-    alters = False      # the client gets other bytes than Ollama sent
     pending = b""       # bytes for the client if the answer breaks off here
 
     @property
@@ -4264,16 +4257,13 @@ class StreamUsageReader(UsageReader):
         data = self._line + piece if self._line else piece
         end = len(data) if last else data.rfind(b"\n") + 1 or data.rfind(b"\r") + 1
         self._line = data[end:] if len(data) - end <= LINE_LIMIT else b""
-        if end:
-            self._read_lines(data[:end])
-        if last and self.reported is None:      # the keys may be written with escapes
-            for line in b"".join(self._recent).splitlines():
-                self._read_line(line)
+        self._read_lines(data[:end], last)
         return piece
 
-    def _read_lines(self, lines):
+    def _read_lines(self, lines, last):
         self._pieces += lines.count(self._piece_marker)
-        self._recent.append(lines)
+        if lines:
+            self._recent.append(lines)
         if self._marker in lines:
             for line in lines.splitlines():
                 if self._marker in line and b'"choices":[{' not in line:   # there /v1/completions has zeros
@@ -4281,6 +4271,8 @@ class StreamUsageReader(UsageReader):
         for start in self._last_lines:
             if lines.startswith(start) or b"\n" + start in lines:
                 self.ended = True
+        for line in b"".join(self._recent).splitlines() if last and self.reported is None else ():
+            self._read_line(line)       # its keys may be written with escapes
 
     def _read_line(self, line):
         usage = read_usage(line[max(line.find(b"{"), 0):])
@@ -4291,7 +4283,6 @@ class StreamUsageReader(UsageReader):
 class UsageStripper(StreamUsageReader):
     """Removes the usage from a stream of events that reports it only because the gateway requested it."""
 
-    alters = True
     _event = b""        # an event that has not ended yet
     EVENT_END = re.compile(rb"(\n\r?\n|\r\r)")
     USAGE = re.compile(rb',\s*"usage"\s*:\s*(?:null|\{(?:[^{}]|\{[^{}]*\})*\})(?=\s*\}\s*\Z)')
@@ -4301,8 +4292,8 @@ class UsageStripper(StreamUsageReader):
         data = self._event + piece
         end = max(data.rfind(b"\n\n") + 2, data.rfind(b"\n\r\n") + 3, data.rfind(b"\r\r") + 2)
         end = len(data) if last or len(data) > LINE_LIMIT else end if end > 2 else 0    # 2: not found
-        self._event = data[end:]
-        events = super().feed(data[:end], last)
+        events, self._event = data[:end], data[end:]
+        self._read_lines(events, last)
         if b'"usage"' not in events:
             return events
         parts = self.EVENT_END.split(events)    # alternately events and their ends
@@ -4333,10 +4324,10 @@ def usage_reader_for(response, route, body_info):
     kind = response.head.kind
     if route.category != "inference" or not 200 <= response.status < 300:
         return None
-    if route.path in REPORTS_NO_USAGE or kind not in STREAM_MARKERS and kind != "application/json":
-        return UsageReader()
-    if kind == "application/json":
+    if kind == "application/json" and route.path not in REPORTS_NO_USAGE:
         return JsonUsageReader()
+    if kind not in STREAM_MARKERS or route.path in REPORTS_NO_USAGE:
+        return UsageReader()
     markers = STREAM_MARKERS.get(route.path, STREAM_MARKERS[kind])
     return UsageStripper(markers) if body_info.insert_at and kind == "text/event-stream" else StreamUsageReader(markers)
 
@@ -4366,16 +4357,11 @@ class TokenRatio:
         return round(size / min(max(sizes / counts, 1), 8))
 
 
-class PromptCount:
+class PromptCount(contextlib.AbstractContextManager):
     """A with block around the request to Ollama; at its end, a prompt that Ollama did not count gets an estimate."""
-
-    __slots__ = ("_ratio", "_context", "_body")
 
     def __init__(self, ratio, context, body):
         self._ratio, self._context, self._body = ratio, context, body
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, kind, *_):
         context, body = self._context, self._body
@@ -4428,7 +4414,7 @@ def relay(response, client, route, body_info, token, release_slot):
         context.model_label = normalize_model(body_info.model)
     usage_reader = context.usage_reader = usage_reader_for(response, route, body_info)
     client.start(response.status, response.head.phrase, lines, response.field("content-type"),
-                 None if usage_reader and usage_reader.alters else response.length)
+                 None if isinstance(usage_reader, UsageStripper) else response.length)
     while True:
         if response.waiting:
             client.flush()
