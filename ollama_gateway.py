@@ -1547,7 +1547,7 @@ class BufferedBody(contextlib.AbstractContextManager):
 
     replayable = True
     _file = None
-    _memory = _disk = 0     # reserved bytes of the storage
+    _reserved = 0       # bytes of the storage: disk space if there is a file, else memory
 
     def __init__(self, data=b"", declared=True, storage=None):
         self.size, self._data, self._declared, self._storage = len(data), data, declared, storage
@@ -1556,7 +1556,7 @@ class BufferedBody(contextlib.AbstractContextManager):
         """Add a piece; raise Refusal if there is no room for it."""
         self.size += len(piece)
         if self._file is None and self.size <= SPOOL_BYTES and self._storage.take("memory", len(piece)):
-            self._memory += len(piece)
+            self._reserved += len(piece)
             self._data += piece
             return
         with disk_errors():
@@ -1564,11 +1564,11 @@ class BufferedBody(contextlib.AbstractContextManager):
                 import tempfile  # few requests need it, and every start would wait for it
                 self._file = tempfile.TemporaryFile()
                 piece, self._data = self._data + piece, b""
-                self._storage.take("memory", -self._memory)
-                self._memory = 0
+                self._storage.take("memory", -self._reserved)
+                self._reserved = 0
             if not self._storage.take("disk", len(piece)):
                 raise Refusal("no_room", "request bodies already take the disk space of --max-spool: try again later")
-            self._disk += len(piece)
+            self._reserved += len(piece)
             self._file.write(piece)
 
     @property
@@ -1614,8 +1614,7 @@ class BufferedBody(contextlib.AbstractContextManager):
             with contextlib.suppress(OSError):  # unwritten data is not needed any more
                 self._file.close()
         if self._storage is not None:
-            self._storage.take("memory", -self._memory)
-            self._storage.take("disk", -self._disk)
+            self._storage.take("disk" if self._file else "memory", -self._reserved)
 
 
 NO_BODY = BufferedBody(declared=False)

@@ -4932,7 +4932,7 @@ class Tapping(unittest.TestCase):
         tap.feed(call % b'"done":true,"prompt_eval_count":3,"eval_count":4', True)
         self.assertEqual(tap.usage[::2], (3, 4))
 
-    def test_what_is_held_of_a_broken_stream_is_as_if_nothing_had_been_asked(self):
+    def test_pending_bytes_of_a_broken_stream_are_without_the_requested_usage(self):
         tap = self.tap("/v1/completions", SSE, True)
         self.assertEqual(tap.feed(b'data: {"x":1}\n\ndata: {"id":"1","usage":{"pro', False), b'data: {"x":1}\n\n')
         self.assertEqual(tap.pending, b'data: {"id":"1"')
