@@ -1180,12 +1180,8 @@ def response_decoder(head, method):
 # == Request body =============================================================
 
 
-class Unreadable(Exception):
+class Unreadable(Malformed):
     """A body in which the gateway cannot determine what Ollama will read; `code` is one of REFUSALS."""
-
-    def __init__(self, message, code="malformed"):
-        super().__init__(message)
-        self.code = code
 
 
 TOO_LONG = object()     # replaces a value of more than VALUE_BYTES
@@ -1202,161 +1198,116 @@ def fold_keys(pairs):
     return members
 
 
-def bounded_int(digits):
-    """Return the number, or TOO_LONG if it has more than 1,000 digits: int() takes quadratic time."""
-    return int(digits) if len(digits) <= 1000 else TOO_LONG
-
-
-# newer Pythons have a limit of their own for int(); a call for each number takes twice the time of the decoder
+# int() without a limit on digits takes quadratic time: older Pythons get float(), slower for short numbers
 DECODER = json.JSONDecoder(object_pairs_hook=tuple, parse_constant=lambda _: TOO_LONG,
-                           parse_int=None if hasattr(sys, "set_int_max_str_digits") else bounded_int)
+                           parse_int=None if hasattr(sys, "set_int_max_str_digits") else float)
 
 
-class TopLevelScanner:
-    """Reads the top-level members of a large JSON object without building the object.
+def masked_windows(data, at=0, size=WINDOW_BYTES):
+    """Yield (position, window) pairs of JSON, with masked escapes, from a position outside an escape.
 
-    Long strings and nested values are skipped in windows of at most WINDOW_BYTES by methods of bytes; between windows
-    other threads run. Nested values are not validated: Ollama refuses a body that has a malformed one.
+    The windows start with a size and grow to WINDOW_BYTES: a method of bytes blocks all threads until it returns.
     """
+    while at < len(data):
+        window = data[at:at + size].replace(b"\\\\", b"--").replace(b'\\"', b"--")
+        if window.endswith(b"\\"):  # the next window has the rest of the escape
+            window = window[:-1]
+        if not window:
+            return
+        yield at, window
+        at += len(window)
+        if size == WINDOW_BYTES and at > DECODED_BYTES:
+            time.sleep(1e-6)    # releases the interpreter's lock: a waiting thread would have to wait 5 ms for it
+        size = min(4 * size, WINDOW_BYTES)
 
-    MARK = re.compile(rb'["{}\[\]]')
-    BRACKET = re.compile(rb"[{}\[\]]")
-    STEPS = bytes(1 if mark in b"{[" else 255 for mark in range(256))   # as signed bytes: 1 opens, -1 closes
-    NO_BRACKETS = bytes(set(range(256)) - set(b"{}[]"))
 
-    def __init__(self, data):
-        self._data, self._parts = data, 0
+MARK, BRACKET = re.compile(rb'["{}\[\]]'), re.compile(rb"[{}\[\]]")
+STEPS = bytes(1 if mark in b"{[" else 255 for mark in range(256))   # of depth, as signed bytes: 1 opens, -1 closes
+NO_BRACKETS = bytes(set(range(256)) - set(b"{}[]"))
 
-    def read(self):
-        """Return the members as (key, value) pairs, and the object's size in bytes; raise Unreadable.
 
-        A nested object is a tuple of pairs too; a value of more than VALUE_BYTES is TOO_LONG.
-        """
-        kept, at = bytearray(), 0
-        while True:
-            mark = self.MARK.search(self._data, at, at + WINDOW_BYTES)
-            if mark is None:
-                raise Unreadable("it is not a JSON object")
-            kept += self._data[at:mark.start()].translate(None, b" \t\r\n")
-            start, at = mark.span()
-            if mark[0] == b"}":
-                return self._decode(kept + b"}"), at
-            if mark[0] == b'"':
-                at = self._string_end(at)
-            elif kept:
-                at = self._nested_end(start)
-            kept += self._data[start:at] if at - start <= VALUE_BYTES else b"NaN"
-            if len(kept) > TOP_LEVEL_BYTES:
-                raise Unreadable(f"its keys and short values take more than {TOP_LEVEL_BYTES} bytes", "body_too_large")
+def nested_end(data, at, parts):
+    """Return the position after the object or array at a position; add its strings and brackets to a number of parts.
 
-    @staticmethod
-    def _decode(kept):
-        try:
-            pairs = DECODER.decode(kept.decode())
-        except (ValueError, RecursionError):
-            raise Unreadable("it is not a JSON object") from None
-        if not isinstance(pairs, tuple):
-            raise Unreadable("it is not a JSON object")
-        return pairs
-
-    def _windows(self, at):
-        """Yield the data from a position outside an escape on, as (position, window) pairs; escapes are masked."""
-        size = VALUE_BYTES // 8     # most values are short
-        while at < len(self._data):
-            window = self._data[at:at + size].replace(b"\\\\", b"--").replace(b'\\"', b"--")
-            window = window[:-1] if window.endswith(b"\\") else window   # the rest of that escape is in the next one
-            if not window:
-                break
-            yield at, window
-            at += len(window)
-            if size == WINDOW_BYTES:
-                time.sleep(1e-6)    # releases the interpreter's lock: a waiting thread would have to wait 5 ms for it
-            size = min(4 * size, WINDOW_BYTES)
-        raise Unreadable("it is not a JSON object")
-
-    def _string_end(self, at):
-        """Return the position after a string of which the first character is at a position."""
-        for start, window in self._windows(at):
-            end = window.find(b'"')
-            if end >= 0:
-                self._count(1)
-                return start + end + 1
-
-    def _nested_end(self, at):
-        """Return the position after the object or array that starts at a position."""
-        depth, quoted = 0, 0
-        for start, window in self._windows(at):
-            parts = window.split(b'"')  # strings and what is between them, alternately
-            steps = b"".join(parts[quoted::2]).translate(self.STEPS, self.NO_BRACKETS)
-            self._count(len(parts) // 2 + len(steps))
-            closing = steps.count(255)
-            if depth <= closing and depth + min(itertools.accumulate(memoryview(steps).cast("b")), default=0) <= 0:
-                return start + self._closing_bracket(parts, quoted, depth)
-            depth += len(steps) - 2 * closing
-            quoted ^= len(parts) % 2 == 0
-
-    def _closing_bracket(self, parts, quoted, depth):
-        """Return the position in a window's parts after the bracket that ends the value."""
-        offset = 0
-        for number, part in enumerate(parts):
-            for bracket in self.BRACKET.finditer(part) if number % 2 == quoted else ():
+    Raises ValueError if it does not end, and Unreadable at more than JSON_PARTS.
+    """
+    depth, quoted = 0, 0
+    for start, window in masked_windows(data, at, VALUE_BYTES // 8):
+        texts = window.split(b'"')  # alternately outside and inside a string
+        steps = b"".join(texts[quoted::2]).translate(STEPS, NO_BRACKETS)
+        parts += len(texts) // 2 + len(steps)
+        if parts > JSON_PARTS:
+            raise Unreadable(f"it has more than {JSON_PARTS} strings and brackets", "body_too_large")
+        closing = steps.count(255)
+        if depth <= closing and depth + min(itertools.accumulate(memoryview(steps).cast("b")), default=0) <= 0:
+            texts[1 - quoted::2] = [b"-" * len(text) for text in texts[1 - quoted::2]]
+            for bracket in BRACKET.finditer(b'"'.join(texts)):
                 depth += 1 if bracket[0] in b"{[" else -1
                 if depth <= 0:
-                    return offset + bracket.end()
-            offset += len(part) + 1
+                    return start + bracket.end(), parts
+        depth += len(steps) - 2 * closing
+        quoted ^= len(texts) % 2 == 0
+    raise ValueError
 
-    def _count(self, parts):
-        self._parts += parts
-        if self._parts > JSON_PARTS:
-            raise Unreadable(f"it has more than {JSON_PARTS} strings and brackets", "body_too_large")
+
+def reduce_object(data):
+    """Return the JSON object at the start of data with NaN for each value of more than VALUE_BYTES, and its size.
+
+    Long strings and nested values are skipped in windows and not validated: Ollama refuses malformed ones. Raises
+    ValueError or StopIteration if the object does not end, and Unreadable if its top level is too large.
+    """
+    kept, at, parts = bytearray(), 0, 0
+    while True:
+        mark = MARK.search(data, at, at + WINDOW_BYTES)
+        if mark is None:
+            raise ValueError
+        kept += data[at:mark.start()].translate(None, b" \t\r\n")
+        start, at = mark.span()
+        if mark[0] == b"}":
+            return (kept + b"}").decode(), at
+        if mark[0] == b'"':     # most strings are short
+            at = next(start + window.find(b'"') + 1 for start, window in masked_windows(data, at, VALUE_BYTES // 8)
+                      if b'"' in window)
+        elif kept:
+            at, parts = nested_end(data, start, parts)
+        kept += data[start:at] if at - start <= VALUE_BYTES else b"NaN"
+        if len(kept) > TOP_LEVEL_BYTES:
+            raise Unreadable(f"its keys and short values take more than {TOP_LEVEL_BYTES} bytes", "body_too_large")
 
 
 def read_object(data):
-    """Return the members of the JSON object at the start of data, and its size, as TopLevelScanner does."""
-    if len(data) > DECODED_BYTES:
-        return TopLevelScanner(data).read()
+    """Return the (key, value) pairs of the JSON object at the start of data, and its size; raise Unreadable.
+
+    A nested object is a tuple of pairs too; in a large object, a value of more than VALUE_BYTES is TOO_LONG.
+    """
     try:
-        text = data[:].decode()
-        pairs, end = DECODER.raw_decode(text, len(text) - len(text.lstrip(" \t\r\n")))
-    except (ValueError, RecursionError):
+        if len(data) > DECODED_BYTES:
+            windows = (data[at:at + WINDOW_BYTES] for at in range(0, len(data), WINDOW_BYTES))
+            deque(codecs.iterdecode(windows, "utf-8"), maxlen=0)    # raises UnicodeDecodeError
+            reduced, size = reduce_object(data)
+            pairs = DECODER.decode(reduced)
+        else:
+            text = data[:].decode()
+            pairs, end = DECODER.raw_decode(text, len(text) - len(text.lstrip(" \t\r\n")))
+            size = end if text.isascii() else len(text[:end].encode())
+    except UnicodeDecodeError:
+        raise Unreadable("it is not UTF-8") from None
+    except (ValueError, RecursionError, StopIteration):
         raise Unreadable("it is not a JSON object") from None
     if not isinstance(pairs, tuple):
         raise Unreadable("it is not a JSON object")
-    return pairs, end if text.isascii() else len(text[:end].encode())
+    return pairs, size
 
 
 class BodyInfo(NamedTuple):
-    """What a request asks for, as Ollama will read it."""
+    """What a request's body says, as Ollama will read it."""
 
     model: str = ""
-    insert_at: int = 0   # where in the body include_usage has to go in, if the gateway is to learn what it cost
-
-
-def requests_usage(members):
-    """Tell whether a body's stream_options ask for the usage; equal keys are merged, as encoding/json does."""
-    asks = False
-    for options in members.get("stream_options", ()):
-        if options is TOO_LONG:
-            raise Unreadable('its "stream_options" are too long')
-        for value in fold_keys(options).get("include_usage", ()) if isinstance(options, tuple) else [False]:
-            asks = asks if value is None else value is True
-    return asks
-
-
-def check_utf8(data):
-    """Raise Unreadable for a large body that is not UTF-8; a smaller one is decoded anyway."""
-    if len(data) <= DECODED_BYTES:
-        return
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        for at in range(0, len(data), WINDOW_BYTES):
-            decoder.decode(data[at:at + WINDOW_BYTES], final=at + WINDOW_BYTES >= len(data))
-    except UnicodeDecodeError:
-        raise Unreadable("it is not UTF-8") from None
+    insert_at: int = 0      # the position for INCLUDE_USAGE, without which the usage is not reported; 0: none
 
 
 def single_text(members, key):
-    """Return the text that is a key's one value, "" if it has none or another value; raise Unreadable."""
+    """Return the string that is a key's only value, "" for no value or another type; raise Unreadable."""
     values = members.get(key, ("",))
     if len(values) > 1:
         raise Unreadable(f'it has two keys "{key}"')
@@ -1365,78 +1316,79 @@ def single_text(members, key):
     return values[0] if isinstance(values[0], str) else ""
 
 
-def inspect_json(data, wants_usage=False):
-    """Read what a JSON body asks for: of its top-level keys "model", or else "name"; raise Unreadable.
+def requests_usage(members):
+    """Return whether stream_options request the usage; the values of equal keys are merged as encoding/json does."""
+    requested = False
+    for options in members.get("stream_options", ()):
+        if options is TOO_LONG:
+            raise Unreadable('its "stream_options" are too long')
+        for value in fold_keys(options).get("include_usage", ()) if isinstance(options, tuple) else [False]:
+            requested = requested if value is None else value is True
+    return requested
 
-    wants_usage: whether a stream tells its tokens only to whoever asks in `stream_options`.
+
+def inspect_json(data, usage_on_request=False):
+    """Return the BodyInfo of a JSON body: the model is the top-level key "model", or else "name"; raise Unreadable.
+
+    usage_on_request: a streamed response reports its usage only if `stream_options` request it.
     """
-    check_utf8(data)
     pairs, size = read_object(data)
     members = fold_keys(pairs)
     model, name = single_text(members, "model"), single_text(members, "name")
-    if not wants_usage or True not in members.get("stream", ()) or requests_usage(members):
+    if not usage_on_request or True not in members.get("stream", ()) or requests_usage(members):
         return BodyInfo(model or name)
-    if len(data) - size > TRAILING_BYTES:
-        raise Unreadable("much follows it")
+    if len(data) - size > TRAILING_BYTES:   # an insertion moves it
+        raise Unreadable("too many bytes follow the JSON object")
     return BodyInfo(model or name, size - 1)
 
 
 FORM = re.compile(r'multipart/form-data(?: *; *charset=[\w-]+)? *; *boundary=(?:"([^"\\]{1,70})"|([^\s";]{1,70}))'
                   r'(?: *; *charset=[\w-]+)? *', re.IGNORECASE)
-DISPOSITION = re.compile(
-    rb'content-disposition: *form-data((?:; *(?:name|filename)=(?:"(?:[^"\\]|\\.)*"|[\w!#$%&+.^`|~-]+)'
-    rb'|; *filename\*=[^\s";]*)+)', re.IGNORECASE)
-PARAMETER = re.compile(rb'; *([\w*]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s";]*))')
-PART_FIELD = re.compile(rb"(?:content-(?:type|length|id)|mime-version):[^\r\n]*"
-                        rb"|content-transfer-encoding: *(?:7bit|8bit|binary) *", re.IGNORECASE)
-
-
-def find_all(data, delimiter):
-    """Yield the positions of a delimiter, which is searched in windows: other threads run in between."""
-    at = 0
-    while at < len(data):
-        found = data.find(delimiter, at, at + WINDOW_BYTES)
-        if found >= 0:
-            yield found
-        at = found + len(delimiter) if found >= 0 else at + WINDOW_BYTES - len(delimiter) + 1
+UNQUOTED = rb"[\w!#$%&+.^`|~-]+"
+FILE_NAME = rb'(?:; *filename=(?:"(?:[^"\\\r\n]|\\[^\r\n])*"|%b))?(?:; *filename\*=[^\s";]*)?' % UNQUOTED
+PART_FIELD = (rb"(?:(?:content-(?:type|length|id)|mime-version):[^\r\n]*"
+              rb"|content-transfer-encoding: *(?:7bit|8bit|binary) *)")
+PART_HEAD = re.compile(
+    rb'(?:%b\r\n)*content-disposition: *form-data(%b); *name=(?:"([^"\\\r\n]*)"|(%b))(%b)(?:\r\n%b)*'
+    % (PART_FIELD, FILE_NAME, UNQUOTED, FILE_NAME, PART_FIELD), re.IGNORECASE)
 
 
 def form_parts(content_type, data):
-    """Yield where head and content of each of a form's parts are, as (start, end) pairs (RFC 7578, RFC 2046 5.1.1).
+    """Yield the head of each part of a form, and the start and end of its content (RFC 7578, RFC 2046 5.1.1).
 
-    Raises Unreadable for whatever two readers could take apart in two ways.
+    Raises Unreadable for a form that two readers could split in two ways. The data is searched in windows.
     """
     form = FORM.fullmatch(content_type)
     if not form:
         raise Unreadable("it is not multipart/form-data with a plain boundary")
     delimiter = b"--" + (form[1] or form[2]).encode("latin-1")
-    found = [(at, at + len(delimiter)) for at in itertools.islice(find_all(data, delimiter), FORM_PARTS + 2)]
+    found, at = [], 0       # the positions of the delimiters
+    while at < len(data) and len(found) < FORM_PARTS + 2:
+        position = data.find(delimiter, at, at + WINDOW_BYTES)
+        at = position + len(delimiter) if position >= 0 else at + WINDOW_BYTES - len(delimiter) + 1
+        if position >= 0:
+            found.append((position, at))
     if not found or data[:found[0][0]] not in (b"", b"\r\n") or len(found) > FORM_PARTS + 1 \
             or data[found[-1][1]:found[-1][1] + 5] not in (b"--", b"--\r\n"):
-        raise Unreadable("it is not a form, or has too many parts")
+        raise Unreadable(f"it is not a form, or has more than {FORM_PARTS} parts")
     for (_, start), (end, _) in zip(found, found[1:]):
-        head_end = data.find(b"\r\n\r\n", start, min(end, start + WINDOW_BYTES))
+        head_end = data.find(b"\r\n\r\n", start, min(end, start + VALUE_BYTES))
         if data[start:start + 2] != b"\r\n" or data[end - 2:end] != b"\r\n" or not start < head_end <= end - 4 - 2:
             raise Unreadable("a part of the form is malformed")
-        yield (start + 2, head_end), (head_end + 4, end - 2)
+        yield data[start + 2:head_end], head_end + 4, end - 2
 
 
 def inspect_form(data, content_type):
-    """Read the model that a form's field "model" names; raise Unreadable for a form that is not as clients write it."""
+    """Return the BodyInfo of a form with a field "model"; raise Unreadable for a form that no client writes."""
     models = []
-    for head, content in form_parts(content_type, data):
-        lines = data[slice(*head)].split(b"\r\n") if head[1] - head[0] <= VALUE_BYTES else [b""]
-        named = [match for match in map(DISPOSITION.fullmatch, lines) if match]
-        if len(named) != 1 or not all(PART_FIELD.fullmatch(line) for line in lines if line != named[0][0]):
-            raise Unreadable("a part of the form has other headers than clients send")
-        names = [(name.lower(), quoted or plain) for name, quoted, plain in PARAMETER.findall(named[0][1])]
-        parameters = dict(names)
-        if len(parameters) < len(names) or b"\\" in parameters.get(b"name", b"\\"):
-            raise Unreadable("a part of the form has no plain name")
-        if parameters[b"name"] == b"model":
-            if models or len(parameters) > 1 or content[1] - content[0] > VALUE_BYTES:
+    for head, start, end in form_parts(content_type, data):
+        match = PART_HEAD.fullmatch(head)
+        if not match:
+            raise Unreadable("a part of the form has no plain name, or other headers than clients send")
+        if b"model" in (match[2], match[3]):
+            if models or match[1] or match[4] or end - start > VALUE_BYTES:
                 raise Unreadable('it has more than one plain field "model"')
-            models.append(data[slice(*content)])
+            models.append(data[start:end])
     try:
         return BodyInfo(models[0].decode() if models else "")
     except UnicodeDecodeError:
@@ -1445,15 +1397,14 @@ def inspect_form(data, content_type):
 
 NAME_PART = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,79}", re.ASCII)
 HOST_PART = re.compile(r"[a-z0-9_][a-z0-9_.:-]{0,349}", re.ASCII)
-CLOUD_MODEL = re.compile(r"[:-]\s*cloud(?:\s*:\s*local)*\Z")  # internal/modelref
+CLOUD_MODEL = re.compile(r"[:-]\s*cloud(?:\s*:\s*local)*\s*\Z")     # Ollama's internal/modelref
 
 
 @functools.lru_cache(MODEL_CACHE_SIZE)
 def name_variants(model):
-    """Return the ways to write a model's name in full, the shortest first; none for what is no name.
+    """Return the full spellings of a model's name, the shortest first; () for an invalid name.
 
-    Case does not matter, and what is missing is the tag "latest", the namespace "library", and Ollama's own registry
-    (types/model/name.go).
+    Names ignore case. The defaults are Ollama's registry, "library" and "latest" (Ollama's types/model/name.go).
     """
     *before, name = model.strip().lower().split("/")
     name = name if ":" in name else name + ":latest"
@@ -1464,61 +1415,51 @@ def name_variants(model):
     if len(before) > 2 or not HOST_PART.fullmatch(host) \
             or not all(map(NAME_PART.fullmatch, (namespace, *name.split(":", 1)))):
         return ()
-    ways = (name, f"{namespace}/{name}", f"{host}/{namespace}/{name}")
-    return ways[2:] if host != "registry.ollama.ai" else ways[1:] if namespace != "library" else ways
+    variants = (name, f"{namespace}/{name}", f"{host}/{namespace}/{name}")
+    return variants[2:] if host != "registry.ollama.ai" else variants[1:] if namespace != "library" else variants
 
 
 def normalize_model(model):
-    """Return the shortest full way to write a model's name, "" for what is no name."""
+    """Return the shortest full spelling of a model's name, "" for an invalid name."""
     return (name_variants(model) or ("",))[0]
 
 
 def is_cloud_model(model):
-    """Tell whether a model's name makes Ollama run it on its owner's ollama.com account."""
+    """Return whether Ollama runs a model on its owner's ollama.com account, by the model's name."""
     model = model.lower()
-    return "cloud" in model and CLOUD_MODEL.search(model.strip()) is not None
+    return "cloud" in model and CLOUD_MODEL.search(model) is not None
 
 
 def model_allowed(model, globs):
-    """Tell whether one of a list's globs is the model's, in any spelling; on the account, "cloud" must be in it."""
-    ways = name_variants(model)
+    """Return whether a list of globs allows a model in any spelling; a cloud model only by a glob with "cloud"."""
+    variants = name_variants(model)
     for glob in globs.split(","):
         tagged = glob if glob.endswith("*") or ":" in glob.rpartition("/")[2] else glob + ":latest"
-        if any(fnmatch.fnmatchcase(way, tagged) for way in ways) and ("cloud" in glob or not is_cloud_model(model)):
+        if any(fnmatch.fnmatchcase(name, tagged) for name in variants) \
+                and ("cloud" in glob or not is_cloud_model(model)):
             return True
     return False
 
 
-BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\\"   # a backslash: some escape the slash
-
-
-def is_base64(string):
-    """Return whether a long string is base64 data such as an image; a prefix may name its type (RFC 2397)."""
-    return not string[256:].translate(None, BASE64)
+BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\\"   # a backslash may escape the slash
 
 
 def prompt_text_bytes(data):
-    """Return the number of bytes in all strings of a JSON body, data such as images left out.
-
-    The body is read in windows: a method of bytes holds the interpreter's lock until it returns.
-    """
-    total, at, within = 0, 0, False     # within a string
-    while at < len(data):
-        window = data[at:at + WINDOW_BYTES]
-        if (len(window) - len(window.rstrip(b"\\"))) % 2:
-            window = window[:-1] or window      # an escape is not cut in two
-        at += len(window)
-        parts = window.replace(b"\\\\", b"..").replace(b'\\"', b"..").split(b'"')
-        strings = parts[0 if within else 1::2]
-        within ^= len(parts) % 2 == 0
-        total += sum(map(len, strings)) - sum(
-            len(string) for string in strings if len(string) > KIB and is_base64(string))
+    """Return the number of bytes in all strings of a JSON body; long base64 strings, such as images, do not count."""
+    total, quoted = 0, 0
+    for _, window in masked_windows(data):
+        parts = window.split(b'"')
+        strings = parts[1 - quoted::2]
+        images = [string for string in strings if len(string) > KIB
+                  and not string[256:].translate(None, BASE64)]     # a prefix may name the type (RFC 2397)
+        total += sum(map(len, strings)) - sum(map(len, images))
+        quoted ^= len(parts) % 2 == 0
     return total
 
 
 @contextlib.contextmanager
 def disk_errors():
-    """Turn what goes wrong in keeping a body on disk into its refusal."""
+    """Convert an OSError of a body's file to a Refusal."""
     try:
         yield
     except OSError as error:
@@ -1528,92 +1469,75 @@ def disk_errors():
 
 
 class BodyStorage:
-    """Bounds the memory and the disk space that request bodies take together; safe to share between threads."""
+    """Bounds the memory and the disk space of all request bodies together; threads may share it."""
 
     def __init__(self, max_spool):
-        self._max_spool, self._lock = max_spool, threading.Lock()
-        self._memory = self._disk = 0
+        self._lock, self._left = threading.Lock(), {"memory": BODY_MEMORY, "disk": max_spool}
 
-    def take_memory(self, size):
-        """Reserve memory; return False if there is none left."""
+    def take(self, kind, size):
+        """Reserve bytes of "memory" or "disk", free a negative number; return False if not enough are left."""
         with self._lock:
-            fits = self._memory + size <= BODY_MEMORY
-            self._memory += size if fits else 0
+            fits = size <= self._left[kind]
+            self._left[kind] -= size if fits else 0
             return fits
 
-    def take_disk(self, size):
-        """Reserve disk space; raise Refusal if there is none left."""
-        with self._lock:
-            if self._disk + size > self._max_spool:
-                raise Refusal("no_room", f"request bodies take {self._disk} bytes of disk space already, of at most "
-                                         f"{self._max_spool} (--max-spool): try again later")
-            self._disk += size
 
-    def free(self, memory, disk):
-        with self._lock:
-            self._memory -= memory
-            self._disk -= disk
-
-
-class BufferedBody:
-    """A request's body, whole: in memory, or in a temporary file if it is large. It can be sent twice."""
+class BufferedBody(contextlib.AbstractContextManager):
+    """A whole request body, in memory or, if it is large, in a temporary file. It can be sent twice."""
 
     replayable = True
     _file = None
-    _memory = _disk = 0     # what it takes of the storage
+    _reserved = 0       # bytes of the storage: disk space if there is a file, else memory
 
     def __init__(self, data=b"", declared=True, storage=None):
         self.size, self._data, self._declared, self._storage = len(data), data, declared, storage
 
     def append(self, piece):
         """Add a piece; raise Refusal if there is no room for it."""
-        if self._file is None and self.size + len(piece) <= SPOOL_BYTES and self._storage.take_memory(len(piece)):
-            self._memory += len(piece)
-            self._data += piece
-        else:
-            with disk_errors():
-                self._write(piece)
         self.size += len(piece)
-
-    def _write(self, piece):
-        if self._file is None:
-            import tempfile  # few requests need it, and every start would wait for it
-            self._file = tempfile.TemporaryFile()
-            piece, self._data = self._data + piece, b""
-            self._storage.free(self._memory, 0)
-            self._memory = 0
-        self._storage.take_disk(len(piece))
-        self._disk += len(piece)
-        self._file.write(piece)
+        if self._file is None and self.size <= SPOOL_BYTES and self._storage.take("memory", len(piece)):
+            self._reserved += len(piece)
+            self._data += piece
+            return
+        with disk_errors():
+            if self._file is None:
+                import tempfile  # few requests need it, and every start would wait for it
+                self._file = tempfile.TemporaryFile()
+                piece, self._data = self._data + piece, b""
+                self._storage.take("memory", -self._reserved)
+                self._reserved = 0
+            if not self._storage.take("disk", len(piece)):
+                raise Refusal("no_room", "request bodies already take the disk space of --max-spool: try again later")
+            self._reserved += len(piece)
+            self._file.write(piece)
 
     @property
     def framing(self):
         return f"content-length: {self.size}\r\n" if self._declared else ""
 
     def pieces(self, _=None):
-        """Yield the bytes as they go on the wire; raise Refusal if they cannot be read."""
+        """Yield the bytes to send; raise Refusal if they cannot be read."""
         if self._file is None:
             yield self._data
             return
-        with disk_errors():
-            self._file.seek(0)
-        for _ in range(0, self.size, FILE_PIECE_BYTES):
+        for at in range(0, self.size, FILE_PIECE_BYTES):
             with disk_errors():
+                self._file.seek(at)
                 piece = self._file.read(FILE_PIECE_BYTES)
             yield piece
 
-    def look(self, find, *how):
-        """Return what `find(bytes, *how)` finds in the bytes; of a file only those in sight take memory."""
+    def inspect(self, function, *args):
+        """Return function(data, *args); the data of a file is mapped, not read into memory."""
         if self._file is None:
-            return find(self._data, *how)
+            return function(self._data, *args)
         with disk_errors():
             self._file.flush()
             view = mmap.mmap(self._file.fileno(), self.size, access=mmap.ACCESS_READ)
         with view:
-            return find(view, *how)
+            return function(view, *args)
 
     def insert(self, at, extra):
-        """Put bytes in between; what follows them must fit memory."""
+        """Insert bytes at a position; the bytes after it must fit in memory."""
         if self._file is None:
             self._data = self._data[:at] + extra + self._data[at:]
         else:
@@ -1625,22 +1549,19 @@ class BufferedBody:
                 self._file.flush()
         self.size += len(extra)
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
         if self._file is not None:
-            with contextlib.suppress(OSError):  # what it still has to write is not needed
+            with contextlib.suppress(OSError):  # unwritten data is not needed any more
                 self._file.close()
         if self._storage is not None:
-            self._storage.free(self._memory, self._disk)
+            self._storage.take("disk" if self._file else "memory", -self._reserved)
 
 
 NO_BODY = BufferedBody(declared=False)
 
 
-class StreamedBody:
-    """A request's body that is passed on as it comes, framed as it came, while `judge` does not raise Refusal."""
+class StreamedBody(contextlib.AbstractContextManager):
+    """A request body that is forwarded while it arrives, with the framing of the client; `judge` may raise Refusal."""
 
     replayable = False
 
@@ -1649,14 +1570,11 @@ class StreamedBody:
         self._chunked = isinstance(client.body, ChunkedBody)
         self.framing = "transfer-encoding: chunked\r\n" if self._chunked else f"content-length: {client.body.left}\r\n"
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
-        """There is nothing to put away."""
+        """Do nothing: the body holds no resources."""
 
     def pieces(self, upstream):
-        """Yield the bytes as they go on the wire; the upstream is watched while the client is silent."""
+        """Yield the bytes to send; a response of the upstream ends the wait for the client."""
         judged = time.monotonic()
         while not self._client.body.complete:
             piece = self._client.read_body(upstream)
@@ -3062,10 +2980,10 @@ def inspect_body(route, path, request, body, token):
         if not route.model_in or not body.size:
             return BodyInfo()
         if route.model_in == "json":
-            return body.look(inspect_json, route.path in USAGE_ON_REQUEST)
+            return body.inspect(inspect_json, route.path in USAGE_ON_REQUEST)
         if request.query:   # net/http looks there first for the fields of a form
             raise Unreadable("there is a query beside the form")
-        return body.look(inspect_form, request.fields.get("content-type", ""))
+        return body.inspect(inspect_form, request.fields.get("content-type", ""))
     except Unreadable as error:
         if token.admin:
             return BodyInfo()
@@ -3972,73 +3890,27 @@ class HealthProbe:
 
 # == Relay ====================================================================
 
-
-class UsageReader:
-    """Looks at an answer that passes by for the tokens it cost."""
-
-    reported = None     # the Usage that Ollama reports
-    ended = False       # the last line that matters was seen
-    alters = False      # the client gets other bytes than Ollama sent
-    held = b""          # what the client is still to get, should no more come
-
-    @property
-    def usage(self):
-        """Return the Usage so far."""
-        return self.reported or Usage(None, None, None)
-
-    def feed(self, piece, last):
-        """Take a piece and return what the client gets of it."""
-        return piece
-
-
 TOKEN_COUNTS = (("prompt_eval_count", "eval_count"), ("prompt_tokens", "completion_tokens"),
-                ("input_tokens", "output_tokens"))  # as Ollama, OpenAI and Anthropic call them
+                ("input_tokens", "output_tokens"))      # the names of Ollama, OpenAI and Anthropic
 COUNT = re.compile(rb'"(\w+_(?:count|tokens))"\s*:\s*(\d{1,10})(?![\d.eE])')
-
-
-# How /api/chat, generate and embed end today; read so, the counts cost 1 us instead of 10, a twentieth of the answer.
-USUAL_END = re.compile(rb'"total_duration":\d+,"load_duration":\d+,"prompt_eval_count":(\d{1,9})'
-                       rb'(?:,"prompt_eval_duration":\d+,"eval_count":(\d{1,9}),"eval_duration":\d+)?\}\s*\Z')
-
-
-def counts_at_end(data):
-    """Return the token counts that an answer, or a line of one, ends with; {} if it ends otherwise.
-
-    Ollama writes them last. No text has their keys, for its quotes are escaped; if they are those of a nested object,
-    more brackets follow.
-    """
-    at = max(data.rfind(b'"total_duration"', -ENDING_BYTES), data.rfind(b'"usage"', -ENDING_BYTES))
-    end = data[at:] if at >= 0 else b""
-    if b"[" in end or end.count(b"}") - end.count(b"{") != 1:
-        return {}
-    return {key.decode(): int(number) for key, number in COUNT.findall(end)}
-
-
-def decoded_answer(data, whole=True):
-    """Return the members of an answer, or of a line of one, or only the token counts; {} for neither.
-
-    whole: data has no gap.
-    """
-    members = counts_at_end(data)
-    if members or not whole or len(data) > WHOLE_BYTES:
-        return members or {key.decode(): int(number) for key, number in COUNT.findall(data)}
-    try:
-        members = json.loads(data.decode())     # twice as fast as of bytes
-    except (ValueError, RecursionError):
-        return {}
-    return members if isinstance(members, dict) else {}
+# The end of a usual answer, or of the last line of one: its counts are read in 1 us instead of 10, a tenth of the CPU
+# time of a small answer. The last bracket closes the answer, so that these counts are not those of a nested object.
+USUAL_END = re.compile(
+    rb'"(?:total_duration":\d+,"load_duration":\d+,"prompt_eval_count":([1-9]\d{0,8})'
+    rb'(?:,"prompt_eval_duration":\d+,"eval_count":(\d{1,9}),"eval_duration":\d+)?'
+    rb'|usage":\{"prompt_tokens":([1-9]\d{0,8})(?:,"completion_tokens":(\d{1,9}))?,"total_tokens":\d+\})\}\s*\Z')
 
 
 def whole_tokens(value):
-    """Return a reported number of tokens, within bounds; 0 for what is not one."""
+    """Return a reported number of tokens within bounds, 0 for another value."""
     return min(max(value, 0), MAX_TOKENS) if isinstance(value, int) else 0
 
 
-def reported_usage(answer):
-    """Return the Usage that a decoded answer reports, in any dialect; None if it has none, or is not the last line.
+def parse_usage(answer):
+    """Return the Usage in a decoded answer, or in a line of one, of any dialect; None if it reports none.
 
-    A missing count is 0. The prompt includes its cached tokens, as in Ollama's openai/openai.go and responses.go; of
-    Anthropic's input_tokens they are no part (UsageFromMetrics in anthropic/anthropic.go), so they are added.
+    A missing count is 0. The prompt includes its cached tokens as in Ollama's openai/openai.go and responses.go, but
+    Anthropic's input_tokens do not (UsageFromMetrics in anthropic/anthropic.go): they are added.
     """
     if answer.get("done") is False:
         return None
@@ -4046,10 +3918,8 @@ def reported_usage(answer):
     answer = response if isinstance(response, dict) else answer
     usage = answer.get("usage")
     counts = usage if isinstance(usage, dict) else answer
-    for names in TOKEN_COUNTS:
-        if names[0] in counts or names[1] in counts:
-            break
-    else:
+    names = next((names for names in TOKEN_COUNTS if names[0] in counts or names[1] in counts), None)
+    if names is None:
         empty = answer.get("done") is True or "total_duration" in answer or answer.get("embeddings") == []
         return Usage() if empty else None
     prompt, completion = whole_tokens(counts.get(names[0])), whole_tokens(counts.get(names[1]))
@@ -4063,8 +3933,43 @@ def reported_usage(answer):
     return Usage(prompt, None if cached is None else min(whole_tokens(cached), prompt), completion)
 
 
+def read_usage(data, whole=True):
+    """Return the Usage in the JSON of an answer, or of a line of one; None if it reports none.
+
+    whole: data has no gap.
+    """
+    usual = USUAL_END.search(data, len(data) - ENDING_BYTES)
+    if usual:
+        return Usage(int(usual[1] or usual[3]), None, int(usual[2] or usual[4] or 0))
+    if not whole or len(data) > WHOLE_BYTES:    # only texts follow these keys, and the quotes in texts are escaped
+        counts = COUNT.findall(data, max(data.rfind(b'"total_duration"'), data.rfind(b'"usage"'), 0))
+        return parse_usage({key.decode(): int(number) for key, number in counts})
+    try:
+        answer = json.loads(data.decode())     # twice as fast as of bytes
+    except (ValueError, RecursionError):
+        return None
+    return parse_usage(answer) if isinstance(answer, dict) else None
+
+
+class UsageReader:
+    """Reads the usage in an answer that is passed on; this one reads none."""
+
+    reported = None     # the Usage that Ollama reports
+    ended = False       # the last line of a stream was read
+    pending = b""       # bytes for the client if the answer breaks off here
+
+    @property
+    def usage(self):
+        """Return the Usage so far."""
+        return self.reported or Usage(None, None, None)
+
+    def feed(self, piece, last):
+        """Read a piece of the answer and return the bytes for the client."""
+        return piece
+
+
 class JsonUsageReader(UsageReader):
-    """Reads the tokens in an answer that is one JSON object; of a large one its beginning and its end are kept."""
+    """Reads the usage in an answer that is one JSON object; of a large one, its beginning and its end are kept."""
 
     def __init__(self):
         self._beginning = self._end = b""
@@ -4072,12 +3977,9 @@ class JsonUsageReader(UsageReader):
 
     @property
     def reported(self):
-        """Return the Usage; it is read when it is first needed, mostly in the background."""
+        """Return the Usage; it is read on the first access, mostly in the background."""
         if self._unread:
-            self._unread, data = False, self._beginning + self._end
-            usual = USUAL_END.search(data, max(len(data) - ENDING_BYTES, 0))
-            self._reported = Usage(int(usual[1]), None, int(usual[2] or 0)) if usual else reported_usage(
-                decoded_answer(data, not self._end))
+            self._unread, self._reported = False, read_usage(self._beginning + self._end, not self._end)
         return self._reported
 
     def feed(self, piece, last):
@@ -4090,17 +3992,16 @@ class JsonUsageReader(UsageReader):
 
 
 class StreamUsageReader(UsageReader):
-    """Reads the tokens in a stream of lines: where none reports them, the pieces that went by count.
+    """Reads the usage in a stream of lines; until a line reports it, each piece of text counts as a token.
 
-    marks: what a line has in it that may report them, what each piece has, and how the last line may begin, if that is
-    another one. White space may be anywhere. No text has the quoted ones, for its quotes are escaped.
+    markers: bytes in a line that may report the usage, bytes in each piece of text and, if another line is the last
+    one, its possible beginnings. No text contains the quoted bytes, because its quotes are escaped.
     """
 
     def __init__(self, markers):
-        self._marker, self._piece_marker, *self._final_lines = markers
-        self._line = b""        # one that has not ended yet
-        self._pieces = 0
-        self._recent = deque(maxlen=8)      # whole lines
+        self._marker, self._piece_marker, *self._last_lines = markers
+        self._line, self._pieces = b"", 0       # a line that has not ended yet; the number of pieces of text
+        self._recent = deque(maxlen=8)          # whole lines
 
     @property
     def usage(self):
@@ -4110,45 +4011,35 @@ class StreamUsageReader(UsageReader):
     def feed(self, piece, last):
         data = self._line + piece if self._line else piece
         end = len(data) if last else data.rfind(b"\n") + 1 or data.rfind(b"\r") + 1
-        self.scan(data[:end])
         self._line = data[end:] if len(data) - end <= LINE_LIMIT else b""
-        if last:
-            self.finish()
+        self._read_lines(data[:end], last)
         return piece
 
-    def scan(self, lines):
-        """Count the pieces in whole lines, and read the tokens in the line that reports them."""
+    def _read_lines(self, lines, last):
         self._pieces += lines.count(self._piece_marker)
         if lines:
             self._recent.append(lines)
         if self._marker in lines:
             for line in lines.splitlines():
                 if self._marker in line and b'"choices":[{' not in line:   # there /v1/completions has zeros
-                    self.read(line)
-        for start in self._final_lines:
+                    self._read_line(line)
+        for start in self._last_lines:
             if lines.startswith(start) or b"\n" + start in lines:
                 self.ended = True
+        for line in b"".join(self._recent).splitlines() if last and self.reported is None else ():
+            self._read_line(line)       # its keys may be written with escapes
 
-    def finish(self):
-        """Read the last lines again if the tokens have not been found: JSON may spell a key with escapes."""
-        for line in b"".join(self._recent).splitlines() if self.reported is None else ():
-            self.read(line)
-
-    def read(self, line):
-        """Read the tokens that a line reports."""
-        answer = decoded_answer(line[max(line.find(b"{"), 0):])
-        usage = reported_usage(answer)
+    def _read_line(self, line):
+        usage = read_usage(line[max(line.find(b"{"), 0):])
         if usage:
-            self.reported = usage
-            self.ended = self.ended or answer.get("done", b'"done":true' in line) is True
+            self.reported, self.ended = usage, self.ended or not self._last_lines
 
 
 class UsageStripper(StreamUsageReader):
-    """Takes the usage out again that a stream of events reports only because the gateway asked for it."""
+    """Removes the usage from a stream of events that reports it only because the gateway requested it."""
 
-    alters = True
-    _event = b""        # one that has not ended yet
-    END = re.compile(rb"(\n\r?\n|\r\r)")  # of an event
+    _event = b""        # an event that has not ended yet
+    EVENT_END = re.compile(rb"(\n\r?\n|\r\r)")
     USAGE = re.compile(rb',\s*"usage"\s*:\s*(?:null|\{(?:[^{}]|\{[^{}]*\})*\})(?=\s*\}\s*\Z)')
     NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 
@@ -4157,26 +4048,24 @@ class UsageStripper(StreamUsageReader):
         end = max(data.rfind(b"\n\n") + 2, data.rfind(b"\n\r\n") + 3, data.rfind(b"\r\r") + 2)
         end = len(data) if last or len(data) > LINE_LIMIT else end if end > 2 else 0    # 2: not found
         events, self._event = data[:end], data[end:]
-        self.scan(events)
-        if last:
-            self.finish()
+        self._read_lines(events, last)
         if b'"usage"' not in events:
             return events
-        parts = self.END.split(events)      # of each event: what it says, how it ends
+        parts = self.EVENT_END.split(events)    # alternately events and their ends
         return b"".join(map(self._without_usage, parts[::2], parts[1::2] + [b""]))
 
     @property
-    def held(self):
+    def pending(self):
         return re.split(rb',\s*"usage"', self._event)[0]
 
     def _without_usage(self, event, end):
         usage = self.USAGE.search(event)
-        if usage and self.NO_CHOICES.search(event):     # the extra event
+        if usage and self.NO_CHOICES.search(event):     # the additional event
             return b""
         return event[:usage.start()] + event[usage.end():] + end if usage else event + end
 
 
-STREAM_MARKERS = {    # by content type and path, where that matters
+STREAM_MARKERS = {    # by content type or path
     "application/x-ndjson": (b"true", b"false"),    # the values of "done"
     "text/event-stream": (b'"prompt_tokens"', b'"choices"', b"data: [DONE]"),
     "/v1/messages": (b'"input_tokens"', b'"content_block_delta"', b"event: message_stop"),
@@ -4186,78 +4075,67 @@ REPORTS_NO_USAGE = ("/api/embeddings", "/v1/audio/transcriptions")
 
 
 def usage_reader_for(response, route, body_info):
-    """Return what is to look at an answer; None if it can have cost nothing."""
+    """Return the UsageReader for a response; None if the request cannot have cost tokens."""
     kind = response.head.media_type
     if route.category != "inference" or not 200 <= response.status < 300:
         return None
-    if route.path in REPORTS_NO_USAGE or kind not in STREAM_MARKERS and kind != "application/json":
-        return UsageReader()
-    if kind == "application/json":
+    if kind == "application/json" and route.path not in REPORTS_NO_USAGE:
         return JsonUsageReader()
+    if kind not in STREAM_MARKERS or route.path in REPORTS_NO_USAGE:
+        return UsageReader()
     markers = STREAM_MARKERS.get(route.path, STREAM_MARKERS[kind])
     return UsageStripper(markers) if body_info.insert_at and kind == "text/event-stream" else StreamUsageReader(markers)
 
 
 class TokenRatio:
-    """Estimates tokens by the bytes of a text, by a ratio learnt for each model from what Ollama counts.
+    """Estimates the tokens of a text by its size, with a ratio for each model that is learnt from Ollama's counts.
 
-    A moving average: with each new prompt, earlier ones weigh a tenth less.
+    The ratio is a moving average: with each new prompt, the weight of earlier ones falls by a tenth.
     """
 
-    BEFORE = (400.0, 100.0)     # bytes and tokens; 4 bytes a token until a model's own are known
+    DEFAULT = (400.0, 100.0)    # bytes and tokens of unknown models: 4 bytes a token
 
     def __init__(self):
-        self._lock, self._sums = threading.Lock(), {}   # {model: (bytes, tokens)}, the one learnt longest ago first
+        self._lock, self._sums = threading.Lock(), {}   # {model: (bytes, tokens)}, the least recently learnt first
 
     def learn(self, model, size, tokens):
-        """Take the size and the count of a prompt."""
+        """Add a prompt's size in bytes and its tokens, counted by Ollama."""
         with self._lock:
-            sizes, counts = self._sums.pop(model, self.BEFORE)
+            sizes, counts = self._sums.pop(model, self.DEFAULT)
             self._sums[model] = sizes * 0.9 + size, counts * 0.9 + tokens
             if len(self._sums) > MODEL_CACHE_SIZE:
                 del self._sums[next(iter(self._sums))]
 
     def tokens(self, model, size):
-        """Return how many tokens a model's prompt of this size probably has."""
-        sizes, counts = self._sums.get(model, self.BEFORE)
+        """Return the estimated tokens of a prompt of a size in bytes."""
+        sizes, counts = self._sums.get(model, self.DEFAULT)
         return round(size / min(max(sizes / counts, 1), 8))
 
 
-class PromptCount:
-    """A with block around a request's time upstream, after which its prompt has a count, Ollama's or an estimate."""
-
-    __slots__ = ("_ratio", "_context", "_body")
+class PromptCount(contextlib.AbstractContextManager):
+    """A with block around the request to Ollama; at its end, a prompt that Ollama did not count gets an estimate."""
 
     def __init__(self, ratio, context, body):
         self._ratio, self._context, self._body = ratio, context, body
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, kind, *_):
-        usage_reader, token, body = self._context.usage_reader, self._context.token, self._body
-        if self._context.route in REPORTS_NO_USAGE:
-            return
-        if kind is None and not token.tokens_per_day and isinstance(usage_reader, JsonUsageReader):
-            return  # whole, and no budget depends on it: it is read in the background
-        with contextlib.suppress(Refusal):      # a disk that fails to give the body back
-            if usage_reader and usage_reader.reported:
-                if usage_reader.reported.prompt and token.tokens_per_day and body.size <= LEARNING_BYTES:
-                    self._learn(body.look(prompt_text_bytes), usage_reader.reported.prompt)
-            elif usage_reader or kind and issubclass(kind, ClientLeft):      # else Ollama did not take the request
-                self._context.estimate = self._ratio.tokens(self._model, body.look(prompt_text_bytes))
-
-    @property
-    def _model(self):
-        return normalize_model(self._context.model)
-
-    def _learn(self, size, tokens):
-        if size * 2 > self._body.size:      # images are tokens without text
-            self._ratio.learn(self._model, size, tokens)
+        context, body = self._context, self._body
+        reader, budget = context.usage_reader, context.token.tokens_per_day
+        if context.route in REPORTS_NO_USAGE or kind is None and not budget and isinstance(reader, JsonUsageReader):
+            return      # the usage in a whole answer is read in the background if no budget depends on it
+        usage = reader and reader.reported
+        with contextlib.suppress(Refusal):      # the body's file may be unreadable
+            if usage and usage.prompt and budget and body.size <= LEARNING_BYTES:
+                size = body.inspect(prompt_text_bytes)
+                if size * 2 > body.size:        # images are tokens without text
+                    self._ratio.learn(normalize_model(context.model), size, usage.prompt)
+            elif not usage and (reader or kind and issubclass(kind, ClientLeft)):   # Ollama may have read the prompt
+                size = body.inspect(prompt_text_bytes)
+                context.estimate = self._ratio.tokens(normalize_model(context.model), size)
 
 
 def filter_models(response, key, globs):
-    """Read a list of models and return it as bytes, those alone that a token's globs name; raise Refusal."""
+    """Return a list of models, as the bytes of its JSON, with only those that a token's globs allow; raise Refusal."""
     data = bytearray()
     while not response.complete:
         data += response.read()
@@ -4274,11 +4152,11 @@ def filter_models(response, key, globs):
         raise Refusal("upstream_failed", "Ollama's list of models cannot be read") from None
 
 
-def relay(response, client, route, body_info, token, leave):
-    """Pass the answer on, each piece when it comes, but for the last one: return that.
+def relay(response, client, route, body_info, token, release_slot):
+    """Send a response to the client piece by piece, and return its last piece unsent.
 
-    While the client does not read, nothing is read for it. A client may ask again as soon as it has seen a stream's
-    last line, and not wait for the body's end: before that line goes out, the request has to `leave` its place.
+    Nothing is read while the client does not read. A client may send its next request after a stream's last line,
+    without waiting for the end of the body: release_slot is called before that line is sent.
     """
     context, lines = client.context, response.head.lines
     if response.status == 503 and not response.field("retry-after"):  # Ollama's queue is full
@@ -4291,20 +4169,20 @@ def relay(response, client, route, body_info, token, leave):
         context.model_label = normalize_model(body_info.model)
     usage_reader = context.usage_reader = usage_reader_for(response, route, body_info)
     client.start(response.status, response.head.phrase, lines, response.field("content-type"),
-                 None if usage_reader and usage_reader.alters else response.length)
+                 None if isinstance(usage_reader, UsageStripper) else response.length)
     while True:
         if response.waiting:
             client.flush()
         try:
             piece = response.read()
         except UpstreamError:
-            if usage_reader and usage_reader.held:
-                client.write(usage_reader.held)
+            if usage_reader and usage_reader.pending:
+                client.write(usage_reader.pending)
             raise
         if usage_reader:
             piece = usage_reader.feed(piece, response.complete)
             if usage_reader.ended:
-                leave()
+                release_slot()
         if response.complete:
             return piece
         client.write(piece)
