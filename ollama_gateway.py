@@ -56,6 +56,7 @@ import base64
 import bisect
 import codecs
 import contextlib
+import csv
 import email.utils
 import errno
 import fnmatch
@@ -5545,7 +5546,7 @@ class Pages:
 
 
 def server_tls(settings):
-    """Return the TLS context of the settings' certificate, None without one; raise Failure if it cannot be used."""
+    """Return the TLS context for the settings' certificate, or None; raise Failure if it cannot be used."""
     if not settings.tls_cert:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -5560,24 +5561,24 @@ def server_tls(settings):
 
 
 def connections_that_fit(most, each):
-    """Raise the limit of descriptors for so many connections, of so many each; return how many there may be."""
+    """Raise the limit of open files for `most` connections of `each` descriptors; return how many connections fit."""
     try:
         import resource
     except ImportError:
         return most  # Windows has no such limit
-    needed = each * most + POOL_SIZE + SPARE_DESCRIPTORS
+    spare = POOL_SIZE + SPARE_DESCRIPTORS
+    needed = each * most + spare
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < needed:
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return most
+    with contextlib.suppress(ValueError, OSError):
         wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            soft = wanted
-        if soft < needed:
-            return max((soft - POOL_SIZE - SPARE_DESCRIPTORS) // each, 1)
-    return most
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return min(max((soft - spare) // each, 1), most)
 
 
-def build_server(settings, store, log=None):
+def build_server(settings, store, log=LOG.info):
     """Return the gateway's server, bound and ready to serve; `log` takes the finished requests' lines, joined."""
     tls = server_tls(settings)
     upstream = Upstream(settings.ollama_url, settings.connect_timeout, settings.first_byte_timeout,
@@ -5585,8 +5586,8 @@ def build_server(settings, store, log=None):
     health = HealthProbe(upstream)
     limits = ClientLimits(settings.max_body, settings.header_timeout, settings.idle_timeout,
                           BodyStorage(settings.max_spool))
-    # A connection's descriptors at most: its socket, a spooled body, and either the upstream connection or, while it
-    # waits in the queue, the two of its wakeup, which are closed before the upstream connection is opened.
+    # Descriptors of a connection, at most: its socket, a spooled body and the upstream connection. A queued request
+    # has two for its wakeup instead of the upstream connection; they are closed before that is opened.
     connections = ConnectionLimiter(connections_that_fit(settings.max_connections, 4 if settings.max_parallel else 3),
                                     settings.trusted_proxies)
     tokens = TokenCache(store)
@@ -5613,18 +5614,19 @@ def build_server(settings, store, log=None):
         return GatewayServer(settings.host, settings.port, Handler, gateway, limits, connections, tls)
     except (OSError, UnicodeError) as error:
         gateway.close()
-        raise Failure(f"cannot listen on {settings.host} port {settings.port}: "
-                      f"{getattr(error, 'strerror', None) or error}; "
+        reason = getattr(error, "strerror", None) or error
+        raise Failure(f"cannot listen on {settings.host} port {settings.port}: {reason}; "
                       "choose another with --host and --port") from None
 
 # == Commands =================================================================
 
 PROGRAM = "python3 ollama_gateway.py"
-PURPOSE = "Authenticating reverse proxy for Ollama: a token for each person and device"
-DEFAULT_ARGS = dict(env_file=None, json=False, quiet=False, format=None)  # what commands ask for whether typed or not
-BAR_COLUMNS, MOST_BAR_COLUMNS = 10, 60
-EXPORT_VERSION = 2          # 1 knew no limits
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "'")  # a spreadsheet takes a cell that starts so for a formula, or for a quote
+PURPOSE = "authenticating reverse proxy for Ollama: a token for each person and device"
+DEFAULT_ARGS = dict(env_file=None, json=False, quiet=False, format=None)  # of every command
+MIN_BAR_COLUMNS, MAX_BAR_COLUMNS = 10, 60
+MIN_COLUMNS = 8             # of a table's column that was narrowed
+EXPORT_VERSION = 2          # version 1 has no limits
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "'")  # a spreadsheet reads such a cell as a formula, or drops the quote
 
 
 def print_line(text):
@@ -5647,69 +5649,65 @@ def format_minute(seconds, otherwise):
 
 
 def terminal_width():
-    """Return how many columns there are for what is printed, 0 where it goes into a file or another program."""
+    """Return the terminal's columns; 0 if stdout is not a terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
 
 
 def can_show(text):
-    """Tell whether stdout's encoding has these characters."""
-    try:
-        text.encode(sys.stdout.encoding or "ascii")
-    except UnicodeError:
-        return False
-    return True
+    """Report whether stdout's encoding has these characters."""
+    encoding = sys.stdout.encoding or "ascii"
+    return text.encode(encoding, "ignore").decode(encoding) == text
 
 
 def text_width(text):
-    """Return how many columns of a terminal a text takes."""
-    import unicodedata  # which `serve` never needs
+    """Return the columns that a text takes on a terminal."""
+    import unicodedata  # `serve` does not need it
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def fit_width(text, columns):
-    """Return a text cut or padded to so many columns."""
-    if text_width(text) > columns:
-        while text_width(text) >= columns:
-            text = text[:-1]
-        text += "…"
+    """Return a text cut or padded to a width."""
+    while text_width(text) > columns:
+        text = text[:-2] + "…"
     return text + " " * (columns - text_width(text))
 
 
 def format_table(rows, width, elastic, dispensable):
-    """Return rows, the first of them the columns' names, as aligned lines that fit the width, 0 for any.
+    """Return rows as aligned lines that fit a width (0: any width); the first row has the names of the columns.
 
-    What is too wide is taken from elastic columns, down to 8, and then dispensable ones go, one after the other.
+    Elastic columns get narrower, down to MIN_COLUMNS; then dispensable columns are left out, in the given order.
     """
-    widths = [max(map(text_width, column)) for column in zip(*rows)]
     names = [name.strip() for name in rows[0]]
-    elastic = [at for at, name in enumerate(names) if name in elastic]
-    spare = sum(max(widths[at] - 8, 0) for at in elastic)
-    excess = sum(widths) + 2 * len(widths) - 2 - (width or sys.maxsize)
-    going = [names.index(name) for name in dispensable if name in names]
-    if excess > spare and going:
-        rows = [row[:going[0]] + row[going[0] + 1:] for row in rows]
-        return format_table(rows, width, [names[at] for at in elastic], dispensable)
-    for _ in range(min(excess, spare)):
-        widths[max(elastic, key=lambda at: widths[at])] -= 1
-    return ["  ".join(fit_width(cell, columns) for cell, columns in zip(row, widths)).rstrip() for row in rows]
+    widths = [max(map(text_width, column)) for column in zip(*rows)]
+    narrowing = range(max(*widths, MIN_COLUMNS), MIN_COLUMNS - 1, -1)
+    for left_out, most in itertools.product(range(len(dispensable) + 1), narrowing):
+        fitted = {at: min(widths[at], most) if name in elastic else widths[at]
+                  for at, name in enumerate(names) if name not in dispensable[:left_out]}
+        if not width or sum(fitted.values()) + 2 * len(fitted) - 2 <= width:
+            break
+    return ["  ".join(fit_width(row[at], columns) for at, columns in fitted.items()).rstrip() for row in rows]
 
 
-def limit_phrases(token):
-    """Return a token's limits, each in a few words."""
-    return [limit.phrase.format(getattr(token, limit.column)) for limit in LIMITS if getattr(token, limit.column)]
+def format_bar(share, columns):
+    """Return a bar for a share from 0 to 1; the bar for 1 has this many columns."""
+    if not can_show("█▏"):
+        return "#" * round(share * columns)
+    full, eighths = divmod(round(share * columns * 8), 8)
+    return "█" * full + "▏▎▍▌▋▊▉"[:eighths][-1:]
 
 
 def describe(token):
-    """Return a token and all it may in a sentence's part."""
-    limits = "; ".join(limit_phrases(token))
-    return (f'the {"admin " if token.admin else ""}token "{token.user}/{token.name}", which '
-            + (f"expires {format_instant(token.expires_at)}" if token.expires_at else "does not expire")
-            + (f" (limits: {limits})" if limits else ""))
+    """Return a token's names, expiry and limits as a part of a sentence."""
+    facts = [f"expires {format_instant(token.expires_at)}" if token.expires_at else "does not expire"]
+    for limit in LIMITS:
+        if getattr(token, limit.column):
+            facts.append(limit.phrase.format(getattr(token, limit.column)))
+    return f'the {"admin " if token.admin else ""}token "{token.user}/{token.name}" ({"; ".join(facts)})'
 
 
 def columns_in_flags(args):
-    """Return the values of the flags for SETTABLE that were given, by column; raise UsageError."""
-    found = {}
+    """Return the values of the given flags for SETTABLE and admin, by column; raise UsageError."""
+    found = {"admin": args.admin} if hasattr(args, "admin") else {}
     for column in SETTABLE:
         if hasattr(args, column):
             try:
@@ -5720,32 +5718,29 @@ def columns_in_flags(args):
     return found
 
 
-def command_settings(args, *wanted):
-    """Return what flag, environment or .env say of some settings, to a command that does not serve."""
-    typed = {"db": getattr(args, "db", None)}   # its other flags are its own
-    return load_settings(typed, os.environ, args.env_file, [option for option in OPTIONS if option.flag in wanted])
+def command_settings(args, *flags):
+    """Return the settings of some flags for a command that does not serve; of the flags themselves only --db is read."""
+    typed = {"db": getattr(args, "db", None)}
+    return load_settings(typed, os.environ, args.env_file, [option for option in OPTIONS if option.flag in flags])
 
 
 def open_command_store(args, create=False):
-    """Open the database that flag, environment or .env name for a command."""
+    """Open the database that a command's flag, the environment or .env names."""
     return open_store(command_settings(args, "--db").db, create)
 
 
 def url_of(settings):
-    """Return where `serve` with these settings is to be found from this machine."""
+    """Return the URL at which this machine reaches a `serve` with these settings."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     host = f"[{host}]" if ":" in host else host
     return f"{'https' if settings.tls_cert else 'http'}://{host}:{settings.port}"
 
 
-def local_url(args):
-    """Return where clients on this machine find /api."""
-    settings = command_settings(args, "--host", "--port", "--tls-cert", "--base-path")
-    return url_of(settings) + settings.base_path
-
-
-def boxed(text, width):
-    """Return a line in a frame as wide as needed, or, on a narrower terminal, between rules: selected, it is whole."""
+def framed(text):
+    """Return a line indented; on a terminal framed, or on a narrow one between rules, so that it can be selected."""
+    width = terminal_width()
+    if not width:
+        return "    " + text
     across, down, *corners = "─│╭╮╰╯" if can_show("─│╭╮╰╯") else "-|++++"
     rule = across * (len(text) + 4)
     if width < len(rule) + 2:
@@ -5754,20 +5749,20 @@ def boxed(text, width):
 
 
 def show_secret(args, store, done, token, secret):
-    """Show a new secret, this once: alone, as JSON, or with how to use it."""
+    """Print a new secret: alone, as JSON, or with the command that uses it."""
     if args.quiet:
         return print_line(secret)
     if args.json:
         return print_line(json.dumps(dict(token_json(token), token=secret), indent=2))
-    shown = boxed(secret, terminal_width()) if terminal_width() else "    " + secret
-    print_line(f"{done} {describe(token)}, in {store.path}\n\n{shown}\n\n"
-               "It is shown only now; keep it like a password. To use it:\n\n"
-               f'    curl -H "Authorization: Bearer {secret}" {local_url(args)}/tags')
+    settings = command_settings(args, "--host", "--port", "--tls-cert", "--base-path")
+    print_line(f"{done} {describe(token)} in {store.path}\n\n{framed(secret)}\n\n"
+               "The secret is shown only now; keep it like a password. To use it:\n\n"
+               f'    curl -H "Authorization: Bearer {secret}" {url_of(settings)}{settings.base_path}/tags')
 
 
 def cmd_token_create(args):
     with open_command_store(args, create=True) as store:
-        token, secret = store.create(args.user, args.name, admin=getattr(args, "admin", False), **columns_in_flags(args))
+        token, secret = store.create(args.user, args.name, **columns_in_flags(args))
         show_secret(args, store, "Created", token, secret)
 
 
@@ -5792,27 +5787,23 @@ TOKEN_COLUMNS = (
 def cmd_token_list(args):
     with open_command_store(args) as store:
         tokens = store.list(getattr(args, "user", None))
-        if args.json:
-            return print_line(json.dumps([token_json(token) for token in tokens], indent=2))
-        if not tokens:
-            whose = f' of "{args.user}"' if hasattr(args, "user") else ""
-            return print_line(f"No tokens{whose} in {store.path}.")
-        columns = [(head, *(str(tell(token) or "") for token in tokens)) for head, tell in TOKEN_COLUMNS]
-        shown = [column for column in columns if any(column[1:])]
-        for line in format_table(list(zip(*shown)), terminal_width(), ("USER", "NAME", "MODELS"),
-                                 ("CREATED", "EXPIRES", "SECRET", "LAST USED")):
-            print_line(line)
-        print_line(f"{plural(len(tokens), 'token')} in {store.path}")
+    if args.json:
+        return print_line(json.dumps([token_json(token) for token in tokens], indent=2))
+    if not tokens:
+        whose = f' of "{args.user}"' if hasattr(args, "user") else ""
+        return print_line(f"No tokens{whose} in {store.path}.")
+    columns = [(heading, *(str(value(token) or "") for token in tokens)) for heading, value in TOKEN_COLUMNS]
+    rows = list(zip(*(column for column in columns if any(column[1:]))))
+    lines = format_table(rows, terminal_width(), ("USER", "NAME", "MODELS"), ("CREATED", "EXPIRES", "SECRET", "LAST USED"))
+    print_line("\n".join([*lines, f"{plural(len(tokens), 'token')} in {store.path}"]))
 
 
 def cmd_token_update(args):
     changes = columns_in_flags(args)
-    if hasattr(args, "admin"):
-        changes["admin"] = args.admin
     if not changes:
         raise UsageError("token update: say what to change: --expires, --admin, --no-admin, or a limit")
     with open_command_store(args) as store:
-        print_line(f"Changed {describe(store.update(args.user, args.name, **changes))}, in {store.path}")
+        print_line(f"Changed {describe(store.update(args.user, args.name, **changes))} in {store.path}")
 
 
 def cmd_token_delete(args):
@@ -5821,20 +5812,19 @@ def cmd_token_delete(args):
         print_line(f'Deleted the token "{token.user}/{token.name}" from {store.path}: it stops at its next request.')
 
 
-def as_csv(keys, rows):
-    """Write rows, dictionaries, as CSV that a spreadsheet takes for text."""
-    import csv  # here and in exported_rows: `serve` never needs it
+def as_csv(columns, rows):
+    """Return rows, which are dictionaries, as CSV in which a spreadsheet finds no formula."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(keys)
+    writer.writerow(columns)
     for row in rows:
-        cells = ["" if row[key] is None else str(row[key]) for key in keys]
+        cells = ["" if row[column] is None else str(row[column]) for column in columns]
         writer.writerow(["'" + cell if cell.startswith(FORMULA_STARTS) else cell for cell in cells])
-    return file.getvalue()
+    return file.getvalue().rstrip("\n")
 
 
 def replace_file(path, text):
-    """Put text in the place of a file at once, readable by its owner alone."""
+    """Replace a file atomically; only its owner can read the new one."""
     temporary = f"{path}.{os.getpid()}.new"
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
@@ -5848,138 +5838,120 @@ def replace_file(path, text):
         raise Failure(f"cannot write {path}: {error.strerror}") from None
 
 
-def export_format(file, form):
-    """Return the format that is asked for, or else the file's by its ending."""
-    form = form or ("json" if file == "-" else file.rpartition(".")[2].lower())
-    if form not in ("csv", "json"):
-        raise UsageError(f'token export: "{file}" ends neither in .csv nor in .json: add --format csv or json')
-    return form
+EXPORT_COLUMNS = {  # of TokenStore.EXPORTED: what writes a value, the type in JSON besides text, what reads the text
+    "user": (str, str, functools.partial(check_name, "user")),
+    "name": (str, str, functools.partial(check_name, "name")),
+    "digest": (str, str, str),
+    "hint": (str, str, str),
+    "created_at": (format_instant, str, parse_instant),
+    "expires_at": (format_instant, str, parse_instant),
+    "last_used_at": (format_instant, str, parse_instant),
+    "admin": (bool, bool, boolean),
+    **{limit.column: (lambda value: value, int, limit.read) for limit in LIMITS},
+}
+OPTIONAL_COLUMNS = ("hint", "expires_at", "last_used_at")   # an imported row need not have them
 
 
 def cmd_token_export(args):
-    form = export_format(args.file, args.format)
+    form = args.format or ("json" if args.file == "-" else args.file.rpartition(".")[2].lower())
+    if form not in ("csv", "json"):
+        raise UsageError(f'token export: "{args.file}" ends neither in .csv nor in .json: add --format csv or json')
     with open_command_store(args) as store:
-        rows = [dict(row, **{key: format_instant(row[key]) for key in row if key.endswith("_at")},
-                     admin=bool(row["admin"])) for row in store.export_rows()]
-        if form == "csv":
-            text = as_csv(("version",) + TokenStore.EXPORTED, [dict(row, version=EXPORT_VERSION) for row in rows])
-        else:
-            text = json.dumps({"version": EXPORT_VERSION, "tokens": rows}, indent=2)
-        if args.file == "-":
-            return print_line(text.rstrip("\n"))
-        replace_file(args.file, text.rstrip("\n") + "\n")
-        print_line(f"Exported {plural(len(rows), 'token')} from {store.path} to {args.file}")
+        rows = [{column: write(row[column]) for column, (write, _, _) in EXPORT_COLUMNS.items()}
+                for row in store.export_rows()]
+    text = json.dumps({"version": EXPORT_VERSION, "tokens": rows}, indent=2)
+    if form == "csv":
+        text = as_csv(("version", *EXPORT_COLUMNS), [dict(row, version=EXPORT_VERSION) for row in rows])
+    if args.file == "-":
+        return print_line(text)
+    replace_file(args.file, text + "\n")
+    print_line(f"Exported {plural(len(rows), 'token')} from {store.path} to {args.file}")
 
 
-def exported_rows(text):
-    """Return the rows of an exported file, either format, as dictionaries of what stands in it; raise ValueError."""
-    import csv
+def parse_export(text):
+    """Return the rows of an export in either format, as dictionaries of its values; raise ValueError or csv.Error."""
     if text.lstrip().startswith("{"):
-        whole = json.loads(text)
-        rows = whole.get("tokens")
+        export = json.loads(text)
+        rows, versions = export.get("tokens"), {str(export.get("version"))}
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError("it has no list of tokens")
-        versions = {str(whole.get("version"))}
     else:
-        reader = csv.DictReader(io.StringIO(text, newline=""), restkey="")
-        try:
-            rows = [{key: cell[1:] if cell and cell.startswith("'") else cell for key, cell in row.items() if key}
-                    for row in reader]
-        except csv.Error as error:
-            raise ValueError(str(error)) from None
-        if "version" not in (reader.fieldnames or ()):
+        lines = list(csv.reader(io.StringIO(text, newline="")))
+        if not lines or "version" not in lines[0]:
             raise ValueError("its first line does not name the columns")
-        if any(None in row.values() for row in rows):
-            raise ValueError("a row ends early")
-        versions = {row["version"] for row in rows}
-    if versions - set(map(str, range(1, EXPORT_VERSION + 1))):
-        raise ValueError(f"its version is {' and '.join(sorted(versions))}, this program reads up to {EXPORT_VERSION}")
-    return [dict(dict.fromkeys(LIMIT_BY_COLUMN), **row) for row in rows] if versions == {"1"} else rows
+        rows = [dict(zip(lines[0], [cell[1:] if cell.startswith("'") else cell for cell in line]))
+                for line in lines[1:] if line]
+        versions = {str(row.get("version")) for row in rows}
+    if not versions <= set(map(str, range(1, EXPORT_VERSION + 1))):
+        raise ValueError(f"its version is {' and '.join(sorted(versions))}; this program reads up to {EXPORT_VERSION}")
+    missing = dict.fromkeys([*OPTIONAL_COLUMNS, *(LIMIT_BY_COLUMN if versions == {"1"} else ())])
+    return [{**missing, **row} for row in rows]
 
 
-def imported_limit(column, value):
-    """Read a limit of an exported row; raise ValueError naming it."""
-    try:
-        return None if value in (None, "") else LIMIT_BY_COLUMN[column].read(str(value))
-    except ValueError as error:
-        raise ValueError(f'{column}: "{value}" {error}') from None
-
-
-def imported_row(row, number):
-    """Return an exported row as the store takes it; raise ValueError naming the row and what is wrong with it."""
-    try:
-        texts = {key: row.get(key) or None for key in TokenStore.EXPORTED if key not in ("admin", *LIMIT_BY_COLUMN)}
-        for key, value in texts.items():
-            if not isinstance(value, str) and (value or key not in ("hint", "expires_at", "last_used_at")):
-                raise ValueError(f"it has no {key}")
-        hint = texts["hint"] or ""
-        if not re.fullmatch("[0-9a-f]{64}", texts["digest"]):
-            raise ValueError("its digest is not a SHA-256")
-        if len(hint) > HINT_LENGTH or not hint.isprintable():
-            raise ValueError(f"its hint is not up to {HINT_LENGTH} printable characters")
-        times = {key: parse_instant(texts[key]) if texts[key] else None for key in texts if key.endswith("_at")}
-        limits = {key: imported_limit(key, row[key]) for key in LIMIT_BY_COLUMN}
-        admin = int(boolean(str(row.get("admin"))))
-        check_rights(row.get("user"), row.get("name"), admin, limits["models"])
-        return dict(texts, hint=hint, user=check_name("user", texts["user"]), name=check_name("name", texts["name"]),
-                    admin=admin, **times, **limits)
-    except KeyError as error:
-        raise ValueError(f"row {number}: it has no {error.args[0]}") from None
-    except (ValueError, UsageError) as error:
-        raise ValueError(f"row {number}: {error}") from None
+def read_export_row(row):
+    """Return an exported row as TokenStore.import_rows takes it; raise ValueError or UsageError."""
+    values = {}
+    for column, (_, json_type, read) in EXPORT_COLUMNS.items():
+        if column not in row:
+            raise ValueError(f"it has no {column}")
+        value = "" if row[column] is None else row[column]
+        is_null = value == "" and column in (*OPTIONAL_COLUMNS, *LIMIT_BY_COLUMN)
+        try:
+            if not isinstance(value, (str, json_type)):
+                raise ValueError("has the wrong type")
+            values[column] = None if is_null else read(str(value))
+        except ValueError as error:
+            raise ValueError(f"{column}: {json.dumps(value)[:100]} {error}") from None
+    if not re.fullmatch("[0-9a-f]{64}", values["digest"]):
+        raise ValueError("its digest is not a SHA-256")
+    values["hint"] = values["hint"] or ""
+    if len(values["hint"]) > HINT_LENGTH or not values["hint"].isprintable():
+        raise ValueError(f"its hint is not up to {HINT_LENGTH} printable characters")
+    check_rights(values["user"], values["name"], values["admin"], values["models"])
+    return values
 
 
 def cmd_token_import(args):
+    rows, where = [], ""
     try:
-        with contextlib.ExitStack() as stack:
-            file = sys.stdin if args.file == "-" else stack.enter_context(open(args.file, encoding="utf-8-sig"))
-            text = file.read()
-        rows = [imported_row(row, number) for number, row in enumerate(exported_rows(text.lstrip("\ufeff")), 1)]
+        with open(args.file, encoding="utf-8-sig") if args.file != "-" else contextlib.nullcontext(sys.stdin) as file:
+            text = file.read().lstrip("\ufeff")
+        for number, row in enumerate(parse_export(text), 1):
+            where = f"row {number}: "
+            rows.append(read_export_row(row))
     except (OSError, UnicodeDecodeError) as error:
         raise Failure(f"cannot read {args.file}: {getattr(error, 'strerror', None) or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise Failure(f'{args.file} is not a file written by "token export": {error}; nothing was imported') from None
+    except (ValueError, RecursionError, UsageError, csv.Error) as error:
+        raise Failure(f'{args.file} is not a file written by "token export": {where}{error}; '
+                      "nothing was imported") from None
     with open_command_store(args, create=True) as store:
         added = store.import_rows(rows)
-        print_line(f"Imported {plural(added, 'token')} into {store.path}; "
-                   f"already there: {len(rows) - added}")
+        print_line(f"Imported {plural(added, 'token')} into {store.path}; already there: {len(rows) - added}")
 
 
 def tokens_in(row):
     return UsageRow(*(row[column] for column in MEASURED)).tokens_used
 
 
-def format_bars(shares, columns):
-    """Return a bar for each share of 0 to 1, the whole of so many columns long."""
-    eighths = "▏▎▍▌▋▊▉"
-    if not can_show(eighths):
-        return ["#" * round(share * columns) for share in shares]
-    lengths = [round(share * columns * 8) for share in shares]
-    return ["█" * (length // 8) + (eighths[length % 8 - 1] if length % 8 else "") for length in lengths]
-
-
 def usage_table(rows, keys, width):
-    """Return the account's rows as a table's lines, with a bar each where the width, 0 for none, leaves room for it."""
-    shown = [column for column in MEASURED
-             if column not in ("cached_tokens", "estimated_tokens") or any(row[column] for row in rows)]
-    numbers = [[column.replace("_tokens", "").upper() for column in shown]]
-    numbers += [["unknown" if row[column] is None else f"{row[column]:.1f}" if column == "seconds" else str(row[column])
-                 for column in shown] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*numbers)]
-    names = [[key.upper() for key in keys]] + [[row[key] or "-" for key in keys] for row in rows]
-    cells = [[*name, *(cell.rjust(columns) for cell, columns in zip(number, widths))]
-             for name, number in zip(names, numbers)]
-    room = width - max(map(text_width, format_table(cells, 0, (), ()))) - 2
-    if room < BAR_COLUMNS:
-        return format_table(cells, width, cells[0][:len(keys)],
-                            ("ESTIMATED", "SECONDS", "CANCELLED", "ERRORS", "CACHED", "REQUESTS"))
-    amounts = [tokens_in(row) for row in rows]
-    shares = format_bars([amount / (max(amounts) or 1) for amount in amounts], min(room, MOST_BAR_COLUMNS))
-    return format_table([cell + [bar] for cell, bar in zip(cells, ["TOKENS", *shares])], width, cells[0][:len(keys)], ())
+    """Return usage rows as lines of a table, with a bar for each row if the width (0: not a terminal) has room."""
+    columns = [[key.upper(), *(row[key] or "-" for row in rows)] for key in keys]
+    for column in MEASURED:
+        if column not in ("cached_tokens", "estimated_tokens") or any(row[column] for row in rows):
+            form = "{:.1f}" if column == "seconds" else "{}"
+            cells = ["unknown" if row[column] is None else form.format(row[column]) for row in rows]
+            cells.insert(0, column.replace("_tokens", "").upper())
+            longest = max(map(len, cells))
+            columns.append([cell.rjust(longest) for cell in cells])
+    room = min(width - sum(max(map(text_width, column)) + 2 for column in columns), MAX_BAR_COLUMNS)
+    if room >= MIN_BAR_COLUMNS:
+        most = max(map(tokens_in, rows)) or 1
+        columns.append(["TOKENS", *(format_bar(tokens_in(row) / most, room) for row in rows)])
+    return format_table(list(zip(*columns)), width, [key.upper() for key in keys],
+                        ("ESTIMATED", "SECONDS", "CANCELLED", "ERRORS", "CACHED", "REQUESTS"))
 
 
 def cmd_usage(args):
-    """Print the account."""
     by, typed = getattr(args, "by", "user"), getattr(args, "since", "7d")
     try:
         since = usage_start(typed)
@@ -5987,49 +5959,43 @@ def cmd_usage(args):
         raise UsageError(f'--since: "{typed}" {error}') from None
     with open_command_store(args) as store:
         rows = store.usage(by, since)
-        if args.json:
-            return print_line(json.dumps(rows, indent=2))
-        if args.format == "csv":
-            return print_line(as_csv(USAGE_BY[by] + MEASURED, rows).rstrip("\n"))
-        for line in usage_table(rows, USAGE_BY[by], terminal_width()) if rows else ():
-            print_line(line)
-        print_line(f"{plural(sum(row['requests'] for row in rows), 'request')}, {plural(sum(map(tokens_in, rows)), 'token')} "
-                   f"since {format_minute(since, '')} UTC in {store.path}")
+    if args.json:
+        return print_line(json.dumps(rows, indent=2))
+    if args.format == "csv":
+        return print_line(as_csv(USAGE_BY[by] + MEASURED, rows))
+    lines = usage_table(rows, USAGE_BY[by], terminal_width()) if rows else []
+    requests, tokens = sum(row["requests"] for row in rows), sum(map(tokens_in, rows))
+    total = f"{plural(requests, 'request')}, {plural(tokens, 'token')} since {format_minute(since, '')} UTC"
+    print_line("\n".join([*lines, f"{total} in {store.path}"]))
 
 
 @contextlib.contextmanager
 def configure_logging(settings):
-    """Log to stderr and, if the settings name one, to a LogFile, which the with block gets; flush both at its end."""
+    """Log to stderr and to the settings' log file within the with block; yield the LogFile, or None without one."""
     file, writers = None, []
     if settings.log_file:
         try:
             file = LogFile(settings.log_file)
         except (OSError, ValueError) as error:
-            raise Failure(f"cannot write the log file {settings.log_file!a}: "
-                          f"{getattr(error, 'strerror', error)}") from None
+            reason = getattr(error, "strerror", error)
+            raise Failure(f"cannot write the log file {settings.log_file!a}: {reason}") from None
         writers.append(LogWriter(settings.log_file, file.write, settings.log_file_level))
-    if sys.stderr:  # if that was closed from the start, its number is another file's
-        write = functools.partial(write_all, sys.stderr.fileno())
-        writers.append(LogWriter("stderr", write, settings.log_level))
+    writers.append(LogWriter("stderr", functools.partial(write_all, sys.stderr.fileno()), settings.log_level))
     LOG.propagate = False
-    LOG.setLevel(min((writer.level for writer in writers), default=logging.CRITICAL))
-    for writer in writers:
-        LOG.addHandler(writer)
-    try:
-        yield file
-    finally:
+    LOG.setLevel(min(writer.level for writer in writers))
+    with contextlib.ExitStack() as stack:
         for writer in writers:
-            writer.finish()
-            LOG.removeHandler(writer)
+            LOG.addHandler(writer)
+            stack.callback(LOG.removeHandler, writer)
+            stack.callback(writer.finish)
+        yield file
 
 
 def reload(server, settings, log_file):
-    """Reopen the log file and load the certificate again; one that fails stays as it was."""
-    def load_certificate():
-        server.tls = server_tls(settings)
+    """Reopen the log file and load the certificate again; if one of them fails, the old one stays in use."""
     done = []
-    for what, path, renew in (("log file", settings.log_file, log_file and log_file.reopen),
-                              ("certificate", settings.tls_cert, load_certificate)):
+    for what, path, renew in (("log file", settings.log_file, lambda: log_file.reopen()),
+                              ("certificate", settings.tls_cert, lambda: setattr(server, "tls", server_tls(settings)))):
         try:
             if path:
                 renew()
@@ -6039,193 +6005,148 @@ def reload(server, settings, log_file):
     LOG.info("SIGHUP: reloaded %s", " and ".join(done) or "nothing")
 
 
-def reload_on_hangup(server, settings, log_file):
-    """Reload on SIGHUP, where there is one; in a thread, since a blocked stderr must not stop the main one."""
-    def handle(*_):
-        with contextlib.suppress(RuntimeError):  # no thread could be started
-            threading.Thread(target=reload, args=(server, settings, log_file), name="reload", daemon=True).start()
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, handle)
-
-
 def is_loopback(host):
     return host == "::1" or host.startswith("127.")
 
 
 def announce(settings, server, store):
-    """Say on stderr where the gateway is, what stands behind it, and what the owner should mind."""
-    host = server.server_address[0]
-    health = server.gateway.health
-    state = f"which has {plural(len(health.models), 'model')}" if health.up else "which DOES NOT ANSWER yet"
-    tokens = len(store.list())
+    """Print to stderr where the gateway listens, the state of Ollama and the database, and warnings for the owner."""
+    host, health, tokens = server.server_address[0], server.gateway.health, len(store.list())
+    state = plural(len(health.models), "model") if health.up else "DOES NOT ANSWER yet"
     held = f"{plural(tokens, 'token')} in {store.path}"
     if not tokens:
-        held = f"nobody gets in without a token: make one with {PROGRAM} token create USER NAME --db {store.path}"
-    print_error(f"ollama_gateway {VERSION} at {server.url}, before {settings.ollama_url.geturl()}, {state}; {held}")
+        held = f"no tokens yet, so no access: create one with {PROGRAM} token create USER NAME --db {store.path}"
+    print_error(f"ollama_gateway {VERSION} listening on {server.url}, "
+                f"upstream {settings.ollama_url.geturl()} ({state}), {held}")
     if server.connections.most < settings.max_connections:
         print_error(f"Only {server.connections.most} connections fit the limit of open files, "
                     f"not {settings.max_connections}: raise it (ulimit -n) or lower --max-connections.")
     if not store.writable:
-        print_error("The database is read-only: a change of tokens counts from the next start.")
+        print_error("The database is read-only: a change of tokens takes effect at the next start.")
     if remote_file_system(store.path):
         LOG.warning("the database %s is on a network or FUSE file system (%s): its changes may be lost, "
                     "move it to a local disk (--db)", store.path, remote_file_system(store.path))
     if not server.tls and not is_loopback(host):
-        print_error(f"Warning: {host} can be reached from the network, and without TLS tokens travel in clear: "
+        print_error(f"Warning: {host} can be reached from the network, and without TLS tokens are sent in clear: "
                     "use --tls-cert, or a proxy that speaks HTTPS, and --host 127.0.0.1.")
 
 
 def cmd_serve(args):
-    """Run the gateway until it is told to stop."""
+    """Run the gateway until SIGINT or SIGTERM."""
     settings = load_settings(vars(args), os.environ, args.env_file)
-    os.umask(0o077)  # logs and what SQLite puts beside the database are the owner's alone, too
+    os.umask(0o077)  # also for logs and the files that SQLite creates beside the database
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with configure_logging(settings) as log_file, open_store(settings.db, create=True) as store:
         server = build_server(settings, store)
+
+        def handle_hangup(*_):  # in a thread, since a blocked stderr must not stop the main one
+            with contextlib.suppress(RuntimeError):  # no thread could be started
+                threading.Thread(target=reload, args=(server, settings, log_file), name="reload", daemon=True).start()
         try:
-            reload_on_hangup(server, settings, log_file)
+            if hasattr(signal, "SIGHUP"):
+                signal.signal(signal.SIGHUP, handle_hangup)
             server.gateway.health.start(functools.partial(announce, settings, server, store))
             with CpuAffinity():
                 server.serve_forever()
         except KeyboardInterrupt:
-            with contextlib.suppress(KeyboardInterrupt):  # a second one does not wait
+            with contextlib.suppress(KeyboardInterrupt):  # a second signal ends the wait
                 server.stop(settings.drain_timeout)
         finally:
             for number in signal.SIGINT, signal.SIGTERM:
-                signal.signal(number, signal.SIG_IGN)   # what follows takes few seconds, and stores the account
+                signal.signal(number, signal.SIG_IGN)   # closing takes a few seconds, and stores the usage
             server.server_close()
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Leaves examples as they are, and no line longer than 80 columns."""
+def option_keywords(option):
+    """Return argparse's keywords for a setting."""
+    how = dict(action="store_const", const="on") if option.convert is boolean else dict(metavar=option.metavar)
+    default = f", default {option.default}" if option.default else ""
+    return dict(how, help=f"{option.help} ({option.variable}{default})")
 
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=26, width=min(shutil.get_terminal_size().columns, 80) - 2)
+
+TOKEN_VARIABLE = "GATEWAY_TOKEN"
+ONE_OF = "only one of these"
+ARGUMENTS = {   # name, after "serve" if it is a setting: heading in the help, or ONE_OF; keywords of argparse
+    "user": ("", dict(metavar="USER", help="owner of the token: a person")),
+    "name": ("", dict(metavar="NAME", help="label of the token: a device, a program")),
+    "file": ("", dict(metavar="FILE", help='a .csv or .json file of tokens; "-" is stdout (as JSON) or stdin')),
+    "--expires": ("", dict(dest="expires_at", metavar="WHEN",
+                           help='30d, 2027-01-31 (00:00 UTC), 2027-01-31T18:00:00Z, or "none": never')),
+    "--admin": ("", dict(action="store_true",
+                         help="may manage tokens and models, and act as the owner's ollama.com account")),
+    "--no-admin": ("", dict(dest="admin", action="store_false", help="take the admin rights away")),
+    "--user": ("", dict(metavar="USER", help="only the tokens of this user")),
+    "--format": ("", dict(choices=("csv", "json"), help="format, whatever the name of the file")),
+    "--by": ("", dict(choices=tuple(USAGE_BY), help="what each row stands for (default: user)")),
+    "--since": ("", dict(metavar="WHEN", help="7d (UTC days with today), 12h or 2027-01-31 (default: 7d)")),
+    "--url": ("", dict(metavar="URL", help="the public URL of the gateway, behind any proxy; streams are tested with "
+                                           f"the token in {TOKEN_VARIABLE}, or one that is typed in")),
+    "--quiet": (ONE_OF, dict(action="store_true", help="print the secret alone")),
+    "--json": (ONE_OF, dict(action="store_true", help="print JSON")),
+    "--csv": (ONE_OF, dict(dest="format", action="store_const", const="csv", help="print CSV")),
+    **{limit.flag: ('limits ("none" removes one)', dict(metavar=limit.metavar, help=limit.help)) for limit in LIMITS},
+    **{f"serve {option.flag}": (title, option_keywords(option))
+       for title, options in OPTION_GROUPS.items() for option in options if option is not DATABASE_OPTION},
+    "--db": ("", option_keywords(DATABASE_OPTION)),
+    "--env-file": ("", dict(metavar="FILE", help="settings file in place of .env")),
+    "--version": ("", dict(action="version", version=f"ollama_gateway {VERSION}", help="show it and exit")),
+}
+SERVE_FLAGS = tuple(name for name in ARGUMENTS if name.startswith("serve"))
+RIGHTS_FLAGS = ("--expires", "--admin", *(limit.flag for limit in LIMITS))
+COMMANDS = (    # words, function, help, examples, arguments
+    ("serve", cmd_serve, "run the gateway", ("serve", "serve --host 0.0.0.0 --tls-cert box.pem"), SERVE_FLAGS),
+    ("usage", cmd_usage, "show usage by user, token, model or day",
+     ("usage", "usage --by model --since 30d --csv"), ("--by", "--since", "--json", "--csv")),
+    ("token", None, "create and manage tokens", ("token create ada laptop --expires 90d", "token list"), ()),
+    ("token create", cmd_token_create, "create a token and show its secret, once",
+     ("token create ada laptop --expires 90d", "token create kim school --models 'llama3*' --rpm 60"),
+     ("user", "name", *RIGHTS_FLAGS, "--quiet", "--json")),
+    ("token list", cmd_token_list, "list the tokens", ("token list --user ada",), ("--user", "--json")),
+    ("token update", cmd_token_update, "change a token, from its next request on",
+     ("token update ada laptop --expires none --rpm 30",), ("user", "name", *RIGHTS_FLAGS, "--no-admin")),
+    ("token rotate", cmd_token_rotate, "give a token a new secret, and change nothing else",
+     ("token rotate ada laptop",), ("user", "name", "--quiet", "--json")),
+    ("token delete", cmd_token_delete, "delete a token; it stops at its next request",
+     ("token delete ada laptop",), ("user", "name")),
+    ("token export", cmd_token_export, "write all tokens to a file: digests, never secrets",
+     ("token export tokens.csv",), ("file", "--format")),
+    ("token import", cmd_token_import, "add the tokens of an exported file, all or none",
+     ("token import tokens.csv",), ("file",)),
+)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations and without defaults of its own: what was not typed is not there."""
+    """argparse without abbreviations, and without attributes for arguments that were not given."""
 
-    def __init__(self, **how):
-        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=HelpFormatter, **how)
-
-    def _flags(self):
-        """Yield the flags, those of commands too."""
-        for action in self._actions:
-            yield from action.option_strings
-            if isinstance(action.choices, dict):
-                for command in action.choices.values():     # --by's choices are a dict, too, but of no parsers
-                    yield from getattr(command, "_flags", tuple)()
+    def __init__(self, purpose, examples, arguments=(), **how):
+        width = min(shutil.get_terminal_size().columns, 80) - 2
+        super().__init__(
+            allow_abbrev=False, argument_default=argparse.SUPPRESS, description=f"{purpose[0].upper()}{purpose[1:]}.",
+            usage="%(prog)s [OPTION ...]" if len(arguments) > 15 else None,    # else it fills half a screen
+            epilog="\n  ".join(["examples:", *(f"{PROGRAM} {example}" for example in examples)]),
+            formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=26, width=width),
+            **how)
+        groups = {"": self}
+        for name in ("--db", "--env-file", "--version", *arguments):
+            title, keywords = ARGUMENTS[name]
+            if title not in groups:
+                groups[title] = (self.add_mutually_exclusive_group() if title == ONE_OF
+                                 else self.add_argument_group(title))
+            groups[title].add_argument(name.split()[-1], **keywords)
 
     def _print_message(self, message, file=None):
-        """Print help or an error; argparse ignores a stdout that cannot be written."""
+        """Print help or an error; argparse itself ignores that stdout cannot be written."""
         (print_line if file is sys.stdout else print_error)(message.rstrip("\n"))
 
     def error(self, message):
-        """Say what is wrong, and what was probably meant."""
-        import difflib  # which nobody needs who types well
+        """Exit with the message and a suggestion for the wrong word."""
+        import difflib  # only errors need it
         wrong = re.search(r"(invalid choice|unrecognized arguments): '?([^\s'=]+)", message)
-        known = wrong and (self._flags() if wrong[1][0] == "u" else re.findall(r"[\w-]+", message[wrong.end():]))
-        near = wrong and difflib.get_close_matches(wrong[2], known, 1)
-        super().error(message + (f'; did you mean "{near[0]}"?' if near else ""))
-
-
-def add_serve(parser):
-    parser.usage = "%(prog)s [OPTION ...]"
-    for title, options in OPTION_GROUPS.items():
-        group = parser.add_argument_group(title)
-        for option in options:
-            how = dict(action="store_const", const="on") if option.convert is boolean else dict(metavar=option.metavar)
-            default = f", default {option.default}" if option.default else ""
-            if option is not DATABASE_OPTION:
-                group.add_argument(option.flag, help=f"{option.help} ({option.variable}{default})", **how)
-
-
-def add_names(parser):
-    parser.add_argument("user", metavar="USER", help="owner of the token: a person")
-    parser.add_argument("name", metavar="NAME", help="label of the token: a device, a program")
-
-
-def add_rights(parser):
-    parser.add_argument("--expires", dest="expires_at", metavar="WHEN",
-                        help='30d, 2027-01-31 (00:00 UTC), 2027-01-31T18:00:00Z, or "none": never')
-    parser.add_argument("--admin", action="store_true",
-                        help="may manage tokens and models, and act as the owner's ollama.com account")
-
-
-def add_limits(parser):
-    group = parser.add_argument_group('limits ("none" removes one)')
-    for limit in LIMITS:
-        group.add_argument(limit.flag, metavar=limit.metavar, help=limit.help)
-
-
-def add_usage(parser):
-    parser.add_argument("--by", choices=USAGE_BY, help="what each row stands for (default: user)")
-    parser.add_argument("--since", metavar="WHEN", help="7d (of UTC, today included), 12h or 2027-01-31 (default: 7d)")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print a JSON list")
-    form.add_argument("--csv", dest="format", action="store_const", const="csv", help="print CSV")
-
-
-def add_no_admin(parser):
-    parser.add_argument("--no-admin", dest="admin", action="store_false", help="take the admin rights away")
-
-
-def add_secret_form(parser):
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--quiet", action="store_true", help="print the secret alone")
-    form.add_argument("--json", action="store_true", help="print the token as JSON")
-
-
-def add_list_form(parser):
-    parser.add_argument("--user", metavar="USER", help="only this user's")
-    parser.add_argument("--json", action="store_true", help="print a JSON list")
-
-
-def add_export_file(parser):
-    parser.add_argument("file", metavar="FILE", help='a .csv or .json file; "-" is JSON on stdout')
-    parser.add_argument("--format", choices=("csv", "json"), help="format, whatever the name of the file")
-
-
-def add_import_file(parser):
-    parser.add_argument("file", metavar="FILE", help='what "token export" wrote; "-" is stdin')
-
-
-COMMANDS = (    # name, what runs, help, examples, what it takes
-    ("serve", cmd_serve, "run the gateway", ("serve", "serve --host 0.0.0.0 --tls-cert box.pem"),
-     (add_serve,)),
-    ("usage", cmd_usage, "show usage by user, token, model or day", ("usage", "usage --by model --since 30d --csv"), (add_usage,)),
-)
-TOKEN_COMMANDS = (
-    ("create", cmd_token_create, "create a token and show its secret, once",
-     ("token create ada laptop --expires 90d", "token create kim school --models 'llama3*' --rpm 60"),
-     (add_names, add_rights, add_limits, add_secret_form)),
-    ("list", cmd_token_list, "list the tokens", ("token list --user ada",), (add_list_form,)),
-    ("update", cmd_token_update, "change a token; this counts from its next request",
-     ("token update ada laptop --expires none --rpm 30",), (add_names, add_rights, add_no_admin, add_limits)),
-    ("rotate", cmd_token_rotate, "give a token a new secret, and nothing else", ("token rotate ada laptop",),
-     (add_names, add_secret_form)),
-    ("delete", cmd_token_delete, "delete a token; it stops working at its next request", ("token delete ada laptop",),
-     (add_names,)),
-    ("export", cmd_token_export, "write all tokens to a file: digests, never secrets", ("token export tokens.csv",),
-     (add_export_file,)),
-    ("import", cmd_token_import, "add the tokens of an exported file, all or none", ("token import tokens.csv",),
-     (add_import_file,)),
-)
-
-
-def help_texts(text, examples):
-    """Return how a command's help begins and ends."""
-    return dict(description=f"{text[0].upper()}{text[1:]}.",
-                epilog="examples:\n" + "\n".join(f"  {PROGRAM} {example}" for example in examples))
-
-
-def add_command(commands, common, name, run, text, examples, takes):
-    """Add a command to the parser of a group."""
-    parser = commands.add_parser(name, parents=[common], help=text, **help_texts(text, examples))
-    parser.set_defaults(run=run)
-    for add in takes:
-        add(parser)
+        if wrong:
+            flags = ["--help", *(name.split()[-1] for name in ARGUMENTS if "--" in name)]
+            known = flags if wrong[1][0] == "u" else re.findall(r"[\w-]+", message[wrong.end():])
+            message += "".join(f'; did you mean "{near}"?' for near in difflib.get_close_matches(wrong[2], known, 1))
+        super().error(message)
 
 # == Menu =====================================================================
 
@@ -6742,7 +6663,7 @@ def cmd_token_menu(args):
         print_line("Left the menu.")
 
 
-MENU = ("menu", cmd_token_menu, "manage the tokens from a menu, with arrow keys", ("token menu",), ())
+MENU = ("token menu", cmd_token_menu, "manage the tokens from a menu, with arrow keys", ("token menu",), ())
 
 # == Doctor ===================================================================
 
@@ -6784,7 +6705,6 @@ def is_local_host(host):
 FLOORS = (("Python", "%d.%d.%d" % sys.version_info[:3], (3, 8)), ("SQLite", SQLITE_VERSION, (3, 26)))
 STREAM_TOKENS = 48      # that a model is asked for, to see whether they arrive one by one
 TELLING_SECONDS = 0.02  # an answer that took less cannot tell
-TOKEN_VARIABLE = "GATEWAY_TOKEN"
 
 
 class CheckResult(NamedTuple):
@@ -7073,34 +6993,22 @@ def cmd_doctor(args):
     return 1 if failed else 0
 
 
-def add_url(parser):
-    parser.add_argument("--url", metavar="URL", help="where the public finds the gateway, behind whatever proxy; "
-                        f"streams are tried with the token in {TOKEN_VARIABLE}, or one that is asked for")
-
-
 DOCTOR = ("doctor", cmd_doctor, "diagnose the configuration, Ollama and the network",
-          ("doctor", "doctor --port 8000 --url https://ollama.example/"), (add_serve, add_url))
+          ("doctor", "doctor --port 8000 --url https://ollama.example/"), (*SERVE_FLAGS, "--url"))
 
 # == Main =====================================================================
 
 
 def build_parser():
     """Return the parser of the whole command line."""
-    common = Parser(add_help=False)
-    common.add_argument("--db", metavar="FILE", help=DATABASE_OPTION.help)
-    common.add_argument("--env-file", metavar="FILE", help="settings in place of .env")
-    common.add_argument("--version", action="version", version=f"ollama_gateway {VERSION}", help="show it and exit")
-    parser = Parser(prog="ollama_gateway.py", parents=[common],
-                    **help_texts(PURPOSE, ("token create ada laptop", "serve --port 8000")))
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (*COMMANDS, DOCTOR):
-        add_command(commands, common, *command)
-    text = "make and manage tokens"
-    token = commands.add_parser("token", parents=[common], help=text,
-                                **help_texts(text, ("token create ada laptop --expires 90d", "token list")))
-    tokens = token.add_subparsers(metavar="ACTION", required=True)
-    for command in (*TOKEN_COMMANDS, MENU):
-        add_command(tokens, common, *command)
+    parser = Parser(PURPOSE, ("token create ada laptop", "serve --port 8000"), prog="ollama_gateway.py")
+    groups = {"": parser.add_subparsers(metavar="COMMAND", required=True)}
+    for words, run, purpose, examples, arguments in (*COMMANDS, MENU, DOCTOR):
+        group, _, name = words.rpartition(" ")
+        command = groups[group].add_parser(name, help=purpose, purpose=purpose, examples=examples, arguments=arguments)
+        command.set_defaults(run=run)
+        if run is None:
+            groups[words] = command.add_subparsers(metavar="ACTION", required=True)
     return parser
 
 
@@ -7109,7 +7017,7 @@ def run_command(argv):
     try:
         args = build_parser().parse_args(argv, argparse.Namespace(**DEFAULT_ARGS))
         return args.run(args) or 0
-    except SystemExit as stop:  # argparse has spoken
+    except SystemExit as stop:  # argparse has printed its message
         return stop.code or 0
     except (UsageError, Failure) as error:
         print_error(f"ollama_gateway: {error}")
@@ -7124,18 +7032,18 @@ def run_command(argv):
 
 
 def main(argv=None):
-    """Run a command; return 0 when it is done, 1 when it could not be done, 2 for a wrong flag, value or setting."""
+    """Run a command; return 0 for success, 1 for a failure, 2 for a wrong flag, value or setting."""
     for name in "stdout", "stderr":
-        if getattr(sys, name) is None:  # it is closed: printing must fail, and no other file may get its descriptor
+        if getattr(sys, name) is None:  # closed: printing must fail, and no other file may get the descriptor
             setattr(sys, name, open(os.open(os.devnull, os.O_RDONLY), "w"))
         stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
+            stream.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
     status = run_command(argv)
     for stream in sys.stdout, sys.stderr:
         try:
             stream.flush()
-        except OSError:  # Python would try once more at exit, complain, and end with status 120
+        except OSError:  # Python would try again at exit, complain, and exit with status 120
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return status
 

@@ -1774,7 +1774,7 @@ class Menu(CommandCase):
         menu.press(DOWN, "\r")
         for keys, told in (("2\r", "Admin (may"), (DOWN + "\r", "Changed the admin token"), ("3\r", "Models (as"),
                            ("tiny\r", "would be an admin's"), ("", 'Change "bob/phone"\n'), ("4\r", "[none]"), ("7\r", "7 a minute"),
-                           ("4\r", "a minute [7]"), ("none\r", 'Changed the admin token "bob/phone", which does not expire, in'),
+                           ("4\r", "a minute [7]"), ("none\r", 'Changed the admin token "bob/phone" (does not expire) in'),
                            ("\x1b", "Which token?"), ("\x1b", "Whose token?"), ("\x1b", MAIN_MENU)):
             menu.press(keys)
             menu.shows(told)
@@ -7032,7 +7032,7 @@ class ServeCommand(Case):
         command = ["prlimit", "--nofile=400:400", sys.executable, GATEWAY, "serve", "--port", "0", "--db", self.db]
         with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=self.folder) as process:
             try:
-                first, second = (next(line for line in process.stderr if b"without a token" in line or b"connections" in line) for _ in range(2))
+                first, second = (next(line for line in process.stderr if b"token create" in line or b"connections" in line) for _ in range(2))
             finally:
                 process.terminate()
         self.assertIn(b"ollama_gateway", first)
