@@ -2225,229 +2225,190 @@ class TokenCache:
 # == Server ===================================================================
 
 
-class ClientLimits(NamedTuple):
-    """What a connection may take: bytes and seconds."""
-
-    max_body: int
-    header_timeout: float
-    idle_timeout: float
-    storage: object     # the BodyStorage of all connections
-
-
 class ClientConnection(Connection):
-    """A client's connection; watched, it tells when the client has left, or has to."""
+    """A client's connection. As `cancel_on` it ends a wait when the client leaves or the server aborts its requests."""
 
-    last_request = False    # no further one may follow: the server is stopping
-    shutting_down = False       # nor may this one go on
-    has_token = False   # the current request has a valid token
-    token_id = None      # the id of that token, until the end of the answer is sent
-    stalled = False         # the current request has been kept waiting by its client, or for its bad credential
+    last_request = False    # the server is stopping: no further request may follow
+    shutting_down = False   # the server aborts requests: the current one must end too
+    has_token = False       # the current request has a valid token
+    token_id = None         # the id of that token, until the last piece of the response is sent
+    stalled = False         # the current request waited for its client, or for the delay of a wrong credential
 
     def wait(self, events, deadline, cancel_on=None):
-        """Wait as Wire does, but raise Refusal where the end of the stream is only that of `dismiss`."""
+        """Wait for events and return them; raise Refusal if `abort_for_shutdown` caused them."""
         found = wait_for(self.descriptor, events, deadline, cancel_on)
-        if self.shutting_down and events & READABLE:  # a read would end TLS, and no answer could be sent
+        if self.shutting_down and events & READABLE:  # a read would end TLS, and no response could be sent
             raise Refusal("stopping")
         return found
 
     def on_readable(self):
-        """Raise ClientLeft if it hung up, fully or half; a pipelined request is kept for later."""
+        """Raise ClientLeft if the client closed its side; keep a pipelined request for later."""
         if self.shutting_down:
             raise Refusal("stopping")
         if len(self.buffer) >= PIPELINED_BYTES or not self.alive():
             raise ClientLeft("the client hung up")
 
     def until_writable(self, deadline, cancel_on):
-        """Wait for a slow reader, unless it has left."""
+        """Wait for a slow reader; raise ClientLeft if it hung up."""
         self.stalled = True
         if self.wait(WRITABLE | HUNG_UP, deadline, cancel_on) & HUNG_UP:
             raise ClientLeft("the client hung up")
 
     def pause(self, seconds):
-        """Let time pass, unless the client leaves."""
-        self.stalled = True
-        deadline = Deadline(seconds)
+        """Wait for some seconds; raise ClientLeft if the client leaves meanwhile."""
+        self.stalled, deadline = True, Deadline(seconds)
         with contextlib.suppress(TimeoutError):
             while True:
                 self.wait(self.watched_events(), deadline)
                 self.on_readable()
 
     def abort_for_shutdown(self):
-        """Have the connection's thread tell its client that it is over: whatever it waits for, it wakes up."""
+        """Wake the connection's thread, which then sends its client an error."""
         self.shutting_down = True
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.sock, socket.SHUT_RD)
 
-    def linger(self):
-        """Discard for a moment what a dismissed client still sends: a reset could cost it its answer."""
-        end = time.monotonic() + ABORT_SECONDS / 2
-        with contextlib.suppress(OSError):
-            while time.monotonic() < end:
-                if not socket.socket.recv(self.sock, RECEIVE_BYTES):  # nothing now: after SHUT_RD it never blocks
+    def drain(self):
+        """Discard what a refused client still sends: closing with unread data would reset the response."""
+        aborted, self.shutting_down, self.stalled = self.shutting_down, False, True
+        deadline, left = Deadline(ABORT_SECONDS / 2 if aborted else DRAIN_SECONDS), DRAIN_BYTES
+        with contextlib.suppress(OSError, Refusal):
+            self.sock.shutdown(socket.SHUT_WR)
+            while left > 0 and (self.fill(deadline) or aborted):
+                left -= len(self.buffer)
+                if not self.buffer:     # after SHUT_RD: no data, which is no end
                     time.sleep(0.02)
+                self.buffer = b""
 
 
 class ConnectionLimiter:
-    """Limits the open connections. Each is waiting, for a TLS handshake or a whole request head, or being served.
+    """Limits the open connections.
 
-    At the limit a waiting one is evicted, the longest first, else one stalled in a request without a valid token.
+    A connection is idle until the head of a request has arrived, then active until its response has ended. At the limit
+    the one that is idle longest is evicted; if none is idle, an active one that stalls without a valid token.
     """
 
     def __init__(self, most, trusted=()):
         self.most, self._trusted = most, trusted
-        self._share = max(most // 4, 1)     # of one network, in connections that have sent no whole head yet
-        self._waiting = OrderedDict()       # {wire: its network until its first request, then None}, longest first
-        self._serving = {}                  # {wire: True}, longest first
+        self._share = max(most // 4, 1)     # of a network's connections without a request, and of a token's requests
+        self._idle = OrderedDict()          # {connection: its network until its first request, then None}, oldest first
+        self._active = {}                   # {connection: True}, oldest first
         self._stopping = False
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
 
     def __len__(self):
-        return len(self._waiting) + len(self._serving)
+        return len(self._idle) + len(self._active)
 
     def admit(self, connection, address):
-        """Take a new connection in, evicting another one if need be; return False if none can be evicted.
+        """Add a new connection, evicting another one if necessary; return False if none can be evicted.
 
-        An address that has its share already makes room itself.
+        A network that has its share of connections without a request loses the oldest of these.
         """
         proxied = any(address_of(address) in network for network in self._trusted)
-        network = None if proxied else network_of(address)
+        network, own = None if proxied else network_of(address), ()
         with self._lock:
-            own = self._new_from(network)
+            if network and len(self._idle) >= self._share:
+                own = [other for other, found in self._idle.items() if found == network]
             if len(own) >= self._share:
                 self._end(own[0])
             elif len(self) >= self.most and not self.evict():
                 return False
-            self._waiting[connection] = network
+            self._idle[connection] = network
             return True
 
-    def _new_from(self, network):
-        if network is None or len(self._waiting) < self._share:
-            return ()
-        return [connection for connection, found in self._waiting.items() if found == network]
-
     def evict(self):
-        """Evict a connection; return whether there was one to evict."""
+        """Evict a connection; return False if none can be evicted."""
         with self._lock:
-            stalled = (connection for connection in self._serving if connection.stalled and not connection.has_token)
-            connection = next(itertools.chain(self._waiting, stalled), None)
+            stalled = (connection for connection in self._active if connection.stalled and not connection.has_token)
+            connection = next(itertools.chain(self._idle, stalled), None)
             if connection is not None:
                 self._end(connection)
             return connection is not None
 
     def _end(self, connection):
-        self._waiting.pop(connection, None)
-        self._serving.pop(connection, None)
+        self.remove(connection)
         connection.shut_down()
 
-    def rest(self, connection):
+    def mark_idle(self, connection):
         """Note that a connection waits for a request; return False if it must end."""
         with self._lock:
-            if self._stopping:
-                return False
-            if self._serving.pop(connection, False):
-                self._waiting[connection] = None
-            return connection in self._waiting
+            if self._active.pop(connection, False):
+                self._idle[connection] = None
+            return connection in self._idle and not self._stopping
 
-    def resume(self, connection):
-        """Note that a request's head has come; return False if the connection was evicted before."""
+    def mark_active(self, connection):
+        """Note that the head of a request has arrived; return False if the connection was evicted before."""
         with self._lock:
-            if self._waiting.pop(connection, False) is False:
+            if self._idle.pop(connection, False) is False:
                 return False
             connection.has_token, connection.token_id, connection.stalled = False, None, False
-            self._serving[connection] = True
+            self._active[connection] = True
             return True
 
     def authenticate(self, connection, token_id):
-        """Note whose request a connection serves; raise Refusal if that token has a quarter of all connections."""
-        if len(self._serving) > self._share:
+        """Note the token of a connection's request; raise Refusal if it has a quarter of all connections already."""
+        if len(self._active) > self._share:
             with self._lock:
-                if sum(other.token_id == token_id for other in self._serving) >= self._share:
+                if sum(other.token_id == token_id for other in self._active) >= self._share:
                     raise Refusal("too_many_at_once", f"this token may have {plural(self._share, 'request')} open, a "
                                                       "quarter of --max-connections: try again later")
         connection.has_token, connection.token_id = True, token_id
 
-    def leave(self, connection):
+    def remove(self, connection):
         with self._lock:
-            self._waiting.pop(connection, None)
-            self._serving.pop(connection, None)
+            self._idle.pop(connection, None)
+            self._active.pop(connection, None)
             self._changed.notify_all()
 
     def drain(self, seconds):
-        """Let running requests finish for so long, then have them cut so that it shows."""
+        """Let active connections finish for some seconds, then abort them so that their clients see an error."""
         with self._lock:
             self._stopping = True
-            for connection in self._serving:
+            for connection in self._active:
                 connection.last_request = True
-            for connection in list(self._waiting):
+            for connection in list(self._idle):
                 self._end(connection)
-            for end, patience in (None, seconds), (ClientConnection.abort_for_shutdown, ABORT_SECONDS), (Connection.shut_down, ABORT_SECONDS):
-                for connection in self._serving if end else ():
+            self._changed.wait_for(lambda: not self._active, seconds)
+            for end in ClientConnection.abort_for_shutdown, Connection.shut_down:
+                for connection in self._active:
                     end(connection)
-                if self._changed.wait_for(lambda: not self._serving, patience):
-                    return
+                self._changed.wait_for(lambda: not self._active, ABORT_SECONDS)
 
 
-class CpuAffinity:
-    """Keeps the process, for a with block, on one core, the one that others use least.
+def core_seconds():
+    """Return {core: seconds that it was busy}: proc(5) lists user, nice, system, idle, iowait, irq, softirq, steal."""
+    with open("/proc/stat", "rb") as stat:
+        rows = [line.split() for line in stat if re.match(rb"cpu[0-9]", line)]
+    return {int(name[3:]): (sum(map(int, ticks[:8])) - int(ticks[3]) - int(ticks[4])) / os.sysconf("SC_CLK_TCK")
+            for name, *ticks in rows}
 
-    Its threads run one at a time whatever the number of cores, for they share the interpreter's lock, and over several
-    cores each hand-over of that lock is a wake-up from one to the other: with 8 connections a small answer took 190 us
-    of CPU, on one core 65, and there were 2.5 times as many. Only Linux lets a process choose.
+
+def stay_on_one_core():
+    """Keep the process, as long as it lives, on the core that other processes use least; only Linux allows that.
+
+    Its threads share the interpreter's lock, so they run one at a time; across cores each handover of the lock wakes up
+    another core. With 8 busy clients that costs @@ CPU a request.
     """
-
-    def __init__(self):
-        self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-        self._core, self._busy, self._own = None, {}, 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="footprint", daemon=True)
-
-    def __enter__(self):
-        self._thread.start()    # in the main thread a signal to stop could interrupt an import
-
-    def __exit__(self, *_):
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self):
-        self._choose_core()
-        while not self._stop.wait(AFFINITY_SECONDS):
-            self._choose_core()
-
-    def _choose_core(self):
-        """Move if another core was left idle while others used this one."""
-        if len(self._cores) < 2:
-            return
-        with contextlib.suppress(OSError, ValueError, LookupError):  # there is no /proc/stat, or another one
-            busy, own = self._busy_seconds(), time.process_time()
-            used = {core: busy[core] - self._busy.get(core, 0.0) for core in self._cores}
-            if self._core is not None:
-                used[self._core] -= own - self._own
-            self._busy, self._own = busy, own
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    core, busy, own = None, {}, 0.0
+    with contextlib.suppress(OSError, ValueError, LookupError):  # /proc/stat is missing or has another format
+        while len(cores) > 1:
+            busy_before, own_before, busy, own = busy, own, core_seconds(), time.process_time()
+            used = {number: busy[number] - busy_before.get(number, 0.0) for number in cores}
+            if core is not None:
+                used[core] -= own - own_before
             best = min(used, key=used.get)
-            if self._core is None or used[self._core] > 2 * used[best] + AFFINITY_SECONDS / 5:
-                self._move(best)
-
-    def _move(self, core):
-        self._core = core
-        for _ in range(2):  # again for those that were begun meanwhile, by one that was still to be moved
-            for thread in os.listdir("/proc/self/task"):
+            if core is None or used[core] > 2 * used[best] + AFFINITY_SECONDS / 5:
+                core = best
+            for thread in os.listdir("/proc/self/task"):    # each time: a thread inherits the core of its creator
                 with contextlib.suppress(OSError):  # it has ended
                     os.sched_setaffinity(int(thread), {core})
-
-    @staticmethod
-    def _busy_seconds():
-        """Return {core: seconds that it was not idle}: proc(5) has user, nice, system, idle, iowait, irq and others."""
-        found = {}
-        with open("/proc/stat", "rb") as stat:
-            for name, *ticks in (line.split() for line in stat if re.match(rb"cpu[0-9]", line)):
-                user, nice, system, _, _, *interrupts = map(int, ticks[:8])
-                found[int(name[3:])] = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
-        return found
+            time.sleep(AFFINITY_SECONDS)
 
 
 class GatewayServer(http.server.ThreadingHTTPServer):
-    """Listens; a thread for each connection does the rest, from the TLS handshake on."""
+    """Accepts connections and serves each in its own thread, from the TLS handshake on."""
 
     daemon_threads = True
     block_on_close = False
@@ -2455,287 +2416,263 @@ class GatewayServer(http.server.ThreadingHTTPServer):
     allow_reuse_address = os.name == "posix"  # on Windows it would let another program steal the port
 
     BUSY_RESPONSE = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
-                     b"Connection: close\r\nContent-Length: 47\r\n\r\n" b'{"error": "too many connections: retry later"}\n')
+                     b"Connection: close\r\nContent-Length: 47\r\n\r\n"
+                     b'{"error": "too many connections: retry later"}\n')
 
-    def __init__(self, host, port, handler, gateway, limits, connections, tls=None):
-        found = look_up(host, port, socket.AI_PASSIVE)[0]
+    def __init__(self, settings, handler, gateway, connections, tls=None):
+        found = look_up(settings.host, settings.port, socket.AI_PASSIVE)[0]
         self.address_family = found[0]
-        self.gateway, self.limits, self.tls = gateway, limits, tls
-        self.connections = connections
-        self._rejecting = deque()     # (wire, when to close it)
-        self._warning, self._warned = threading.Lock(), -math.inf
-        self._ids = map((secrets.token_hex(4) + "%08x").__mod__, itertools.count())
+        self.settings, self.gateway, self.connections, self.tls = settings, gateway, connections, tls
+        self.storage = BodyStorage(settings.max_spool)
+        self.next_id = map((secrets.token_hex(4) + "%08x").__mod__, itertools.count()).__next__     # ids of requests
+        self._rejecting = deque()     # (connection, when to close it)
+        self._warned_at = -math.inf
         super().__init__(found[4], handler)
 
-    def next_id(self):
-        """Return an id for a request: nobody else's, at no system call."""
-        return next(self._ids)
-
     def server_bind(self):
-        """Bind without http.server's look-up of the host's name; :: takes IPv4 too."""
+        """Bind without http.server's lookup of the host's name; :: accepts IPv4 too."""
         if self.address_family == socket.AF_INET6:
             with contextlib.suppress(OSError):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
 
     @property
     def url(self):
-        """Return the address to use, as seen from other machines if it is open to them."""
+        """Return the gateway's URL, with the machine's name if it listens on all addresses."""
         host, port = self.server_address[:2]
         shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
         return f"{'https' if self.tls else 'http'}://{shown}:{port}"
 
     def get_request(self):
-        """Accept a connection; when out of descriptors, evict one and back off: the listener stays readable."""
+        """Accept a connection; without free descriptors, evict one and back off: the listener stays readable."""
         try:
             return super().get_request()
         except OSError as error:
+            if error.errno in OUT_OF_DESCRIPTORS:
+                self.warn_of_descriptors()
             if error.errno in (*OUT_OF_DESCRIPTORS, errno.ENOBUFS, errno.ENOMEM):
-                if error.errno in OUT_OF_DESCRIPTORS:
-                    self.warn_of_descriptors()
                 if not self.connections.evict():
                     self.gateway.free_descriptors()
                 time.sleep(0.05)
             raise
 
     def warn_of_descriptors(self):
-        """Log, once a minute, that the file descriptors run out."""
-        with self._warning:
-            now = time.monotonic()
-            if now >= self._warned + MINUTE:
-                self._warned = now
-                LOG.warning("out of file descriptors: raise the limit (ulimit -n, or LimitNOFILE= of the systemd "
-                            "unit) or lower --max-connections (now %d)", self.connections.most)
+        """Log, once a minute, that no file descriptors are free."""
+        now = time.monotonic()
+        if now >= self._warned_at + MINUTE:
+            self._warned_at = now
+            LOG.warning("out of file descriptors: raise the limit (ulimit -n, or LimitNOFILE= of the systemd unit) or "
+                        "lower --max-connections (now %d)", self.connections.most)
 
     def process_request(self, request, client_address):
-        """Give a new connection its thread, or turn it away where it stands."""
+        """Start a thread for a new connection, or reject it."""
         connection = ClientConnection(request)
-        if not self.connections.admit(connection, client_address[0]):
-            return self._reject_busy(connection)
-        try:
-            super().process_request(connection, client_address)
-        except RuntimeError:  # no thread could be started
-            self.connections.leave(connection)
-            self._reject_busy(connection)
+        if self.connections.admit(connection, client_address[0]):
+            try:
+                return super().process_request(connection, client_address)
+            except RuntimeError:  # no thread could be started
+                self.connections.remove(connection)
+        self._reject_busy(connection)
 
     def _reject_busy(self, connection):
-        """Tell a connection that there is no room, without a thread, and close it when it has read that."""
+        """Answer 503 without a thread, and close the connection later: a reset now could lose the response."""
         if self.tls:
-            return connection.close()  # an answer would cost a handshake
+            return connection.close()  # a response would cost a handshake
         with contextlib.suppress(OSError):
-            connection.sock.send(self.BUSY_RESPONSE)  # a fresh socket's buffer takes it whole
+            connection.sock.send(self.BUSY_RESPONSE)  # fits the buffer of a new socket
             connection.sock.shutdown(socket.SHUT_WR)
         self._rejecting.append((connection, time.monotonic() + REJECT_SECONDS))
 
     def service_actions(self):
-        """Look after those that were turned away; socketserver calls this again and again."""
-        for _ in range(len(self._rejecting)):
-            connection, until = self._rejecting.popleft()
-            if connection.alive() and time.monotonic() < until and len(self._rejecting) < MAX_REJECTING:
-                connection.buffer = b""
-                self._rejecting.append((connection, until))
-            else:
-                connection.close()
+        """Close rejected connections in time, sooner if there are many; socketserver calls this twice a second."""
+        while self._rejecting and (len(self._rejecting) > MAX_REJECTING or self._rejecting[0][1] < time.monotonic()):
+            self._rejecting.popleft()[0].close()
 
     def process_request_thread(self, request, client_address):
-        """Serve a connection, in its own thread, until it ends; `request` is its wire."""
+        """Serve a connection (`request`) in its own thread until it ends."""
         try:
             if self.tls:
-                request.start_tls(self.tls, Deadline(self.limits.header_timeout), server_side=True)
+                request.start_tls(self.tls, Deadline(self.settings.header_timeout), server_side=True)
             self.RequestHandlerClass(request, client_address, self)
-        except (OSError, Refusal):
-            pass  # left, never came to speak, or was dismissed before: there was no request to answer
-        except Exception:  # as socketserver has it: a connection's failure is told, and is no other's
+        except Exception:  # like socketserver: a connection's failure is logged and ends no other one
             self.handle_error(request, client_address)
         finally:
-            self.connections.leave(request)
+            self.connections.remove(request)
             request.close()
 
     def shutdown_request(self, request):
-        """Close a connection that could not be served; one that a signal to stop met here has a thread that does."""
+        """Close a connection that was not served; after a signal to stop, its thread may have started and closes it."""
         if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
             super().shutdown_request(request)
 
     def handle_error(self, request, client_address):
-        if not isinstance(sys.exc_info()[1], OSError):  # it left before it was served
+        """Log a failure, unless the connection ended or was aborted before there was a request to answer."""
+        if not isinstance(sys.exc_info()[1], (OSError, Refusal)):
             LOG.exception("the connection from %s failed", client_address[0])
 
     def stop(self, seconds):
-        """Let nobody new in, and running requests finish for so many seconds."""
+        """Accept no new connections, and let running requests finish for some seconds."""
         self.socket.close()
         self.connections.drain(seconds)
 
     def server_close(self):
-        """Stop listening, cut what is open, and stop what works behind the requests."""
+        """Stop listening, close all connections, and stop the gateway's background threads."""
         super().server_close()
         self.connections.drain(0)
-        while self._rejecting:
-            self._rejecting.popleft()[0].close()
+        for connection, _ in self._rejecting:
+            connection.close()
         self.gateway.close()
 
 
-def client_failure(error, late, seconds):
-    """Return what becomes of an error in reading from a client: its refusal, or the news that it left."""
+def client_failure(error, late):
+    """Return the exception for an error in reading from a client: Refusal, with the text `late`, or ClientLeft."""
     if isinstance(error, Malformed):
         return Refusal(error.code, str(error))
-    if is_late(error):
-        return Refusal("too_slow", late.format(seconds))
-    return ClientLeft(str(error))
+    return Refusal("too_slow", late) if is_late(error) else ClientLeft(str(error))
 
 
-class ClientStream:
-    """The client's side of one request: its head and body in, one answer out, and how the answer ended."""
+class RequestReader:
+    """Reads a request; `head` has been read before: bytes, or the exception that `read_request` raises."""
 
-    def __init__(self, connection, peer, limits, request_id):
-        self.connection, self.limits, self.request = connection, limits, None
-        self.body = LengthBody(None)      # until the head tells better, all that comes is of this request
-        self.context = RequestContext(peer, time.monotonic())
-        self.context.id = request_id
-        self.extra = []             # fields that every answer carries
-        self.limit_fields = tuple   # returns those that tell how much of the token's limits is left by then
-        self.started = False        # bytes of an answer have gone out: it can be changed no more
-        self.finished = False
-        self._head, self._failures = b"", []    # the request's, and instead what went wrong with it
-        self._expects = False       # the client waits for 100 Continue before it sends its body
-        self._pending = b""         # a head that waits to go out with the first piece
-        self._framing = ""          # "chunked", "length", "open" until the connection ends, or "none"
-        self._stream_type = ""      # the answer's content type, if it is one of lines
-        self._keep = False          # the connection may go on after the answer
-        self._tail = b"\n\n"        # the last bytes of the answer so far
+    request = None          # once its head is parsed
+    keep_alive = False      # another request may follow on the connection
+    _expects_continue = False
 
-    # -- in
-
-    def receive_head(self):
-        """Wait for the request's head; `read_request` raises what went wrong."""
-        try:
-            self._head = self.connection.read_piece(HeadDecoder(), Deadline(self.limits.header_timeout))
-        except (Malformed, OSError) as error:
-            self._failures.append(client_failure(error, "the headers took longer than {:g} s",
-                                                 self.limits.header_timeout))
+    def __init__(self, server, connection, context, head):
+        self.connection, self.context, self._server, self._head = connection, context, server, head
+        self.body = LengthBody(None)    # until the head is parsed: all that arrives belongs to this request
 
     def read_request(self):
-        """Parse the request's head; raise Refusal."""
-        if self._failures:
-            raise self._failures.pop()
-        head = self._head
+        """Parse and return the request's head; raise Refusal or ClientLeft."""
+        head, context = self._head, self.context
+        if isinstance(head, Exception):
+            raise head
         try:
             parse = parse_cached_request if len(head) <= CACHED_HEAD_BYTES else parse_request
             self.request = request = parse(head)
-            self._note(request)
+            given = request.fields.get("x-request-id")
+            if given and REQUEST_ID.fullmatch(given):
+                context.id = given
+            context.method, context.path = request.method, request.redacted_path
             self.body = request_decoder(request)
         except Malformed as error:
             raise Refusal(error.code, str(error)) from None
-        self._keep = not request.closes
-        if "expect" in request.fields and request.version == "1.1":
-            if request.fields["expect"].lower() != "100-continue":
-                raise Refusal("unknown_expectation", "only 100-continue can be expected here")
-            self._expects = True
+        self.keep_alive = not request.closes
+        self._expects_continue = "expect" in request.fields and request.version == "1.1"
+        if self._expects_continue and request.fields["expect"].lower() != "100-continue":
+            raise Refusal("unknown_expectation", "only 100-continue can be expected here")
         return request
 
-    def _note(self, request):
-        given = request.fields.get("x-request-id", "")
-        if given and REQUEST_ID.fullmatch(given):
-            self.context.id = given
-        self.context.method, self.context.path = request.method, request.redacted_path
-
     def read_body(self, cancel_on=None, deadline=None):
-        """Return the next piece of the request's body, b"" only at its end; raise Refusal if it is not as promised."""
-        if self._expects and not self.body.complete and not self.connection.buffer:
-            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self._expects = False
+        """Return the next piece of the request's body, b"" at its end; raise Refusal if it is malformed or too slow."""
+        late = "the body took longer than {:g} s" if deadline else "nothing of the body arrived for {:g} s"
         try:
+            if self._expects_continue and not self.body.complete and not self.connection.buffer:
+                self.connection.send(b"HTTP/1.1 100 Continue\r\n\r\n", Deadline(SEND_SECONDS))
+            self._expects_continue = False
             return self.connection.read_piece(self.body, deadline or Deadline(BODY_SECONDS), cancel_on)
         except (Malformed, OSError) as error:
-            late = "the body took longer than {:g} s" if deadline else "nothing of the body came for {:g} s"
-            raise client_failure(error, late, PAGE_BODY_SECONDS if deadline else BODY_SECONDS) from None
+            raise client_failure(error, late.format(PAGE_BODY_SECONDS if deadline else BODY_SECONDS)) from None
 
     def read_page_body(self):
-        """Return the whole body of a request for one of our own pages; raise Refusal if it is too large or too slow."""
-        body, deadline = bytearray(), Deadline(PAGE_BODY_SECONDS)
+        """Return the whole body of a request to one of our own pages; raise Refusal if it is too large or too slow."""
+        body, deadline = b"", Deadline(PAGE_BODY_SECONDS)
         while not self.body.complete:
             body += self.read_body(deadline=deadline)
-            if len(body) > PAGE_BODY_BYTES:
-                raise Refusal("body_too_large", f"the body is larger than {PAGE_BODY_BYTES} bytes")
-        return bytes(body)
+            self._check_size(len(body), PAGE_BODY_BYTES)
+        return body
 
     def read_whole_body(self):
-        """Read the request's body and return it, for a with block.
-
-        Raises Refusal if it is too large, or there is no room for it.
-        """
+        """Read and return the request's body, for a with block; raise Refusal if it is too large or cannot be kept."""
+        most = self._server.settings.max_body
         if self.body.complete:
             return BufferedBody(declared="content-length" in self.request.fields)
-        self._bound_body(self.body.left)
+        self._check_size(self.body.left, most, " (--max-body)")
         piece = self.read_body()
         if self.body.complete and len(piece) <= RECEIVE_BYTES:
             return BufferedBody(piece)
         with contextlib.ExitStack() as stack:
-            body = stack.enter_context(BufferedBody(bytearray(), storage=self.limits.storage))
+            body = stack.enter_context(BufferedBody(bytearray(), storage=self._server.storage))
             body.append(piece)
             while not self.body.complete:
                 body.append(self.read_body())
-                self._bound_body(body.size)
+                self._check_size(body.size, most, " (--max-body)")
             stack.pop_all()
             return body
 
-    def _bound_body(self, size):
-        if size > self.limits.max_body:
-            raise Refusal("body_too_large", f"the body is larger than {self.limits.max_body} bytes (--max-body)")
+    @staticmethod
+    def _check_size(size, most, flag=""):
+        if size > most:
+            raise Refusal("body_too_large", f"the body is larger than {most} bytes{flag}")
 
-    # -- out
+
+class ClientStream(RequestReader):
+    """The client's side of a request: reads the request and writes the response."""
+
+    limit_fields = tuple    # returns the fields that report the token's limits, as of now
+    finished = False        # the last piece was sent
+    _pending = b""          # a head that waits for the first piece
+    _framing = ""           # "chunked", "length", "open" (until the connection ends) or "none"
+    _stream_type = ""       # the response's content type, if its body consists of lines
+    _tail = b"\n\n"         # the last two bytes of the response's body
+
+    def __init__(self, *reader):
+        super().__init__(*reader)
+        self.extra = []     # fields for each response
 
     def start(self, status, phrase, lines, content_type, length=None):
-        """Begin the answer; without a length it goes on until `write` is told that a piece is the last.
+        """Begin the response; without a length, its body ends with the last piece that `write` gets.
 
         lines: the head's own fields, as text.
         """
-        request = self.request
-        if status in (204, 304) or request is not None and request.method == "HEAD":
+        request, bodiless = self.request, status in (204, 304)
+        if bodiless or request and request.method == "HEAD":
             self._framing = "none"
         elif length is not None:
             self._framing = "length"
         else:
             self._framing = "chunked" if request.version == "1.1" else "open"
-        self._keep = self._keep and self.body.complete and not self.connection.last_request
+        self.keep_alive = self.keep_alive and self.body.complete and not self.connection.last_request
         head = f"HTTP/1.1 {status} {phrase}\r\n{lines}X-Request-Id: {self.context.id}\r\n"
         if content_type.startswith(STREAM_TYPES):
             self._stream_type = content_type
-            head += "X-Accel-Buffering: no\r\n"  # or nginx, before us, holds the pieces back
+            head += "X-Accel-Buffering: no\r\n"  # or an nginx in front of the gateway holds pieces back
         for name, value in (*self.extra, *self.limit_fields()):
             head += f"{name}: {value}\r\n"
-        if length is not None and status not in (204, 304):
+        if length is not None and not bodiless:
             head += f"Content-Length: {length}\r\n"
         elif self._framing == "chunked":
             head += "Transfer-Encoding: chunked\r\n"
-        if not self._keep:
+        if not self.keep_alive:
             head += "Connection: close\r\n"
         self._pending = (head + "\r\n").encode("latin-1")
         self.context.status = status
 
     def write(self, piece, last=False):
-        """Send a piece of the answer at once; the last one ends it."""
+        """Send a piece of the response at once; the last one ends it. Raise ClientLeft if it cannot be sent."""
         data, self._pending = self._pending, b""
         if self._framing != "none":
             data += encode_chunk(piece, last) if self._framing == "chunked" else piece
             self._tail = (self._tail + piece[-2:])[-2:]
             self.context.bytes_sent += len(piece)
-        if last:    # who has read it may ask again at once
+        if last:    # a client that has read it may send its next request at once
             self.connection.token_id = None
         if data:
-            self._send(data)
-            self.started = True
+            try:
+                self.connection.send(data, Deadline(SEND_SECONDS))
+            except OSError as error:
+                raise ClientLeft(str(error)) from None
             if self.context.first_byte_at is None:
                 self.context.first_byte_at = time.monotonic()
         self.finished = last
 
     def flush(self):
-        """Send the answer's head now, if it still waits for a piece."""
+        """Send the response's head now, if it still waits for a piece."""
         if self._pending:
             self.write(b"")
 
     def answer(self, status, content_type, body, fields=()):
-        """Give a whole answer of our own."""
+        """Send a whole response of the gateway's own."""
         own = [("Date", email.utils.formatdate(usegmt=True)), *fields]
         if body:
             own += [("Content-Type", content_type), ("X-Content-Type-Options", "nosniff")]
@@ -2744,84 +2681,67 @@ class ClientStream:
         self.write(body, last=True)
 
     def refuse(self, refusal):
-        """Answer with the refusal or, if an answer has begun, end that one so that nobody takes it for whole."""
+        """Send a refusal; if a response has begun, end it with an error so that it does not look complete."""
         dialect = dialect_of(self.request.path) if self.request else "ollama"
-        told = json.dumps(refusal.body_for(dialect)).encode()
+        error = json.dumps(refusal.body_for(dialect)).encode()
         try:
-            if not self.started:
-                return self.answer(refusal.status, "application/json", told + b"\n", refusal.fields)
+            if self.context.first_byte_at is None:
+                return self.answer(refusal.status, "application/json", error + b"\n", refusal.fields)
             self.context.outcome = "broken"
             if self._stream_type and self._framing in ("chunked", "open"):
-                self.write(self._error_line(told, dialect))
+                self.write(self._error_line(error, dialect))
         except ClientLeft:
             self.context.outcome = "left"
         self.abort()
 
-    def _error_line(self, told, dialect):
-        """Return the line that tells of a stream's failure, after what ends the line, or the event, that is open."""
+    def _error_line(self, error, dialect):
+        """Return a stream's error line or event, after the end of the line or event that is open."""
+        line_ends = len(self._tail) - len(self._tail.rstrip(b"\n"))
         if not self._stream_type.startswith("text/event-stream"):
-            return (b"" if self._tail.endswith(b"\n") else b"\n") + told + b"\n"
-        opening = b"" if self._tail == b"\n\n" else b"\n" if self._tail.endswith(b"\n") else b"\n\n"
-        return opening + (b"event: error\n" if dialect == "anthropic" else b"") + b"data: " + told + b"\n\n"
+            return b"\n" * (not line_ends) + error + b"\n"
+        event = b"event: error\n" if dialect == "anthropic" else b""
+        return b"\n" * (2 - line_ends) + event + b"data: " + error + b"\n\n"
 
     def abort(self):
-        """Cut the connection short of the answer's end; with a reset where a mere end would look like that."""
+        """Close the connection before the response's end; reset it where a normal close would look like the end."""
         if self._framing == "open" or self.context.outcome == "left":
             self.connection.reset()
         self.connection.close()
 
-    @property
-    def reusable(self):
-        """Tell whether another request may follow on the connection."""
-        return self.finished and self._keep
-
-    def drain(self):
-        """Read on, within bounds, what a refused client still sends: a connection closed too soon loses the answer."""
-        if self.connection.shutting_down:
-            return self.connection.linger()
-        deadline, left, self.connection.stalled = Deadline(DRAIN_SECONDS), DRAIN_BYTES, True
-        with contextlib.suppress(OSError, Refusal):
-            self.connection.sock.shutdown(socket.SHUT_WR)
-            while left > 0:
-                self.connection.buffer = b""
-                if not self.connection.fill(deadline):
-                    return
-                left -= len(self.connection.buffer)
-
-    def _send(self, data):
-        try:
-            self.connection.send(data, Deadline(SEND_SECONDS))
-        except OSError as error:
-            raise ClientLeft(str(error)) from None
-
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """http.server's part: one request after another on a connection; `request` is its ClientWire."""
+    """Serves the requests of a connection, one after the other; `request` is the ClientConnection."""
 
     def setup(self):
-        self.connection = self.request
-        self.patience = self.server.limits.header_timeout   # for the first request; idle_timeout for those to follow
+        self.patience = self.server.settings.header_timeout     # for the first request; idle_timeout for later ones
 
     def finish(self):
-        self.connection.close_notify()
+        self.request.close_notify()
 
     def handle_one_request(self):
-        """Wait for a request and serve it; a connection that sends nothing, or is evicted, ends without an answer."""
+        """Wait for a request and serve it; end without a response if none arrives or the connection is evicted."""
+        connection, server = self.request, self.server
         self.close_connection = True
-        connections = self.server.connections
-        if not connections.rest(self.connection) or not (self.connection.buffer or self.connection.fill(Deadline(self.patience))):
+        if not server.connections.mark_idle(connection):
             return
-        client = ClientStream(self.connection, self.client_address[0], self.server.limits, self.server.next_id())
-        client.receive_head()
-        if not connections.resume(self.connection):
+        if not connection.buffer and not connection.fill(Deadline(self.patience)):
             return
-        self.server.gateway.serve(client)
-        if client.context.refusal_code == "no_descriptors":
-            self.server.warn_of_descriptors()
-        self.close_connection = not client.reusable
-        self.patience = self.server.limits.idle_timeout
+        context = RequestContext(self.client_address[0], time.monotonic())
+        context.id = server.next_id()
+        try:
+            head = connection.read_piece(HeadDecoder(), Deadline(server.settings.header_timeout))
+        except (Malformed, OSError) as error:
+            head = client_failure(error, f"the headers took longer than {server.settings.header_timeout:g} s")
+        if not server.connections.mark_active(connection):
+            return
+        client = ClientStream(server, connection, context, head)
+        server.gateway.serve(client)
+        if context.refusal_code == "no_descriptors":
+            server.warn_of_descriptors()
+        self.close_connection = not (client.finished and client.keep_alive)
+        self.patience = server.settings.idle_timeout
         if client.finished and not client.body.complete:
-            client.drain()
+            connection.drain()
 
 # == Routing and access =======================================================
 
@@ -5584,10 +5504,8 @@ def build_server(settings, store, log=LOG.info):
     upstream = Upstream(settings.ollama_url, settings.connect_timeout, settings.first_byte_timeout,
                         settings.stall_timeout)
     health = HealthProbe(upstream)
-    limits = ClientLimits(settings.max_body, settings.header_timeout, settings.idle_timeout,
-                          BodyStorage(settings.max_spool))
-    # Descriptors of a connection, at most: its socket, a spooled body and the upstream connection. A queued request
-    # has two for its wakeup instead of the upstream connection; they are closed before that is opened.
+    # A connection's descriptors at most: its socket, a spooled body, and either the upstream connection or, while it
+    # waits in the queue, the two of its wakeup, which are closed before the upstream connection is opened.
     connections = ConnectionLimiter(connections_that_fit(settings.max_connections, 4 if settings.max_parallel else 3),
                                     settings.trusted_proxies)
     tokens = TokenCache(store)
@@ -5611,7 +5529,7 @@ def build_server(settings, store, log=LOG.info):
         health=health,
         journal=Journal(ledger, metrics, log or LOG.info))
     try:
-        return GatewayServer(settings.host, settings.port, Handler, gateway, limits, connections, tls)
+        return GatewayServer(settings, Handler, gateway, connections, tls)
     except (OSError, UnicodeError) as error:
         gateway.close()
         reason = getattr(error, "strerror", None) or error
@@ -6046,8 +5964,8 @@ def cmd_serve(args):
             if hasattr(signal, "SIGHUP"):
                 signal.signal(signal.SIGHUP, handle_hangup)
             server.gateway.health.start(functools.partial(announce, settings, server, store))
-            with CpuAffinity():
-                server.serve_forever()
+            threading.Thread(target=stay_on_one_core, name="cpu affinity", daemon=True).start()
+            server.serve_forever()
         except KeyboardInterrupt:
             with contextlib.suppress(KeyboardInterrupt):  # a second signal ends the wait
                 server.stop(settings.drain_timeout)

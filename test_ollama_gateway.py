@@ -2917,7 +2917,7 @@ class Relaying(GatewayCase):
 
     def test_tcp_keep_alive_of_clients_and_of_the_upstream(self):
         client = self.primed()
-        client_side, = {**self.server.connections._waiting, **self.server.connections._serving}
+        client_side, = {**self.server.connections._idle, **self.server.connections._active}
         upstream_side, = self.server.gateway._upstream.pool._idle
         wanted = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
         there_are = {name: value for name, value in wanted.items() if hasattr(socket, name)}
@@ -6602,7 +6602,7 @@ class Load(GatewayCase):
         public.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         public.send(request("GET", "/docs") * 500)
         self.assertStatus(public.head(), 200)
-        eventually(lambda: [wire.stalled for wire in server.connections._serving] == [True, True], "the filling of all buffers")
+        eventually(lambda: [connection.stalled for connection in server.connections._active] == [True, True], "the filling of all buffers")
         for _ in range(3):
             self.assertStatus(self.ask_until_there_is_room(server), 200)
         pieces = iter(lambda: valid.socket.recv(1 << 20)[-5:], b"")     # Client.read would take seconds
@@ -6893,47 +6893,50 @@ class Serving:
 
 @unittest.skipIf(os.name == "nt", "stopping is done by signals")
 class OneCore(unittest.TestCase):
-    """The process keeps to one core, and goes where it is in nobody's way."""
+    """The process stays on one core, the one that other processes use least."""
 
-    def setUp(self):
-        self.busy, self.moves = {0: 100.0, 1: 50.0, 2: 70.0}, []
-        self.footprint = gateway.CpuAffinity()
-        self.footprint._cores = set(self.busy)
-        self.footprint._busy_seconds, self.footprint._move = lambda: dict(self.busy), self.move
+    def cores_chosen(self, *rounds, cores=(0, 1, 2)):
+        """The core that each thread was moved to, by round: `rounds` are the seconds that other processes used of each core meanwhile."""
+        busy, own, moves, left = dict.fromkeys(cores, 0.0), [0.0], [], list(rounds)
 
-    def move(self, core):
-        self.footprint._core = core
-        self.moves.append(core)
+        def pass_time(_=None):
+            if not left:
+                raise LookupError("the end of the test")
+            for core, used in enumerate(left.pop(0)):
+                busy[core] = busy.get(core, 0.0) + used
+            if moves:
+                busy[min(moves[-1])] += 4   # by the gateway itself
+                own[0] += 4
+        clock = unittest.mock.Mock(sleep=pass_time, process_time=lambda: own[0])
+        system = unittest.mock.Mock(sched_getaffinity=lambda _: set(cores), listdir=lambda _: ["7"])
+        system.sched_setaffinity.side_effect = lambda thread, chosen: moves.append(chosen)
+        pass_time()
+        with unittest.mock.patch.multiple(gateway, time=clock, os=system, core_seconds=lambda: dict(busy)):
+            gateway.stay_on_one_core()
+        return [min(chosen) for chosen in moves]
 
-    def pass_time(self, *seconds):
-        """Let five seconds pass in which the cores were so busy, not by us."""
-        for core, used in enumerate(seconds):
-            self.busy[core] += used
-        self.footprint._choose_core()
+    def test_the_least_used_core_is_chosen_and_changed_only_for_a_clear_gain(self):
+        for label, rounds, chosen in (("the least used so far", [(9, 5, 7)], [1]), ("not for a little", [(9, 5, 7), (5, 0.5, 0)], [1, 1]),
+                                      ("a clear gain", [(9, 5, 7), (5, 4, 0.2)], [1, 2]), ("none better", [(9, 5, 7), (5, 5, 5)], [1, 1])):
+            with self.subTest(label):
+                self.assertEqual(self.cores_chosen(*rounds), chosen)
 
-    def test_it_goes_where_the_others_are_not(self):
-        self.pass_time(0, 0, 0)
-        self.assertEqual(self.moves, [1], "the least used so far")
-        self.pass_time(5, 0.5, 0)
-        self.assertEqual(self.moves, [1], "not for a little")
-        self.pass_time(5, 4, 0.2)
-        self.assertEqual(self.moves, [1, 2])
-        self.pass_time(5, 5, 5)
-        self.assertEqual(self.moves, [1, 2], "nor where it is no better")
-
-    def test_with_one_core_or_no_proc_it_stays(self):
-        self.footprint._cores = {0}
-        self.pass_time(5, 0, 0)
-        self.footprint._cores = {0, 1}
-        self.footprint._busy_seconds = unittest.mock.Mock(side_effect=FileNotFoundError)
-        self.pass_time(5, 0, 0)
-        self.assertEqual(self.moves, [])
-
-    def test_a_thread_that_is_begun_meanwhile_moves_too(self):
-        with unittest.mock.patch.object(os, "listdir", side_effect=[["7"], ["7", "8"]]), \
+    def test_with_one_core_no_proc_or_no_affinity_nothing_is_moved(self):
+        self.assertEqual(self.cores_chosen((5,), (5,), cores=(0,)), [])
+        with unittest.mock.patch.object(gateway, "core_seconds", side_effect=FileNotFoundError), \
                 unittest.mock.patch.object(os, "sched_setaffinity", create=True) as move:
-            gateway.CpuAffinity()._move(1)
-        self.assertIn(unittest.mock.call(8, {1}), move.mock_calls)
+            gateway.stay_on_one_core()
+        with unittest.mock.patch.object(gateway, "os", unittest.mock.Mock(spec=[])):
+            gateway.stay_on_one_core()
+        move.assert_not_called()
+
+    @unittest.skipUnless(os.path.exists("/proc/stat"), "needs Linux")
+    def test_the_busy_seconds_of_each_core_are_read_from_proc_stat(self):
+        stat = b"cpu  9 9 9 9 9 9 9 9 9 9\ncpu0 100 20 30 4000 500 6 7 8 0 0\ncpu1 1 1 1 1 1 1 1 1 0 0\nintr 5\n"
+        with unittest.mock.patch.object(gateway, "open", unittest.mock.mock_open(read_data=stat), create=True):
+            found = gateway.core_seconds()
+        tick = os.sysconf("SC_CLK_TCK")
+        self.assertEqual(found, {0: 171 / tick, 1: 6 / tick})
 
     @unittest.skipUnless(hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1, "needs two cores, and Linux")
     def test_the_server_does_and_its_threads_too(self):
