@@ -7094,6 +7094,19 @@ MENU = ("menu", cmd_token_menu, "manage the tokens from a menu, with arrow keys"
 
 # == Doctor ===================================================================
 
+FLOORS = (("Python", "%d.%d.%d" % sys.version_info[:3], (3, 8)), ("SQLite", SQLITE_VERSION, (3, 26)))
+STREAM_TOKENS = 48      # requested from a model to see whether they arrive one by one
+TELLING_SECONDS = 0.02  # a response that took less proves nothing
+TOKEN_VARIABLE = "GATEWAY_TOKEN"
+
+
+class CheckResult(NamedTuple):
+    """The result of a check: passed (True), failed (False) or unknown (None), and what to do."""
+
+    ok: Optional[bool]
+    text: str
+    advice: str = ""
+
 
 def try_to_listen(host, port):
     """Raise OSError where a GatewayServer could not listen now."""
@@ -7106,7 +7119,7 @@ def try_to_listen(host, port):
 
 
 def local_addresses():
-    """Return this machine's addresses by which others may reach it, sorted: no loopback, nothing link-local."""
+    """Return the addresses by which others may reach this machine, sorted, without loopback and link-local ones."""
     found = set()
     with contextlib.suppress(OSError), open("/proc/net/fib_trie", encoding="ascii") as file:
         found.update(re.findall(r"\|-- (\S+)\n\s+/32 host LOCAL", file.read()))
@@ -7116,31 +7129,16 @@ def local_addresses():
         found.update(entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None))
     for family, elsewhere in (socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"):  # RFC 5737, RFC 3849
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((elsewhere, 9))   # which sends nothing, and tells which address would
+            probe.connect((elsewhere, 9))   # sends nothing, but chooses the source address
             found.add(probe.getsockname()[0])
-    addresses = map(address_of, found)
-    return sorted(str(address) for address in addresses
+    return sorted(str(address) for address in map(address_of, found)
                   if not (address.is_loopback or address.is_link_local or address.is_unspecified))
 
 
 def is_local_host(host):
-    """Tell whether a host's name is this machine's; raise OSError for one that has no address."""
+    """Return whether a host name is this machine's; raise OSError for one without an address."""
     found = {address_of(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
     return any(address.is_loopback or str(address) in local_addresses() for address in found)
-
-
-FLOORS = (("Python", "%d.%d.%d" % sys.version_info[:3], (3, 8)), ("SQLite", SQLITE_VERSION, (3, 26)))
-STREAM_TOKENS = 48      # that a model is asked for, to see whether they arrive one by one
-TELLING_SECONDS = 0.02  # an answer that took less cannot tell
-TOKEN_VARIABLE = "GATEWAY_TOKEN"
-
-
-class CheckResult(NamedTuple):
-    """What a check found: fine (True), not fine (False) or not to be told (None), and what to do."""
-
-    ok: Optional[bool]
-    text: str
-    advice: str = ""
 
 
 def cause_of(refusal):
@@ -7149,39 +7147,36 @@ def cause_of(refusal):
 
 
 def check_settings(settings):
-    """Tell which settings are not by default, and where they come from."""
-    told = [f"{source} {raw}" if source.startswith("--") else f"{source}: {raw}"
-            for source, raw in settings.given.values()]
-    yield CheckResult(True, f"settings: {'; '.join(told) or 'all by default'}")
+    """Show the settings that differ from the defaults, with their sources."""
+    given = [f"{source} {raw}" if source.startswith("--") else f"{source}: {raw}" for source, raw in settings.given.values()]
+    yield CheckResult(True, f"settings: {'; '.join(given) or 'all by default'}")
 
 
 def check_versions():
-    """Tell the versions of what the gateway stands on."""
     for name, found, least in FLOORS:
-        wanted = ".".join(map(str, least))
         ok = tuple(map(int, found.split(".")[:2])) >= least
-        yield CheckResult(ok, f"{name} {found}", "" if ok else f"install {name} {wanted} or newer")
+        yield CheckResult(ok, f"{name} {found}", "" if ok else "install {} {}.{} or newer".format(name, *least))
 
 
 def check_database(settings):
-    """Tell whether the database can be used, by its owner alone."""
+    """Check that the database can be used, and by its owner alone."""
     path = os.path.abspath(settings.db)
     try:
         found = describe_database(path)
     except Failure as error:
         return (yield CheckResult(False, str(error)))
-    newest = len(MIGRATIONS)
+    newest, kind = len(MIGRATIONS), remote_file_system(path)
     upgrade = "" if found.version == newest else f", upgraded to {newest} at the next start"
     yield CheckResult(True, f"the database {path} has {plural(found.tokens, 'token')} (version {found.version}{upgrade})",
-                      "" if found.tokens else f"nobody gets in: {PROGRAM} token create USER NAME")
-    if os.name == "posix" and found.mode & 0o077:
-        yield CheckResult(False, f"others on this machine may read the database ({found.mode:o})", f"chmod 600 {path}")
-    kind = remote_file_system(path)
-    if kind:
-        yield CheckResult(False, f"the database is on a network or FUSE file system ({kind}): its changes may be lost",
-                          "move it to a local disk and name it with --db")
-    if not found.writable:
-        yield CheckResult(False, "the database is read-only for this user", f"make {path} and its folder writable")
+                      "" if found.tokens else f"nobody has access yet: {PROGRAM} token create USER NAME")
+    for wrong, text, advice in (
+            (os.name == "posix" and found.mode & 0o077,
+             f"other users of this machine can read the database ({found.mode:o})", f"chmod 600 {path}"),
+            (kind, f"the database is on a network or FUSE file system ({kind}): its changes may be lost",
+             "move it to a local disk and name it with --db"),
+            (not found.writable, "the database is read-only for this user", f"make {path} and its folder writable")):
+        if wrong:
+            yield CheckResult(False, text, advice)
 
 
 def names_in(listed):
@@ -7195,31 +7190,31 @@ def upstream_at(url, settings, tls=None):
 
 
 def check_ollama(settings):
-    """Tell whether Ollama answers, who it is, and what it has."""
+    """Check that Ollama answers; show its version and models, and whether it accepts the headers that matter."""
     url, ollama = settings.ollama_url.geturl(), upstream_at(settings.ollama_url, settings)
     with contextlib.closing(ollama):
         try:
-            status, told = ollama.probe("/api/version")
+            status, about = ollama.probe("/api/version")
             _, listed = ollama.probe("/api/tags")
             refused, _ = ollama.probe("/api/version", "Origin: https://chat.example\r\n")
         except Refusal as refusal:
             return (yield CheckResult(False, f"Ollama at {url}: {cause_of(refusal)}", "start it, or see --ollama-url"))
     if status == 403:
-        return (yield CheckResult(False, f"Ollama at {url} refuses to be asked by that name",
-                                  "name it localhost, or by its IP address, in --ollama-url"))
-    if status != 200 or "version" not in (told or ()):
-        return (yield CheckResult(False, f"what answers at {url} is not Ollama (status {status})",
-                                  "name Ollama's address: --ollama-url URL"))
+        return (yield CheckResult(False, f"Ollama at {url} refuses requests for that host name",
+                                  "use localhost or its IP address in --ollama-url"))
+    if status != 200 or "version" not in (about or ()):
+        return (yield CheckResult(False, f"the server at {url} is not Ollama (status {status})",
+                                  "set Ollama's address: --ollama-url URL"))
     models = names_in(listed)
-    yield CheckResult(True, f"Ollama {told['version']} answers at {url}, with {plural(len(models), 'model')}"
-                      + (f": {', '.join(models[:5])}{', …' if len(models) > 5 else ''}" if models else ""),
-                      "" if models else "get one: ollama pull llama3.2")
-    yield CheckResult(True, "Ollama takes our Host" + ("; other sites' Origin it refuses, but the gateway passes none on"
-                                                       if refused == 403 else " and any Origin"))
+    shown = ", ".join(models[:5]) + (", …" if len(models) > 5 else "")
+    yield CheckResult(True, f"Ollama {about['version']} answers at {url}, with {plural(len(models), 'model')}"
+                      + (f": {shown}" if models else ""), "" if models else "get one: ollama pull llama3.2")
+    yield CheckResult(True, "Ollama accepts the gateway's Host" + (
+        "; it refuses the Origin of other sites, but the gateway forwards none" if refused == 403 else " and any Origin"))
 
 
 def unverified(url):
-    """Return a TLS context for this machine's own servers, which are asked by other names than their certificates'."""
+    """Return a TLS context for this machine's own servers: their certificates have other names than the URL."""
     if url.scheme != "https":
         return None
     context = ssl.create_default_context()
@@ -7228,181 +7223,160 @@ def unverified(url):
 
 
 def ollama_answers_at(host, url):
-    """Tell whether an Ollama answers at a host to whoever asks, as it does at the URL."""
+    """Return whether an Ollama answers at a host, on the URL's port, to requests without a token."""
     shown = f"[{host}]" if ":" in host else host
     there = urllib.parse.urlsplit(f"{url.scheme}://{shown}:{port_of(url)}{url.path}")
     with contextlib.closing(Upstream(there, 1, 1, 1, unverified(url))) as ollama:
         try:
-            status, told = ollama.probe("/api/version")
-            return status == 200 and "version" in (told or ())
+            status, about = ollama.probe("/api/version")
+            return status == 200 and "version" in (about or ())
         except Refusal:
             return False
 
 
 def check_bypass(settings, addresses):
-    """Tell whether Ollama itself can be reached by others, who then need no token."""
+    """Check that others cannot reach Ollama itself, where they would need no token."""
     url, port = settings.ollama_url, port_of(settings.ollama_url)
     try:
-        here = is_local_host(url.hostname)
+        local = is_local_host(url.hostname)
     except OSError as error:
-        return (yield CheckResult(False, f"the name {url.hostname} has no address: {error.strerror}", "see --ollama-url"))
-    if not here:
-        return (yield CheckResult(None, f"who else reaches Ollama on {url.hostname} cannot be seen from here",
-                                  "see to it there that this machine alone does"))
+        return CheckResult(False, f"the host name {url.hostname} has no address: {error.strerror}", "see --ollama-url")
+    if not local:
+        return CheckResult(None, f"who else can reach Ollama on {url.hostname} cannot be checked from here",
+                           "make sure there that only this machine can")
     found = [address for address in addresses if ollama_answers_at(address, url)]
     if found:
-        yield CheckResult(False, f"Ollama answers at {', '.join(found)} port {port}: the gateway guards nothing",
-                          "let it listen on loopback only: OLLAMA_HOST=127.0.0.1 (systemctl edit ollama.service; in Docker "
-                          f"publish 127.0.0.1:{port}:{port}), or close the port to others")
-    elif not ollama_answers_at(url.hostname, url):
-        yield CheckResult(None, "whether others reach Ollama itself cannot be told while it does not answer")
-    else:
-        yield CheckResult(True, f"Ollama's port {port} is closed at this machine's other addresses"
-                          + (f": {', '.join(addresses)}" if addresses else ": it has none"))
+        return CheckResult(False, f"Ollama answers at {', '.join(found)} port {port}: the gateway protects nothing",
+                           "let it listen on loopback only: OLLAMA_HOST=127.0.0.1 (systemctl edit ollama.service; "
+                           f"in Docker publish 127.0.0.1:{port}:{port}), or close the port to others")
+    if not ollama_answers_at(url.hostname, url):
+        return CheckResult(None, "whether others reach Ollama itself cannot be checked while it does not answer")
+    return CheckResult(True, f"Ollama's port {port} is closed at this machine's other addresses: "
+                       + (", ".join(addresses) or "it has none"))
 
 
 def check_tls(settings):
-    """Tell whether certificate and key can be used."""
+    """Check certificate and key, or show who could read the tokens without them."""
     if settings.tls_cert:
         try:
             server_tls(settings)
-            yield CheckResult(True, f"the certificate {settings.tls_cert} and its key can be read, and match")
+            return CheckResult(True, f"the certificate {settings.tls_cert} and its key are readable and match")
         except Failure as error:
-            yield CheckResult(False, str(error), "see --tls-cert and --tls-key")
-    elif is_loopback(settings.host):
-        yield CheckResult(None, f"no TLS: {settings.host} can be reached from this machine only")
-    else:
-        yield CheckResult(None, f"no TLS: at {settings.host} tokens travel in clear",
-                          "use --tls-cert, or a proxy that speaks HTTPS, and --host 127.0.0.1")
-
-
-def is_gateway(status, told):
-    """Tell whether an answer to /health is a gateway's."""
-    return status == 200 and {"status", "upstream", "version"} <= set(told or ())
-
-
-def gateway_running(gateway):
-    try:
-        return is_gateway(*gateway.probe("/health"))
-    except Refusal:
-        return False
+            return CheckResult(False, str(error), "see --tls-cert and --tls-key")
+    if is_loopback(settings.host):
+        return CheckResult(None, f"no TLS: only this machine can reach {settings.host}")
+    return CheckResult(None, f"no TLS: tokens travel to {settings.host} in clear text",
+                       "use --tls-cert, or a proxy that speaks HTTPS, and --host 127.0.0.1")
 
 
 def check_health(where, gateway):
-    """Tell whether a gateway answers, and whether it reaches Ollama."""
+    """Return whether a server is a gateway, and the CheckResult of its health."""
     try:
-        status, told = gateway.probe("/health")
+        status, about = gateway.probe("/health")
     except Refusal as refusal:
-        return (yield CheckResult(False, f"the gateway at {where}: {cause_of(refusal)}", "does it run, and there?"))
-    if not is_gateway(status, told):
-        yield CheckResult(False, f"what answers at {where} is not a gateway of this kind (status {status} to /health)",
-                          "see which server has that address, and what it passes on")
-    elif told["upstream"] != "up":
-        yield CheckResult(False, f"the gateway {told['version']} at {where} does not reach Ollama", "see above, or its log")
-    else:
-        yield CheckResult(True, f"the gateway {told['version']} answers at {where}, and reaches Ollama")
+        return False, CheckResult(False, f"the gateway at {where}: {cause_of(refusal)}", "is it running at that address?")
+    if status != 200 or not {"status", "upstream", "version"} <= set(about or ()):
+        return False, CheckResult(False, f"the server at {where} is not this gateway (status {status} to /health)",
+                                  "see which server has that address, and where it forwards requests")
+    if about["upstream"] != "up":
+        return True, CheckResult(False, f"the gateway {about['version']} at {where} does not reach Ollama",
+                                 "see above, or its log")
+    return True, CheckResult(True, f"the gateway {about['version']} answers at {where}, and reaches Ollama")
 
 
 def check_address(settings, gateway):
-    """Tell whether the gateway can listen where it is to, or does already."""
+    """Return whether the gateway runs at its address, and the CheckResult: it runs well, the address is free, or neither."""
     where = f"{settings.host} port {settings.port}"
     try:
         try_to_listen(settings.host, settings.port)
-        yield CheckResult(True, f"{where} is free: no gateway runs there")
+        return False, CheckResult(True, f"{where} is free: no gateway runs there")
     except (OSError, UnicodeError) as error:
-        if gateway_running(gateway):
-            yield from check_health(where, gateway)
-        else:
-            yield CheckResult(False, f"cannot listen on {where}: {getattr(error, 'strerror', None) or error}",
-                              "choose another with --host and --port")
+        running, result = check_health(where, gateway)
+        reason = getattr(error, "strerror", None) or error
+        return running, result if running else CheckResult(False, f"cannot listen on {where}: {reason}",
+                                                           "choose another address with --host and --port")
 
 
 def time_stream(where, gateway, base, fields, model):
-    """Return the verdict on how a model's answer arrived; None for a model that makes no text.
+    """Return how a model's streamed response arrived, or None for a model that makes no text.
 
-    Ollama tells how long it made it: pieces that come all at once were held back.
+    Ollama reports how long it generated. Pieces that arrive together after that were held back.
     """
-    body_info = {"model": model, "prompt": "Count from one to fifty.", "options": {"num_predict": STREAM_TOKENS}}
+    body = {"model": model, "prompt": "Count from one to fifty.", "options": {"num_predict": STREAM_TOKENS}}
     arrivals, data = [], b""
-    with gateway.post(f"{base}/generate", fields, json.dumps(body_info).encode()) as response:
+    with gateway.post(f"{base}/generate", fields, json.dumps(body).encode()) as response:
         while not response.complete:
             data += response.read()
             arrivals.append(time.monotonic())
         if response.status == 400:
             return None
         if response.status != 200:
-            return CheckResult(None, f"whether {where} holds streams back was not tried: it answers {response.status}")
+            return CheckResult(None, f"the stream test of {where} was not tried: it answers {response.status}")
     try:
         made = json.loads(data.splitlines()[-1])["eval_duration"] / 1e9
     except (ValueError, LookupError, TypeError):
-        return CheckResult(False, f"a streamed answer of {where} has no proper end", "see the gateway's log")
+        return CheckResult(False, f"a streamed response of {where} has no proper end", "see the gateway's log")
     took = arrivals[-1] - arrivals[0]
-    told = f"{model} took {made:.2f} s, and its answer arrived within {took:.2f} s"
+    times = f"{model} took {made:.2f} s, and its response arrived within {took:.2f} s"
     if made < TELLING_SECONDS:
-        return CheckResult(None, f"whether {where} holds streams back cannot be told: {told}")
+        return CheckResult(None, f"whether {where} holds streams back is unknown: {times}")
     if took < made / 2:
-        return CheckResult(False, f"{where} holds streams back: {told}", "let the proxy pass them on: nginx "
+        return CheckResult(False, f"{where} holds streams back: {times}", "let the proxy pass them on: nginx "
                            "proxy_buffering off; Caddy flush_interval -1; and no compression of application/x-ndjson")
-    return CheckResult(True, f"{where} passes streams on as they come: {told}")
+    return CheckResult(True, f"{where} forwards streams without delay: {times}")
 
 
 def check_stream(where, gateway, base, secret):
-    """Tell whether a streamed answer comes through as it is made, or held back by what stands before the gateway."""
+    """Check that streamed responses arrive piece by piece, and that no proxy before the gateway holds them back."""
     if not secret:
-        return (yield CheckResult(None, f"whether {where} holds streams back was not tried",
-                                  f"give a token in the variable {TOKEN_VARIABLE}"))
+        return CheckResult(None, f"the stream test of {where} was not tried", f"set a token in the variable {TOKEN_VARIABLE}")
     fields = f"Authorization: Bearer {secret}\r\nContent-Type: application/json\r\n"
     try:
         status, listed = gateway.probe(f"{base}/tags", fields)
         if status != 200:
-            mistaken = status in (401, 404)
-            return (yield CheckResult(False, f"{where} answers {status} to the token: {(listed or {}).get('error', '')}",
-                                      f"give a valid one in {TOKEN_VARIABLE}, and the gateway's --base-path" * mistaken))
-        for model in names_in(listed):
-            verdict = time_stream(where, gateway, base, fields, model)
-            if verdict:
-                return (yield verdict)
-        yield CheckResult(None, f"whether {where} holds streams back was not tried: no model there makes text")
+            advice = f"set a valid one in {TOKEN_VARIABLE}, and the gateway's --base-path" if status in (401, 404) else ""
+            return CheckResult(False, f"{where} answers {status} to the token: {(listed or {}).get('error', '')}", advice)
+        results = (time_stream(where, gateway, base, fields, model) for model in names_in(listed))
+        return next(filter(None, results), CheckResult(None, f"the stream test of {where} was not tried: no model makes text"))
     except Refusal as refusal:
-        yield CheckResult(False, f"a streamed answer of {where}: {cause_of(refusal)}")
+        return CheckResult(False, f"a streamed response of {where}: {cause_of(refusal)}")
 
 
 def secret_to_try(url):
-    """Return the token to try: the environment's or, for a URL, one that is typed unseen; never an argument."""
+    """Return the token of the environment or, for a URL, one typed without echo; never an argument."""
     secret = os.environ.get(TOKEN_VARIABLE, "")
     if not secret and url and sys.stdin.isatty():
         import getpass
-        secret = getpass.getpass("A token, to try a streamed answer with (Enter: none): ")
+        secret = getpass.getpass("A token for the stream test (Enter: none): ")
     secret = secret.strip()
     if secret and not re.fullmatch(r"[\x21-\x7e]+", secret):
-        raise UsageError(f"{TOKEN_VARIABLE}: it is not a token: check that it was copied whole")
+        raise UsageError(f"{TOKEN_VARIABLE}: this is not a valid token: check that it was copied completely")
     return secret
 
 
+def check_gateway(url, settings, tls, check, secret):
+    """Yield the result of a check of the gateway at a URL and, if that passed, of a streamed response."""
+    with contextlib.closing(upstream_at(url, settings, tls)) as gateway:
+        running, result = check(gateway)
+        yield result
+        if running and result.ok:
+            yield check_stream(url.geturl(), gateway, settings.base_path, secret)
+
+
 def check_all(settings, url, secret, addresses):
-    """Yield the verdicts of all checks; url: where the public finds the gateway, or None."""
-    yield from check_settings(settings)
-    yield from check_versions()
-    yield from check_database(settings)
-    yield from check_ollama(settings)
-    yield from check_bypass(settings, addresses)
-    yield from check_tls(settings)
+    """Yield the results of all checks; url: the gateway's public address, or None."""
+    for results in check_settings(settings), check_versions(), check_database(settings), check_ollama(settings):
+        yield from results
+    yield check_bypass(settings, addresses)
+    yield check_tls(settings)
     local = urllib.parse.urlsplit(url_of(settings))
-    with contextlib.closing(upstream_at(local, settings, unverified(local))) as gateway:
-        verdict, = check_address(settings, gateway)
-        yield verdict
-        if verdict.ok and gateway_running(gateway):
-            yield from check_stream(local.geturl(), gateway, settings.base_path, secret)
+    yield from check_gateway(local, settings, unverified(local), functools.partial(check_address, settings), secret)
     if url:
-        with contextlib.closing(upstream_at(url, settings)) as gateway:
-            verdict, = check_health(url.geturl(), gateway)
-            yield verdict
-            if verdict.ok:
-                yield from check_stream(url.geturl(), gateway, settings.base_path, secret)
+        yield from check_gateway(url, settings, None, functools.partial(check_health, url.geturl()), secret)
 
 
 def cmd_doctor(args):
-    """Check what the gateway stands on, itself, and the way to it; return 1 if anything is not fine."""
+    """Check what the gateway depends on, itself, and the way to it; return 1 if a check failed."""
     try:
         url = upstream_url(args.url) if hasattr(args, "url") else None
     except ValueError:
@@ -7410,24 +7384,24 @@ def cmd_doctor(args):
     secret = secret_to_try(url)
     try:
         settings = load_settings(vars(args), os.environ, args.env_file)
-        verdicts = check_all(settings, url, secret, local_addresses())
+        results = check_all(settings, url, secret, local_addresses())
     except UsageError as error:
-        verdicts = [CheckResult(False, f"settings: {error}", "the other checks wait for that"), *check_versions()]
+        results = [CheckResult(False, f"settings: {error}", "the other checks need valid settings"), *check_versions()]
     markers = dict(zip((True, False, None), ("✓", "✗", "-") if can_show("✓✗") else ("ok  ", "FAIL", "--  ")))
-    found = []
-    for verdict in verdicts:
-        found.append(verdict.ok)
-        print_line(f"{markers[verdict.ok]} {_printable(verdict.text)}")    # part of it may come from elsewhere
-        if verdict.advice:
-            print_line(f"{' ' * len(markers[True])} {verdict.advice}")
-    failed = found.count(False)
-    print_line(f"{failed} of {plural(len(found), 'check')} failed" if failed else f"{plural(len(found), 'check')}, none failed")
+    counts = Counter()
+    for result in results:
+        counts[result.ok] += 1
+        print_line(f"{markers[result.ok]} {_printable(result.text)}")    # part of it may come from another server
+        if result.advice:
+            print_line(f"{' ' * len(markers[True])} {result.advice}")
+    checks, failed = plural(sum(counts.values()), "check"), counts[False]
+    print_line(f"{failed} of {checks} failed" if failed else f"{checks}, none failed")
     return 1 if failed else 0
 
 
 def add_url(parser):
-    parser.add_argument("--url", metavar="URL", help="where the public finds the gateway, behind whatever proxy; "
-                        f"streams are tried with the token in {TOKEN_VARIABLE}, or one that is asked for")
+    parser.add_argument("--url", metavar="URL", help="the gateway's public address, behind any proxy; the stream test "
+                        f"uses the token in {TOKEN_VARIABLE}, or asks for one")
 
 
 DOCTOR = ("doctor", cmd_doctor, "diagnose the configuration, Ollama and the network",

@@ -7816,7 +7816,7 @@ class Doctor(GatewayCase, CommandCase):
     @unittest.skipIf(os.name == "nt", "Windows has no such permissions")
     def test_a_database_that_others_may_read_is_told_and_left(self):
         os.chmod(self.db, 0o644)
-        self.assertIn("chmod 600", self.told("others on this machine", mark="✗")[1])
+        self.assertIn("chmod 600", self.told("other users of this machine", mark="✗")[1])
         self.assertEqual(stat.S_IMODE(os.stat(self.db).st_mode), 0o644)
 
     @unittest.skipUnless(sys.platform == "linux", "reads mountinfo")
@@ -7856,7 +7856,7 @@ class Doctor(GatewayCase, CommandCase):
     def test_an_ollama_that_does_not_answer_is_told(self):
         for label, reply, words in (("another server", Reply.json(200, {"hello": 1}), "is not Ollama"),
                                     ("an error", Reply.json(500, {}), "is not Ollama"),
-                                    ("our Host", Reply.body(403, b""), "refuses to be asked by that name"),
+                                    ("our Host", Reply.body(403, b""), "refuses requests for that host name"),
                                     ("nonsense", Reply.raw(b"SSH-2.0\r\n\r\n"), "does not talk HTTP")):
             with self.subTest(label):
                 self.fake.replies["/api/version"] = reply
@@ -7874,11 +7874,11 @@ class Doctor(GatewayCase, CommandCase):
         def reply(exchange):
             (Reply.body(403, b"") if exchange.headers.get("Origin") else Reply.json(200, {"version": "0.9.3"}))(exchange)
         self.fake.replies["/api/version"] = reply
-        self.assertIn("passes none on", self.told("Origin")[0])
+        self.assertIn("forwards none", self.told("Origin")[0])
 
     def test_an_ollama_that_others_reach_is_told(self):
         with running(FakeOllama(self.fake.server_address[1], "127.0.0.2")) as other:
-            line, advice = self.told("guards nothing", addresses=("127.0.0.2", "127.0.0.3"), mark="✗")
+            line, advice = self.told("protects nothing", addresses=("127.0.0.2", "127.0.0.3"), mark="✗")
             self.assertIn("OLLAMA_HOST", advice)
             self.assertNotIn("127.0.0.3", line)
             other.replies["/api/version"] = Reply.json(401, {"error": "no valid token"})    # a gateway's
@@ -7887,7 +7887,7 @@ class Doctor(GatewayCase, CommandCase):
 
     def test_an_ollama_elsewhere_cannot_be_judged(self):
         with unittest.mock.patch("ollama_gateway.is_local_host", lambda host: False):
-            self.assertIn("this machine alone", self.told("cannot be seen from here", mark="-")[1])
+            self.assertIn("only this machine", self.told("cannot be checked from here", mark="-")[1])
 
     def test_addresses_of_this_machine_are_no_loopback(self):
         for address in gateway.local_addresses():
@@ -7900,12 +7900,12 @@ class Doctor(GatewayCase, CommandCase):
         os.mkdir(self.path("other"))
         cert, key = certificate(self.folder, "localhost")
         _, other = certificate(self.path("other"), "localhost")
-        self.told("can be read, and match", "--tls-cert", cert, "--tls-key", key)
+        self.told("are readable and match", "--tls-cert", cert, "--tls-key", key)
         self.told("cannot use the certificate", "--tls-cert", cert, "--tls-key", other, mark="✗")
         self.told("cannot use the certificate", "--tls-cert", self.path("none.pem"), mark="✗")
 
     def test_tokens_in_clear_are_told(self):
-        self.assertIn("this machine only", self.told("no TLS", mark="-")[0])
+        self.assertIn("only this machine", self.told("no TLS", mark="-")[0])
         self.assertIn("--tls-cert", self.told("no TLS", "--host", "0.0.0.0", mark="-")[1])
 
     def test_the_address_is_free_or_the_gateways_or_anothers(self):
@@ -7920,9 +7920,9 @@ class Doctor(GatewayCase, CommandCase):
     def test_a_stream_is_tried_with_the_token_of_the_environment(self):
         self.assertIn("GATEWAY_TOKEN", self.told("was not tried", mark="-")[1])
         self.talk(0.08, 0.02)
-        self.told("passes streams on", token=self.token)
+        self.told("forwards streams", token=self.token)
         self.talk(0.001, 0)
-        self.told("cannot be told", token=self.token, mark="-")
+        self.told("is unknown", token=self.token, mark="-")
         self.assertIn("GATEWAY_TOKEN", self.told("answers 401", token="ogw_wrong", mark="✗")[1])
 
     def test_a_proxy_that_holds_streams_back_is_told(self):
@@ -7933,12 +7933,12 @@ class Doctor(GatewayCase, CommandCase):
 
     def test_a_model_that_makes_no_text_is_passed_over(self):
         self.fake.replies["/api/generate"] = Reply.json(400, {"error": "does not support generate"})
-        self.told("no model there makes text", token=self.token, mark="-")
+        self.told("no model makes text", token=self.token, mark="-")
 
     def test_a_stream_that_a_limit_refuses_was_not_tried(self):
         self.store.update("ada", "laptop", rpm=1)
         self.talk(0.08, 0.02)
-        self.told("passes streams on", token=self.token)
+        self.told("forwards streams", token=self.token)
         self.assertIn("429", self.told("was not tried", token=self.token, mark="-")[0])
 
     def test_without_ollama_a_token_is_not_blamed_and_no_port_called_closed(self):
@@ -7955,10 +7955,10 @@ class Doctor(GatewayCase, CommandCase):
 
     def test_a_stream_that_breaks_off_is_told(self):
         self.fake.replies["/api/generate"] = Reply.stream(b'{"done":false}\n', cut)
-        self.told("a streamed answer of", token=self.token, mark="✗")
+        self.told("a streamed response of", token=self.token, mark="✗")
 
     def test_a_public_address_that_is_wrong_is_told(self):
-        for url, words in ((self.fake.url, "is not a gateway of this kind"), ("http://127.0.0.1:1/", "refused"),
+        for url, words in ((self.fake.url, "is not this gateway"), ("http://127.0.0.1:1/", "refused"),
                            ("https://127.0.0.1:%d/" % self.server.server_address[1], "https://")):
             with self.subTest(url):
                 self.told(words, "--url", url, mark="✗")
