@@ -6724,7 +6724,7 @@ def add_command(commands, common, name, run, text, examples, takes):
 # == Menu =====================================================================
 
 ESCAPE_SECONDS = 0.05       # the rest of a key's escape sequence arrives within this time, over a slow line too
-SIGNAL_SECONDS = 0.2        # a signal that arrives just before a read or select is noticed within this time
+SIGNAL_SECONDS = 0.2        # a signal that arrives just before a wait for a key is noticed within this time
 BEGUN_SEQUENCE = re.compile(rb"\x1b([\[O][0-9;]*)?")
 KEYS = (("enter", rb"[\r\n]"), ("back", rb"\x1b"),
         ("up", rb"\x1b[\[O][0-9;]*A|\x10"), ("down", rb"\x1b[\[O][0-9;]*B|\x0e"),
@@ -6812,21 +6812,29 @@ class ArrowPrompt(LinePrompt):
 
     @contextlib.contextmanager
     def held(self):
-        """Handle signals in the with block so that each of them leaves or suspends a terminal in its normal mode."""
-        leaving = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
+        """Handle signals in the with block so that each of them leaves or suspends a terminal in its normal mode.
+
+        Python runs a handler when the wait for a key is interrupted. The timer interrupts it for a signal that came
+        just before, and alone raises: input() of Python 3.8 fails if a handler is left to run after an exception.
+        """
+        left = threading.Event()
 
         def leave(*_):
-            for number in leaving:
-                signal.signal(number, signal.SIG_IGN)   # a second signal must not interrupt the cleanup
-            raise KeyboardInterrupt
-        handlers = dict.fromkeys(leaving, leave)
-        handlers.update({signal.SIGTSTP: self._suspend, signal.SIGALRM: lambda *_: None})
+            if not left.is_set():   # a second signal must not interrupt the cleanup
+                left.set()
+                signal.setitimer(signal.ITIMER_REAL, 1e-6, SIGNAL_SECONDS)
+
+        def interrupt(*_):
+            if left.is_set():
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                raise KeyboardInterrupt
+        handlers = dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT), leave)
+        handlers.update({signal.SIGTSTP: self._suspend, signal.SIGALRM: interrupt})
         with contextlib.ExitStack() as stack:
             for number, handler in handlers.items():
                 stack.callback(signal.signal, number, signal.signal(number, handler))
-            # Python runs handlers between its own steps and after an interrupted call: the timer interrupts it
-            signal.setitimer(signal.ITIMER_REAL, SIGNAL_SECONDS, SIGNAL_SECONDS)
             stack.callback(signal.setitimer, signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_REAL, SIGNAL_SECONDS, SIGNAL_SECONDS)
             stack.callback(self._set_mode, self._normal)
             yield self
 
@@ -7148,7 +7156,8 @@ def cause_of(refusal):
 
 def check_settings(settings):
     """Show the settings that differ from the defaults, with their sources."""
-    given = [f"{source} {raw}" if source.startswith("--") else f"{source}: {raw}" for source, raw in settings.given.values()]
+    given = [f"{source} {raw}" if source.startswith("--") else f"{source}: {raw}"
+             for source, raw in settings.given.values()]
     yield CheckResult(True, f"settings: {'; '.join(given) or 'all by default'}")
 
 
@@ -7167,7 +7176,8 @@ def check_database(settings):
         return (yield CheckResult(False, str(error)))
     newest, kind = len(MIGRATIONS), remote_file_system(path)
     upgrade = "" if found.version == newest else f", upgraded to {newest} at the next start"
-    yield CheckResult(True, f"the database {path} has {plural(found.tokens, 'token')} (version {found.version}{upgrade})",
+    tokens = plural(found.tokens, "token")
+    yield CheckResult(True, f"the database {path} has {tokens} (version {found.version}{upgrade})",
                       "" if found.tokens else f"nobody has access yet: {PROGRAM} token create USER NAME")
     for wrong, text, advice in (
             (os.name == "posix" and found.mode & 0o077,
@@ -7210,7 +7220,7 @@ def check_ollama(settings):
     yield CheckResult(True, f"Ollama {about['version']} answers at {url}, with {plural(len(models), 'model')}"
                       + (f": {shown}" if models else ""), "" if models else "get one: ollama pull llama3.2")
     yield CheckResult(True, "Ollama accepts the gateway's Host" + (
-        "; it refuses the Origin of other sites, but the gateway forwards none" if refused == 403 else " and any Origin"))
+        "; it refuses other sites' Origin, but the gateway forwards none" if refused == 403 else " and any Origin"))
 
 
 def unverified(url):
@@ -7274,7 +7284,7 @@ def check_health(where, gateway):
     try:
         status, about = gateway.probe("/health")
     except Refusal as refusal:
-        return False, CheckResult(False, f"the gateway at {where}: {cause_of(refusal)}", "is it running at that address?")
+        return False, CheckResult(False, f"the gateway at {where}: {cause_of(refusal)}", "is it running there?")
     if status != 200 or not {"status", "upstream", "version"} <= set(about or ()):
         return False, CheckResult(False, f"the server at {where} is not this gateway (status {status} to /health)",
                                   "see which server has that address, and where it forwards requests")
@@ -7285,7 +7295,7 @@ def check_health(where, gateway):
 
 
 def check_address(settings, gateway):
-    """Return whether the gateway runs at its address, and the CheckResult: it runs well, the address is free, or neither."""
+    """Return whether the gateway runs at its address, and a CheckResult: it must, or the address must be free."""
     where = f"{settings.host} port {settings.port}"
     try:
         try_to_listen(settings.host, settings.port)
@@ -7329,15 +7339,18 @@ def time_stream(where, gateway, base, fields, model):
 def check_stream(where, gateway, base, secret):
     """Check that streamed responses arrive piece by piece, and that no proxy before the gateway holds them back."""
     if not secret:
-        return CheckResult(None, f"the stream test of {where} was not tried", f"set a token in the variable {TOKEN_VARIABLE}")
+        return CheckResult(None, f"the stream test of {where} was not tried",
+                           f"set a token in the variable {TOKEN_VARIABLE}")
     fields = f"Authorization: Bearer {secret}\r\nContent-Type: application/json\r\n"
     try:
         status, listed = gateway.probe(f"{base}/tags", fields)
         if status != 200:
-            advice = f"set a valid one in {TOKEN_VARIABLE}, and the gateway's --base-path" if status in (401, 404) else ""
-            return CheckResult(False, f"{where} answers {status} to the token: {(listed or {}).get('error', '')}", advice)
+            advice = f"set a valid one in {TOKEN_VARIABLE}, and the gateway's --base-path"
+            return CheckResult(False, f"{where} answers {status} to the token: {(listed or {}).get('error', '')}",
+                               advice if status in (401, 404) else "")
         results = (time_stream(where, gateway, base, fields, model) for model in names_in(listed))
-        return next(filter(None, results), CheckResult(None, f"the stream test of {where} was not tried: no model makes text"))
+        untried = CheckResult(None, f"the stream test of {where} was not tried: no model makes text")
+        return next(filter(None, results), untried)
     except Refusal as refusal:
         return CheckResult(False, f"a streamed response of {where}: {cause_of(refusal)}")
 
