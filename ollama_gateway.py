@@ -6811,7 +6811,7 @@ class ArrowPrompt(LinePrompt):
             readline.parse_and_bind(rf'"\e\C-{enter}": "\C-e\C-u{BACK[0]}\C-{enter}"')
 
     @contextlib.contextmanager
-    def held(self):
+    def handling_signals(self):
         """Handle signals in the with block so that each of them leaves or suspends a terminal in its normal mode.
 
         Python runs a handler when the wait for a key is interrupted. The timer interrupts it for a signal that came
@@ -7077,7 +7077,7 @@ def choose_prompt():
     """Return a context manager of the prompt that the terminal is good for."""
     if sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
         with contextlib.suppress(ImportError):
-            return ArrowPrompt().held()
+            return ArrowPrompt().handling_signals()
     return contextlib.nullcontext(LinePrompt())
 
 
@@ -7114,16 +7114,6 @@ class CheckResult(NamedTuple):
     ok: Optional[bool]
     text: str
     advice: str = ""
-
-
-def try_to_listen(host, port):
-    """Raise OSError where a GatewayServer could not listen now."""
-    family, kind, _, _, address = look_up(host, port, socket.AI_PASSIVE)[0]
-    with socket.socket(family, kind) as probe:
-        if GatewayServer.allow_reuse_address:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(address)
-        probe.listen()
 
 
 def local_addresses():
@@ -7298,13 +7288,18 @@ def check_address(settings, gateway):
     """Return whether the gateway runs at its address, and a CheckResult: it must, or the address must be free."""
     where = f"{settings.host} port {settings.port}"
     try:
-        try_to_listen(settings.host, settings.port)
+        family, kind, _, _, address = look_up(settings.host, settings.port, socket.AI_PASSIVE)[0]
+        with socket.socket(family, kind) as probe:
+            if GatewayServer.allow_reuse_address:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen()
         return False, CheckResult(True, f"{where} is free: no gateway runs there")
     except (OSError, UnicodeError) as error:
         running, result = check_health(where, gateway)
-        reason = getattr(error, "strerror", None) or error
-        return running, result if running else CheckResult(False, f"cannot listen on {where}: {reason}",
-                                                           "choose another address with --host and --port")
+        failure = CheckResult(False, f"cannot listen on {where}: {getattr(error, 'strerror', None) or error}",
+                              "choose another address with --host and --port")
+        return running, result if running else failure
 
 
 def time_stream(where, gateway, base, fields, model):

@@ -1886,7 +1886,7 @@ class Menu(CommandCase):
             with open(slave, encoding="utf-8", closefd=False) as stdin, unittest.mock.patch("sys.stdin", stdin), \
                     unittest.mock.patch.object(gateway.ArrowPrompt, "_read_key", fail), contextlib.redirect_stdout(io.StringIO()), \
                     self.assertRaises(ZeroDivisionError):
-                with gateway.ArrowPrompt().held() as prompt:
+                with gateway.ArrowPrompt().handling_signals() as prompt:
                     prompt.choose("?", ["a"])
             self.assertEqual((termios.tcgetattr(slave), signal.getsignal(signal.SIGTERM)), (before, handler))
         finally:
@@ -1915,7 +1915,7 @@ class Menu(CommandCase):
         thread.start()
         with open(master, "wb", buffering=0), open(slave, encoding="utf-8") as stdin, unittest.mock.patch("sys.stdin", stdin), \
                 contextlib.ExitStack() as stack:
-            prompt = stack.enter_context(gateway.ArrowPrompt().held())
+            prompt = stack.enter_context(gateway.ArrowPrompt().handling_signals())
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             stack.enter_context(unittest.mock.patch.object(os, "read", functools.partial(late, os.read)))
             with self.assertRaises(KeyboardInterrupt):
