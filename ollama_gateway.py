@@ -6068,121 +6068,25 @@ class Parser(argparse.ArgumentParser):
 
 # == Menu =====================================================================
 
-ESCAPE_SECONDS = 0.05       # within which the rest of a key's sequence follows, over a slow line too
-SEQUENCE = re.compile(r"\x1b[\[O]([0-9]*)[0-9;]*([@-~])")
-BEGUN_SEQUENCE = re.compile(r"\x1b([\[O][0-9;]*)?")
-SEQUENCE_KEYS = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end", "1~": "home", "7~": "home",
-                 "4~": "end", "8~": "end", "3~": "delete", "5~": "page up", "6~": "page down"}
-WINDOWS_KEYS = {"H": "up", "P": "down", "M": "right", "K": "left", "G": "home", "O": "end", "S": "delete",
-                "I": "page up", "Q": "page down"}
-CONTROL_KEYS = {"\r": "enter", "\n": "enter", "\x1b": "escape", "\x7f": "backspace", "\b": "backspace",
-                "\x01": "home", "\x05": "end", "\x10": "up", "\x0e": "down", "\x15": "clear"}
-LEAVING_KEYS = {"\x03": KeyboardInterrupt, "\x04": EOFError, "\x1a": EOFError}
+ESCAPE_SECONDS = 0.05       # the rest of a key's escape sequence arrives within this time, over a slow line too
+SIGNAL_SECONDS = 0.2        # a signal that arrives just before a wait for a key is noticed within this time
+BEGUN_SEQUENCE = re.compile(rb"\x1b([\[O][0-9;]*)?")
+KEYS = (("enter", rb"[\r\n]"), ("back", rb"\x1b"),
+        ("up", rb"\x1b[\[O][0-9;]*A|\x10"), ("down", rb"\x1b[\[O][0-9;]*B|\x0e"),
+        ("home", rb"\x1b[\[O][0-9;]*H|\x1b\[[17]~|\x01"), ("end", rb"\x1b[\[O][0-9;]*F|\x1b\[[48]~|\x05"),
+        ("page up", rb"\x1b\[5~"), ("page down", rb"\x1b\[6~"))
 BOLD, DIM, RED, CYAN = "1", "2", "31", "36"
+BACK = ("<", "\x1b")        # lines that go back to the question before
 
 
-def named_key(character):
-    """Return the name of a control character's key, other characters as they are; raise for one that leaves."""
-    if character in LEAVING_KEYS:
-        raise LEAVING_KEYS[character]
-    return CONTROL_KEYS.get(character, character)
-
-
-@contextlib.contextmanager
-def signal_pipe():
-    """Yield a descriptor that becomes readable when a signal arrives, at any time before or during a wait for it."""
-    readable, writable = os.pipe()
-    os.set_blocking(writable, False)
-    before = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-    try:
-        yield readable
-    finally:
-        signal.set_wakeup_fd(before)
-        os.close(readable)
-        os.close(writable)
-
-
-class UnixKeys:
-    """The keys of a Unix terminal."""
-
-    _signals = None     # a descriptor; see signal_pipe
-
-    def __init__(self):
-        self._typed, self._decode = "", codecs.getincrementaldecoder(sys.stdin.encoding)("ignore").decode
-
-    @contextlib.contextmanager
-    def held(self):
-        """Have keys come one by one and unechoed for the length of the with block, whatever ends it."""
-        import termios  # which Windows lacks
-        terminal = sys.stdin.fileno()
-        before, mode = termios.tcgetattr(terminal), termios.tcgetattr(terminal)
-        mode[3] &= ~(termios.ICANON | termios.ECHO | termios.IEXTEN)
-        mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
-        handlers = {}
-
-        def leave(*_):
-            for number in handlers:
-                signal.signal(number, signal.SIG_IGN)  # a second one must not cut the way out short
-            raise KeyboardInterrupt
-        with signal_pipe() as self._signals:
-            for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-                handlers[number] = signal.signal(number, leave)
-            for number in signal.SIGTSTP, signal.SIGQUIT:  # would leave the terminal without echo
-                handlers[number] = signal.signal(number, signal.SIG_IGN)
-            try:
-                termios.tcsetattr(terminal, termios.TCSANOW, mode)
-                yield
-            finally:
-                with contextlib.suppress(termios.error):  # it was closed
-                    termios.tcsetattr(terminal, termios.TCSANOW, before)
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
-
-    def read(self):
-        """Return the next key: a character, the name of a key that has none, or "" for one that nobody asked for."""
-        while not self._typed or BEGUN_SEQUENCE.fullmatch(self._typed) and self._is_more():
-            self._receive()
-        sequence = SEQUENCE.match(self._typed)
-        taken = sequence[0] if sequence else self._typed[0]
-        self._typed = self._typed[len(taken):]
-        if sequence:
-            return SEQUENCE_KEYS.get(sequence[1] + "~" if sequence[2] == "~" else sequence[2], "")
-        return named_key(taken)
-
-    def _is_more(self):
-        return select.select([sys.stdin], (), (), ESCAPE_SECONDS)[0]
-
-    def _receive(self):
-        received = b""
-        with contextlib.suppress(OSError):  # the terminal was closed
-            # os.read alone would wait for a key if a signal arrived just before it: Python runs handlers in between
-            if self._signals in select.select([sys.stdin, self._signals], (), ())[0]:
-                raise KeyboardInterrupt
-            received = os.read(sys.stdin.fileno(), RECEIVE_BYTES)
-        if not received:
-            raise EOFError
-        self._typed += self._decode(received)
-
-
-class WindowsKeys:
-    """The keys of a Windows console."""
-
-    @contextlib.contextmanager
-    def held(self):
-        os.system("")  # from then on the console understands escape sequences
-        yield
-
-    def read(self):
-        """Return the next key as UnixKeys does."""
-        import msvcrt  # which only Windows has
-        key = msvcrt.getwch()
-        if key in "\0\xe0" and msvcrt.kbhit():  # else it is an "à"
-            return WINDOWS_KEYS.get(msvcrt.getwch(), "")
-        return named_key(key)
+def printable_text(text):
+    """Return a text as stdout can show it, on one line, without control characters."""
+    encoding = sys.stdout.encoding or "ascii"
+    return _printable(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def move_cursor(key, at, digits, number, page):
-    """Return where a key leads to in a list of some number of lines, and the digits typed for that so far."""
+    """Return the index that a key leads to in a list of `number` lines, and the digits typed for it so far."""
     if re.fullmatch("[0-9]", key):
         for typed in digits + key, key:
             if 1 <= int(typed) <= number:
@@ -6192,412 +6096,373 @@ def move_cursor(key, at, digits, number, page):
     return places.get(key, at), ""
 
 
-def edit_line(key, text, at):
-    """Return a line and the cursor's place in it after a key."""
-    before = max(at - 1, 0)
-    if len(key) == 1 and key.isprintable():
-        return text[:at] + key + text[at:], at + 1
-    if key == "backspace":
-        return text[:before] + text[at:], before
-    if key == "delete":
-        return text[:at] + text[at + 1:], at
-    if key == "clear":
-        return "", 0
-    return text, {"left": before, "right": min(at + 1, len(text)), "home": 0, "end": len(text)}.get(key, at)
-
-
-def drawing_size():
-    """Return how many columns and rows to draw in: the last column is left free, as some terminals wrap after it."""
-    columns, rows = shutil.get_terminal_size()
-    return max(columns, 20) - 1, rows
-
-
-def printable_text(text):
-    """Return a text as stdout can show it, on one line, without a control character."""
-    encoding = sys.stdout.encoding or "ascii"
-    return _printable(text).encode(encoding, "backslashreplace").decode(encoding)
-
-
-def visible_part(text, at, columns):
-    """Return the part of a line around the cursor that so many columns have room for, and the cursor's column."""
-    start, column = at, 0
-    while start and column + text_width(text[start - 1]) < columns:
-        start -= 1
-        column += text_width(text[start])
-    return fit_width(text[start:start + columns + 1], columns), column
-
-
-def wrap_text(text, columns):
-    """Return a text as lines of at most so many columns, broken at spaces where it can be."""
-    lines = [""]
-    for word in re.findall(" *[^ ]+", text):
-        if lines[-1] and text_width(lines[-1] + word) > columns:
-            lines.append("")
-            word = word.lstrip()
-        for character in word:
-            if text_width(lines[-1] + character) > columns:
-                lines.append("")
-            lines[-1] += character
-    return lines
-
-
-def validation_error(check, text):
-    """Return what a check, which raises, says against a text, or ""."""
-    try:
-        check(text)
-    except ValueError as error:
-        return f'"{text}" {error}'
-    except (UsageError, Failure) as error:
-        return str(error)
-    return ""
-
-
-def with_default(question, default):
-    return f"{question} [{default}]" if default else question
-
-
-class ArrowPrompt:
-    """Asks on a terminal, where arrow keys move; what is asked gives way to its answer."""
-
-    def __init__(self, keys):
-        self._keys, self._drawn = keys, []
-        self._coloured = not os.environ.get("NO_COLOR")
-
-    @contextlib.contextmanager
-    def held(self):
-        """Have the terminal for the length of the with block, and leave it as it was."""
-        with self._keys.held():
-            try:
-                yield self
-            finally:
-                with contextlib.suppress(OSError):
-                    self._draw((), column=0)
-
-    def choose(self, title, labels, at=0):
-        """Return which label is chosen; None is back."""
-        digits = ""
-        while True:
-            page = self._draw_list(title, labels, at)
-            key = self._keys.read()
-            if key in ("enter", "escape"):
-                return self._settle(title, re.sub("  +", ", ", labels[at]), at) if key == "enter" else self._settle()
-            at, digits = move_cursor(key, at, digits, len(labels), page)
-
-    def ask(self, question, default, check):
-        """Return what is typed, or the default for nothing, once the check does not raise; None is back."""
-        text, at, why = "", 0, ""
-        while True:
-            self._draw_line(with_default(question, default), text, at, why)
-            key = self._keys.read()
-            if key == "escape":
-                return self._settle()
-            if key == "enter":
-                answer = text.strip() or default
-                why = validation_error(check, answer)
-                if not why:
-                    return self._settle(question, answer, answer)
-            text, at = edit_line(key, text, at)
-
-    def complain(self, text):
-        print_line(self._painted(printable_text(text), RED))
-
-    def _painted(self, text, code):
-        return f"\x1b[{code}m{text}\x1b[0m" if self._coloured and code else text
-
-    def _settle(self, question="", shown="", answer=None):
-        """Leave of a question a line with its answer, or nothing, and return the answer."""
-        self._draw((), column=0)
-        if answer is not None:
-            print_line(fit_width(printable_text(f"{question}{'' if question.endswith('?') else ':'} {shown}"), drawing_size()[0]).rstrip())
-        return answer
-
-    def _draw_list(self, title, labels, at):
-        """Draw as much of a list as there is room for, and return how many lines of it that is."""
-        columns, rows = drawing_size()
-        head = [(line, BOLD) for line in wrap_text(printable_text(title), columns)]
-        page = max(min(rows - len(head) - 2, len(labels)), 1)
-        start = max(min(at - page // 2, len(labels) - page), 0)
-        pointer, digits = "❯" if can_show("❯") else ">", len(str(len(labels)))
-        lines = [(f"{pointer if here == at else ' '} {here + 1:{digits}}  {labels[here]}", CYAN if here == at else "")
-                 for here in range(start, start + page)]
-        place = f" ({at + 1}/{len(labels)})" if page < len(labels) else ""
-        self._draw([*head, *lines, ("Enter chooses, Esc goes back" + place, DIM)])
-        return page
-
-    def _draw_line(self, question, text, at, why):
-        columns = drawing_size()[0]
-        shown, column = visible_part(printable_text(text), len(printable_text(text[:at])), columns - 2)
-        self._draw([*((line, RED) for line in wrap_text(printable_text(why), columns) if why),
-                    *((line, BOLD) for line in wrap_text(printable_text(question), columns)), ("> " + shown, "")], 2 + column)
-
-    def _draw(self, lines, column=None):
-        """Draw lines in the place of those before, the cursor in a column of the last, or hidden.
-
-        A terminal that became narrower has wrapped what was there.
-        """
-        columns = drawing_size()[0]
-        up = sum(max(1, -(-width // (columns + 1))) for width in self._drawn) - 1
-        texts = [fit_width(printable_text(text), columns).rstrip() for text, _ in lines]
-        self._drawn = [text_width(text) for text in texts]
-        print((f"\x1b[{up}A" if up > 0 else "") + "\r\x1b[J"
-              + "\n".join(self._painted(text, code) for text, (_, code) in zip(texts, lines))
-              + ("\x1b[?25l" if column is None else "\r" + (f"\x1b[{column}C" if column else "") + "\x1b[?25h"),
-              end="", flush=True)
-
-
 class LinePrompt:
-    """Asks line by line, for pipes and for terminals that cannot move their cursor."""
-
-    @contextlib.contextmanager
-    def held(self):
-        if hasattr(sys.stdin, "reconfigure"):
-            sys.stdin.reconfigure(errors="surrogateescape")  # a name of such is refused like others
-        try:
-            yield self
-        except (EOFError, KeyboardInterrupt):
-            print_line("")
-            raise
+    """Asks line by line: for pipes, plain terminals, and systems without termios or readline."""
 
     def choose(self, title, labels, at=0):
-        """Return which label is chosen; None is back."""
+        """Return the index of the chosen label, or None to go back."""
+        def check(text):
+            if not re.fullmatch("[0-9]{1,9}", text) or int(text) > len(labels):
+                raise ValueError(f"is not a number from 0 to {len(labels)}")
         digits = len(str(len(labels)))
-        for number, text in enumerate([title, *labels]):
-            print_line(f"{number:{digits}}  {printable_text(text)}" if number else printable_text(text))
-        print_line(f"{0:{digits}}  Back")
-        answer = self.ask("Number", str(at + 1), functools.partial(self._check_number, len(labels)))
+        for number, label in (("", title), *enumerate(labels, 1), (0, "Back")):
+            print_line(printable_text(f"{number:{digits}}  {label}" if label is not title else title))
+        answer = self.ask("Number", str(at + 1), check)
         return int(answer) - 1 if answer and int(answer) else None
 
     def ask(self, question, default, check):
-        """Return the next line, or the default for an empty one, once the check does not raise; Escape is back."""
+        """Return a line that `check` accepts, the default for an empty line, or None to go back."""
+        prompt = printable_text(f"{question} [{default}]: " if default else f"{question}: ")
         while True:
-            answer = input(printable_text(with_default(question, default)) + ": ").strip() or default
+            answer = self._read_line(prompt).strip() or default
             if not sys.stdin.isatty():
                 print_line(printable_text(answer))  # else the next prompt would follow on the same line
-            if answer == "\x1b":
+            if answer in BACK:
                 return None
-            why = validation_error(check, answer)
-            if not why:
+            try:
+                check(answer)
                 return answer
-            self.complain(why)
+            except ValueError as error:
+                self.complain(f'"{answer}" {error}')
+            except (UsageError, Failure) as error:
+                self.complain(str(error))
 
     def complain(self, text):
-        print_line(printable_text(text))
+        print_line(self._paint(printable_text(text), RED))
+
+    def _read_line(self, prompt):
+        return input(prompt)
+
+    def _paint(self, text, _):
+        return text
+
+
+class ArrowPrompt(LinePrompt):
+    """Asks on a terminal: lists by arrow keys, everything else by input().
+
+    The terminal is in raw mode only while a list is open. Keys are read one byte at a time, as readline does:
+    the keys that follow may be for input().
+    """
+
+    def __init__(self):
+        import readline     # input() uses it; Windows has neither module
+        import termios
+        self._readline, self._termios = readline, termios
+        self._normal, self._raw = termios.tcgetattr(sys.stdin), termios.tcgetattr(sys.stdin)
+        self._raw[3] &= ~(termios.ICANON | termios.ECHO | termios.IEXTEN)
+        self._raw[6][termios.VMIN], self._raw[6][termios.VTIME] = 1, 0
+        self._drawn, self._ahead = [], b""
+        for enter in "jm":  # Escape and Enter go back from a line, too
+            readline.parse_and_bind(rf'"\e\C-{enter}": "\C-e\C-u{BACK[0]}\C-{enter}"')
+
+    @contextlib.contextmanager
+    def handling_signals(self):
+        """Handle signals in the with block so that each of them leaves or suspends a terminal in its normal mode.
+
+        Python runs a handler when the wait for a key is interrupted. The timer interrupts it for a signal that came
+        just before, and alone raises: input() of Python 3.8 fails if a handler is left to run after an exception.
+        """
+        left = threading.Event()
+
+        def leave(*_):
+            if not left.is_set():   # a second signal must not interrupt the cleanup
+                left.set()
+                signal.setitimer(signal.ITIMER_REAL, 1e-6, SIGNAL_SECONDS)
+
+        def interrupt(*_):
+            if left.is_set():
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                raise KeyboardInterrupt
+        handlers = dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT), leave)
+        handlers.update({signal.SIGTSTP: self._suspend, signal.SIGALRM: interrupt})
+        with contextlib.ExitStack() as stack:
+            for number, handler in handlers.items():
+                stack.callback(signal.signal, number, signal.signal(number, handler))
+            stack.callback(signal.setitimer, signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_REAL, SIGNAL_SECONDS, SIGNAL_SECONDS)
+            stack.callback(self._set_mode, self._normal)
+            yield self
+
+    def choose(self, title, labels, at=0):
+        key = digits = ""
+        try:
+            self._set_mode(self._raw)
+            print_line(self._paint(printable_text(title), BOLD))
+            while key not in ("enter", "back"):
+                rows = max(min(shutil.get_terminal_size().lines - 3, len(labels)), 1)
+                at, digits = move_cursor(key, at, digits, len(labels), rows)
+                self._draw(self._list_lines(labels, at, rows))
+                key = self._read_key()
+        finally:
+            self._set_mode(self._normal)
+            self._draw(())
+        print_line(printable_text("> " + (re.sub("  +", ", ", labels[at]) if key == "enter" else "Back")))
+        return at if key == "enter" else None
 
     @staticmethod
-    def _check_number(most, text):
-        if not re.fullmatch("[0-9]{1,9}", text) or int(text) > most:
-            raise ValueError(f"is not a number from 0 to {most}")
+    def _list_lines(labels, at, rows):
+        """Yield as many lines of a list as there are rows, with the selected one in the middle where possible."""
+        start, digits = max(min(at - rows // 2, len(labels) - rows), 0), len(str(len(labels)))
+        pointer = "❯" if can_show("❯") else ">"
+        for here in range(start, start + rows):
+            selected = here == at
+            yield f"{pointer if selected else ' '} {here + 1:{digits}}  {labels[here]}", CYAN if selected else ""
+        yield f"Enter chooses, Esc goes back ({at + 1}/{len(labels)})", DIM
+
+    def _draw(self, lines):
+        """Draw (text, colour) lines in the place of those drawn before, which a narrower terminal has wrapped."""
+        columns = max(shutil.get_terminal_size().columns, 20)
+        up = sum(max(1, -(-text_width(text) // columns)) for text, _ in self._drawn) - 1
+        self._drawn = [(fit_width(printable_text(text), columns - 1).rstrip(), colour) for text, colour in lines]
+        shown = "\n".join(self._paint(text, colour) for text, colour in self._drawn)
+        print((f"\x1b[{up}A" if up > 0 else "") + "\r\x1b[J" + shown, end="", flush=True)
+
+    def _read_key(self):
+        """Return the name of the next key, or its text; raise EOFError for Ctrl-D and a closed terminal."""
+        key, self._ahead = self._ahead or self._read_byte(), b""
+        while BEGUN_SEQUENCE.fullmatch(key) and select.select([sys.stdin], (), (), ESCAPE_SECONDS)[0]:
+            key += self._read_byte()
+        if key[:1] == b"\x1b" and not re.fullmatch(rb"\x1b[\[O][0-9;]*[@-~]", key):
+            key, self._ahead = key[:1], key[1:]     # Escape, and another key close behind it
+        return next((name for name, pattern in KEYS if re.fullmatch(pattern, key)), key.decode("ascii", "ignore"))
+
+    @staticmethod
+    def _read_byte():
+        byte = b""
+        with contextlib.suppress(OSError):  # the terminal was closed
+            byte = os.read(sys.stdin.fileno(), 1)
+        if byte in (b"", b"\x04"):
+            raise EOFError
+        return byte
+
+    def _read_line(self, prompt):
+        ahead, self._ahead = self._ahead.decode("ascii", "ignore"), b""
+        if ahead in ("\n", "\x1b"):
+            print_line(prompt)
+            return ahead
+        self._readline.set_startup_hook(functools.partial(self._readline.insert_text, ahead))
+        return input(prompt)
+
+    def _suspend(self, *_):
+        mode = self._termios.tcgetattr(sys.stdin)
+        self._set_mode(self._normal)
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)    # returns when the process is continued
+        signal.signal(signal.SIGTSTP, self._suspend)
+        self._set_mode(mode)
+        lines, self._drawn = self._drawn, []    # the shell has written below the list
+        self._draw(lines)
+
+    def _set_mode(self, mode):
+        with contextlib.suppress(self._termios.error):  # the terminal was closed
+            self._termios.tcsetattr(sys.stdin, self._termios.TCSANOW, mode)
+
+    def _paint(self, text, colour):
+        return f"\x1b[{colour}m{text}\x1b[0m" if colour and not os.environ.get("NO_COLOR") else text
 
 
-def ask_in_sequence(*questions):
-    """Ask one question after the other, each told the answers so far, one back for None; return all answers or None."""
-    answers = []
-    while len(answers) < len(questions):
-        answer = questions[len(answers)](*answers)
-        if answer is not None:
-            answers.append(answer)
-        elif answers:
-            answers.pop()
-        else:
-            return None
-    return answers
-
-
-RIGHTS = {"expires_at": "Expires (30d, 2027-01-31, none)", "admin": "Admin (may manage models and tokens)",
-          **{limit.column: limit.label + (limit.example and f" (as {limit.example})") for limit in LIMITS}}
-NO_YES = ("No", "Yes")
+SKIP = object()     # the answer of a question that the answers before it make needless
+NO_YES = (("No", False), ("Yes", True))
+QUESTIONS = {"expires_at": "Expires (30d, 2027-01-31, none)", "admin": "Admin (may manage models and tokens)",
+             **{limit.column: limit.label + (limit.example and f" (as {limit.example})") for limit in LIMITS}}
 
 
 class Menu:
-    """What there is to choose; each action collects what a command line would say, and runs the command."""
+    """The actions: each one asks for the arguments of a command and runs it.
+
+    A question returns a value, SKIP, or None to go back to the question before.
+    """
 
     def __init__(self, prompt, **args):
         self._prompt, self._args = prompt, dict(DEFAULT_ARGS, **args)
 
     def run(self):
-        """Offer the actions until it is left."""
+        """Offer the actions until the user leaves."""
         at = 0
         while True:
             print_line("")
-            at = self._prompt.choose("Ollama Gateway", [label for label, _ in self.ACTIONS], at)
-            if at is None or self.ACTIONS[at][1] is None:
+            at = self._prompt.choose("Ollama Gateway", [label for label, *_ in self.ACTIONS], at)
+            _, command, *questions = self.ACTIONS[-1 if at is None else at]
+            if not command:
                 return
-            with self._going_on():
-                self.ACTIONS[at][1](self)
+            self._attempt(self._ask_and_run, command, questions)
 
-    def generate(self):
-        answers = ask_in_sequence(self._ask_user, self._ask_name, lambda *_: self._ask_right("expires_at", "none"),
-                                  lambda *_: self._ask_right("admin", "No"), lambda *before: self._ask_limits(before[-1]))
-        if answers:
-            user, name, expires_at, admin, limits = answers
-            self._do(cmd_token_create, user=user, name=name, expires_at=expires_at, admin=bool(admin), **limits)
-
-    def export(self):
-        answers = ask_in_sequence(self._ask_file, self._ask_to_replace)
-        if answers and answers[1]:
-            self._do(cmd_token_export, file=answers[0])
-
-    def usage(self):
-        keys = [*USAGE_BY]
-        answers = ask_in_sequence(lambda: self._prompt.choose("Usage by", keys),
-                                  lambda _: self._prompt.ask("Since (7d, 12h, 2027-01-31)", "7d", usage_start))
-        if answers:
-            self._do(cmd_usage, by=keys[answers[0]], since=answers[1])
-
-    @contextlib.contextmanager
-    def _going_on(self):
-        """Tell what cannot be done, and go on."""
+    def _attempt(self, call, *args):
+        """Call a function; report why it failed, and go on."""
         try:
-            yield
+            call(*args)
         except (UsageError, Failure) as error:
             self._prompt.complain(str(error))
 
-    def _do(self, command, **typed):
-        command(argparse.Namespace(**self._args, **typed))
+    def _ask_and_run(self, command, questions):
+        """Ask (name, question) pairs in order, each with the answers so far, and run the command with all answers."""
+        answers, answered, at = {}, [], 0
+        while at < len(questions):
+            name, question = questions[at]
+            answer = question(self, answers)
+            if answer is None:
+                if not answered:
+                    return
+                at = answered.pop()
+                answers.pop(questions[at][0], None)
+                continue
+            if answer is not SKIP:
+                answers[name] = answer
+                answered.append(at)
+            at += 1
+        if answers.get("sure", True):
+            self._run(command, answers)
 
-    def _confirm(self, command, question):
-        """Have a token picked, and run a command on it if that is meant."""
-        picked = self._pick(lambda token: self._prompt.choose(question.format(f'"{token.user}/{token.name}"'), NO_YES))
-        if picked and picked[-1]:
-            self._do(command, user=picked[0], name=picked[1].name)
+    def _run(self, command, answers):
+        command(argparse.Namespace(**self._args, **answers))
 
-    def _pick(self, then):
-        """Ask for a user, for one of their tokens, and what is then to be asked of that; return all answers or None."""
-        tokens = self._tokens()
-        if not tokens:
-            return self._prompt.complain("There are no tokens yet: generate one first.")
-        return ask_in_sequence(lambda: self._ask_whose(tokens),
-                               lambda user: self._ask_which([token for token in tokens if token.user == user]),
-                               lambda _, token: then(token))
-
-    def _tokens(self):
+    def _tokens(self, user=None):
         with open_command_store(argparse.Namespace(**self._args)) as store:
-            return store.list()
+            return [token for token in store.list() if user in (None, token.user)]
 
-    def _ask_whose(self, tokens):
-        held = Counter(token.user for token in tokens)
-        at = self._prompt.choose("Whose token?", [f"{user} ({plural(held[user], 'token')})" for user in held])
-        return None if at is None else [*held][at]
+    def _choose(self, title, options, present=None):
+        """Return the value of the chosen (label, value) pair, or None to go back."""
+        labels, values = zip(*options)
+        at = self._prompt.choose(title, labels, values.index(present) if present in values else 0)
+        return None if at is None else values[at]
 
-    def _ask_which(self, tokens):
-        heads, tell = ("NAME", "SECRET", "EXPIRES"), dict(TOKEN_COLUMNS)
-        rows = [heads, *([tell[head](token) for head in heads] for token in tokens)]
-        width = max(terminal_width() - 8, 0)  # what stands before each of them, and one column
-        at = self._prompt.choose("Which token?", format_table(rows, width, ("NAME",), ("EXPIRES",))[1:])
-        return None if at is None else tokens[at]
+    def _ask_value(self, column, present):
+        if column == "admin":
+            return self._choose(QUESTIONS[column], NO_YES, present == "Yes")
+        return self._prompt.ask(QUESTIONS[column], present, functools.partial(read_column, column))
 
-    def _ask_user(self):
-        users = list(dict.fromkeys(token.user for token in self._tokens()))
-        if not users:
-            return self._ask_new_user()
-        answers = ask_in_sequence(lambda: self._prompt.choose("Whose token?", ["A new user", *users]),
-                                  lambda at: users[at - 1] if at else self._ask_new_user())
-        return answers and answers[-1]
+    def _ask_owner(self, _):
+        users = dict.fromkeys(token.user for token in self._tokens())
+        return self._choose("Whose token?", (("A new user", ""), *zip(users, users))) if users else SKIP
 
-    def _ask_new_user(self):
+    def _ask_new_user(self, answers):
+        if answers.get("user"):
+            return SKIP
         return self._prompt.ask("User (a person)", "", functools.partial(check_name, "user"))
 
-    def _ask_name(self, user):
-        """Ask for the name of a token that the user does not have yet."""
-        taken = {token.name for token in self._tokens() if token.user == user}
+    def _ask_new_name(self, answers):
+        """Ask for a name that the user has no token of yet."""
+        taken = {token.name for token in self._tokens(answers["user"])}
 
         def check(name):
             if check_name("name", name) in taken:
-                raise token_exists(user, name)
+                raise token_exists(answers["user"], name)
         names = itertools.chain(["laptop"], map("laptop-{}".format, itertools.count(2)))
-        return self._prompt.ask("Name (a device, a program)", next(n for n in names if n not in taken), check)
+        return self._prompt.ask("Name (a device, a program)", next(name for name in names if name not in taken), check)
 
-    def _ask_right(self, column, present):
-        if column == "admin":
-            return self._prompt.choose(RIGHTS[column], NO_YES, NO_YES.index(present))
-        return self._prompt.ask(RIGHTS[column], present, functools.partial(read_column, column))
+    def _limit(column):     # noqa: N805, used in the table below
+        def ask(self, answers):
+            needless = not answers["limits"] or column == "models" and answers["admin"]
+            return SKIP if needless else self._ask_value(column, "none")
+        return column, ask
 
-    def _ask_limits(self, admin):
-        """Return the limits of a new token by column; an admin's has no list of models."""
-        columns = [column for column in LIMIT_BY_COLUMN if not (admin and column == "models")]
-        each = [lambda *_, column=column: self._ask_right(column, "none") for column in columns]
-        answers = ask_in_sequence(lambda: self._prompt.choose("Limits", ("No limits", "Set them, one by one")),
-                                  lambda wanted: ask_in_sequence(*each) if wanted else ())
-        return answers and dict(zip(columns, answers[-1]))
+    def _ask_user(self, _):
+        counts = Counter(token.user for token in self._tokens())
+        if not counts:
+            raise Failure("There are no tokens yet: generate one first.")
+        return self._choose("Whose token?", [(f"{user} ({plural(counts[user], 'token')})", user) for user in counts])
 
-    def _change_rights(self, token):
-        """Change what a token may, one thing after the other, until None, which is back."""
-        at = 0
+    def _ask_name(self, answers):
+        tokens, heads, cells = self._tokens(answers["user"]), ("NAME", "SECRET", "EXPIRES"), dict(TOKEN_COLUMNS)
+        rows = [heads, *([cells[head](token) for head in heads] for token in tokens)]
+        width = max(terminal_width() - 8, 0)    # 8: the pointer, the number, and one column
+        lines = format_table(rows, width, ("NAME",), ("EXPIRES",))[1:]
+        return self._choose("Which token?", list(zip(lines, (token.name for token in tokens))))
+
+    def _ask_changes(self, answers):
+        """Change one column of a token after the other until the user goes back."""
+        column = "expires_at"
         while True:
-            token = next((same for same in self._tokens() if same.id == token.id), token)
-            present = {"expires_at": format_instant(token.expires_at) or "none", "admin": NO_YES[token.admin],
-                       **{column: str(getattr(token, column) or "none") for column in LIMIT_BY_COLUMN}}
-            rows = [(RIGHTS[column].partition(" (")[0], present[column]) for column in RIGHTS]
-            at = self._prompt.choose(f'Change "{token.user}/{token.name}"', format_table(rows, 0, (), ()), at)
-            if at is None:
+            token = next((token for token in self._tokens(answers["user"]) if token.name == answers["name"]), None)
+            if not token:   # it was deleted meanwhile
                 return None
-            column = [*RIGHTS][at]
-            value = self._ask_right(column, present[column])
-            with self._going_on():
-                if value is not None:
-                    typed = {column: bool(value) if column == "admin" else value}
-                    self._do(cmd_token_update, user=token.user, name=token.name, **typed)
+            present = {column: str(getattr(token, column) or "none") for column in QUESTIONS}
+            present.update(expires_at=format_instant(token.expires_at) or "none", admin="Yes" if token.admin else "No")
+            lines = format_table([(QUESTIONS[key].partition(" (")[0], present[key]) for key in QUESTIONS], 0, (), ())
+            column = self._choose(f'Change "{token.user}/{token.name}"', list(zip(lines, QUESTIONS)), column)
+            if column is None:
+                return None
+            value = self._ask_value(column, present[column])
+            if value is not None:
+                self._attempt(self._run, cmd_token_update, {**answers, column: value})
 
-    def _ask_file(self):
+    def _ask_file(self, _):
         def check(file):
             if not file.lower().endswith((".csv", ".json")):
                 raise ValueError("ends neither in .csv nor in .json")
         file = self._prompt.ask("File (.csv or .json)", "tokens.csv", check)
         return file and os.path.expanduser(file)
 
-    def _ask_to_replace(self, file):
-        return not os.path.exists(file) or self._prompt.choose(f"Replace {file}, which is there?", NO_YES)
+    def _ask_to_replace(self, answers):
+        file = answers["file"]
+        return self._choose(f"Replace the existing file {file}?", NO_YES) if os.path.exists(file) else SKIP
 
-    ACTIONS = (  # the first of them as in the replaced system
-        ("Generate a token", generate),
-        ("List all users", lambda self: self._do(cmd_token_list)),
-        ("Delete a token", lambda self: self._confirm(cmd_token_delete, "Delete {}? It stops at its next request.")),
-        ("Export users to file", export),
-        ("Change limits", lambda self: self._pick(self._change_rights)),
-        ("Rotate a token", lambda self: self._confirm(cmd_token_rotate, "Rotate {}? Its old secret stops working.")),
-        ("Usage", usage),
+    def _sure(question):    # noqa: N805, used in the table below
+        return "sure", lambda self, answers: self._choose(question.format(**answers), NO_YES)
+
+    TOKEN = (("user", _ask_user), ("name", _ask_name))
+    ACTIONS = (     # label, command, its arguments; the first four in the order of the system that this one replaces
+        ("Generate a token", cmd_token_create,
+         ("user", _ask_owner), ("user", _ask_new_user), ("name", _ask_new_name),
+         ("expires_at", lambda self, _: self._ask_value("expires_at", "none")),
+         ("admin", lambda self, _: self._ask_value("admin", "No")),
+         ("limits", lambda self, _: self._choose("Limits", (("No limits", False), ("Set them, one by one", True)))),
+         *map(_limit, LIMIT_BY_COLUMN)),
+        ("List all users", cmd_token_list),
+        ("Delete a token", cmd_token_delete, *TOKEN, _sure('Delete "{user}/{name}"? It stops at its next request.')),
+        ("Export users to file", cmd_token_export, ("file", _ask_file), ("sure", _ask_to_replace)),
+        ("Change limits", cmd_token_update, *TOKEN, ("changes", _ask_changes)),
+        ("Rotate a token", cmd_token_rotate, *TOKEN, _sure('Rotate "{user}/{name}"? Its old secret stops working.')),
+        ("Usage", cmd_usage, ("by", lambda self, _: self._choose("Usage by", [(key, key) for key in USAGE_BY])),
+         ("since", lambda self, _: self._prompt.ask("Since (7d, 12h, 2027-01-31)", "7d", usage_start))),
         ("Exit", None))
 
 
 def choose_prompt():
-    """Return who asks: arrow keys need a terminal at both ends, and one that can move its cursor."""
-    dumb = os.environ.get("TERM", "dumb" if os.name == "posix" else "") == "dumb"
-    if dumb or not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return LinePrompt()
-    return ArrowPrompt(UnixKeys() if os.name == "posix" else WindowsKeys())
+    """Return a context manager of the prompt that the terminal is good for."""
+    if sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        with contextlib.suppress(ImportError):
+            return ArrowPrompt().handling_signals()
+    return contextlib.nullcontext(LinePrompt())
 
 
 def cmd_token_menu(args):
-    """Offer everything to choose from until it is left."""
+    """Offer the actions as a menu until the user leaves."""
     if sys.stdin is None:
         raise Failure("token menu: stdin is closed, and the answers come from there")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")     # check_name refuses what cannot be decoded
     with open_command_store(args, create=True) as store:
         path = store.path
-    print_line(f"The tokens are in {path}")
+    print_line(f"The tokens are in {path}\n"
+               f'An empty line takes the value in [brackets], "{BACK[0]}" goes back, Ctrl-C leaves the menu.')
     try:
-        with choose_prompt().held() as prompt:
+        with choose_prompt() as prompt:
             Menu(prompt, env_file=args.env_file, db=path).run()
     except (EOFError, KeyboardInterrupt):
-        print_line("Left the menu.")
+        print_line("\nLeft the menu.")
 
 
 MENU = ("token menu", cmd_token_menu, "manage the tokens from a menu, with arrow keys", ("token menu",), ())
 
 # == Doctor ===================================================================
 
+FLOORS = (("Python", "%d.%d.%d" % sys.version_info[:3], (3, 8)), ("SQLite", SQLITE_VERSION, (3, 26)))
+STREAM_TOKENS = 48      # requested from a model to see whether they arrive one by one
+TELLING_SECONDS = 0.02  # a response that took less proves nothing
+TOKEN_VARIABLE = "GATEWAY_TOKEN"
 
-def try_to_listen(host, port):
-    """Raise OSError where a GatewayServer could not listen now."""
-    family, kind, _, _, address = look_up(host, port, socket.AI_PASSIVE)[0]
-    with socket.socket(family, kind) as probe:
-        if GatewayServer.allow_reuse_address:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(address)
-        probe.listen()
+
+class CheckResult(NamedTuple):
+    """The result of a check: passed (True), failed (False) or unknown (None), and what to do."""
+
+    ok: Optional[bool]
+    text: str
+    advice: str = ""
 
 
 def local_addresses():
-    """Return this machine's addresses by which others may reach it, sorted: no loopback, nothing link-local."""
+    """Return the addresses by which others may reach this machine, sorted, without loopback and link-local ones."""
     found = set()
     with contextlib.suppress(OSError), open("/proc/net/fib_trie", encoding="ascii") as file:
         found.update(re.findall(r"\|-- (\S+)\n\s+/32 host LOCAL", file.read()))
@@ -6607,66 +6472,51 @@ def local_addresses():
         found.update(entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None))
     for family, elsewhere in (socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"):  # RFC 5737, RFC 3849
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((elsewhere, 9))   # which sends nothing, and tells which address would
+            probe.connect((elsewhere, 9))   # sends nothing, but chooses the source address
             found.add(probe.getsockname()[0])
-    addresses = map(address_of, found)
-    return sorted(str(address) for address in addresses
+    return sorted(str(address) for address in map(address_of, found)
                   if not (address.is_loopback or address.is_link_local or address.is_unspecified))
 
 
 def is_local_host(host):
-    """Tell whether a host's name is this machine's; raise OSError for one that has no address."""
+    """Return whether a host name is this machine's; raise OSError for one without an address."""
     found = {address_of(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
     return any(address.is_loopback or str(address) in local_addresses() for address in found)
 
 
-FLOORS = (("Python", "%d.%d.%d" % sys.version_info[:3], (3, 8)), ("SQLite", SQLITE_VERSION, (3, 26)))
-STREAM_TOKENS = 48      # that a model is asked for, to see whether they arrive one by one
-TELLING_SECONDS = 0.02  # an answer that took less cannot tell
-
-
-class CheckResult(NamedTuple):
-    """What a check found: fine (True), not fine (False) or not to be told (None), and what to do."""
-
-    ok: Optional[bool]
-    text: str
-    advice: str = ""
-
-
 def check_settings(settings):
-    """Tell which settings are not by default, and where they come from."""
-    told = [f"{source} {raw}" if source.startswith("--") else f"{source}: {raw}"
-            for source, raw in settings.given.values()]
-    yield CheckResult(True, f"settings: {'; '.join(told) or 'all by default'}")
+    """Show the settings that differ from the defaults, with their sources."""
+    given = [f"{source} {raw}" if source.startswith("--") else f"{source}: {raw}"
+             for source, raw in settings.given.values()]
+    yield CheckResult(True, f"settings: {'; '.join(given) or 'all by default'}")
 
 
 def check_versions():
-    """Tell the versions of what the gateway stands on."""
     for name, found, least in FLOORS:
-        wanted = ".".join(map(str, least))
         ok = tuple(map(int, found.split(".")[:2])) >= least
-        yield CheckResult(ok, f"{name} {found}", "" if ok else f"install {name} {wanted} or newer")
+        yield CheckResult(ok, f"{name} {found}", "" if ok else "install {} {}.{} or newer".format(name, *least))
 
 
 def check_database(settings):
-    """Tell whether the database can be used, by its owner alone."""
+    """Check that the database can be used, and by its owner alone."""
     path = os.path.abspath(settings.db)
     try:
         found = describe_database(path)
     except Failure as error:
         return (yield CheckResult(False, str(error)))
-    newest = len(MIGRATIONS)
+    newest, kind = len(MIGRATIONS), remote_file_system(path)
     upgrade = "" if found.version == newest else f", upgraded to {newest} at the next start"
-    yield CheckResult(True, f"the database {path} has {plural(found.tokens, 'token')} (version {found.version}{upgrade})",
-                      "" if found.tokens else f"nobody gets in: {PROGRAM} token create USER NAME")
-    if os.name == "posix" and found.mode & 0o077:
-        yield CheckResult(False, f"others on this machine may read the database ({found.mode:o})", f"chmod 600 {path}")
-    kind = remote_file_system(path)
-    if kind:
-        yield CheckResult(False, f"the database is on a network or FUSE file system ({kind}): its changes may be lost",
-                          "move it to a local disk and name it with --db")
-    if not found.writable:
-        yield CheckResult(False, "the database is read-only for this user", f"make {path} and its folder writable")
+    tokens = plural(found.tokens, "token")
+    yield CheckResult(True, f"the database {path} has {tokens} (version {found.version}{upgrade})",
+                      "" if found.tokens else f"nobody has access yet: {PROGRAM} token create USER NAME")
+    for wrong, text, advice in (
+            (os.name == "posix" and found.mode & 0o077,
+             f"other users of this machine can read the database ({found.mode:o})", f"chmod 600 {path}"),
+            (kind, f"the database is on a network or FUSE file system ({kind}): its changes may be lost",
+             "move it to a local disk and name it with --db"),
+            (not found.writable, "the database is read-only for this user", f"make {path} and its folder writable")):
+        if wrong:
+            yield CheckResult(False, text, advice)
 
 
 def names_in(listed):
@@ -6680,31 +6530,31 @@ def upstream_at(url, settings, tls=None):
 
 
 def check_ollama(settings):
-    """Tell whether Ollama answers, who it is, and what it has."""
+    """Check that Ollama answers; show its version and models, and whether it accepts the headers that matter."""
     url, ollama = settings.ollama_url.geturl(), upstream_at(settings.ollama_url, settings)
     with contextlib.closing(ollama):
         try:
-            status, told = ollama.get_json("/api/version")
+            status, about = ollama.get_json("/api/version")
             _, listed = ollama.get_json("/api/tags")
             refused, _ = ollama.get_json("/api/version", "Origin: https://chat.example\r\n")
         except UpstreamError as error:
             return (yield CheckResult(False, f"Ollama at {url}: {error}", "start it, or see --ollama-url"))
     if status == 403:
-        return (yield CheckResult(False, f"Ollama at {url} refuses to be asked by that name",
-                                  "name it localhost, or by its IP address, in --ollama-url"))
-    if status != 200 or "version" not in (told or ()):
-        return (yield CheckResult(False, f"what answers at {url} is not Ollama (status {status})",
-                                  "name Ollama's address: --ollama-url URL"))
+        return (yield CheckResult(False, f"Ollama at {url} refuses requests for that host name",
+                                  "use localhost or its IP address in --ollama-url"))
+    if status != 200 or "version" not in (about or ()):
+        return (yield CheckResult(False, f"the server at {url} is not Ollama (status {status})",
+                                  "set Ollama's address: --ollama-url URL"))
     models = names_in(listed)
-    yield CheckResult(True, f"Ollama {told['version']} answers at {url}, with {plural(len(models), 'model')}"
-                      + (f": {', '.join(models[:5])}{', …' if len(models) > 5 else ''}" if models else ""),
-                      "" if models else "get one: ollama pull llama3.2")
-    yield CheckResult(True, "Ollama takes our Host" + ("; other sites' Origin it refuses, but the gateway passes none on"
-                                                       if refused == 403 else " and any Origin"))
+    shown = ", ".join(models[:5]) + (", …" if len(models) > 5 else "")
+    yield CheckResult(True, f"Ollama {about['version']} answers at {url}, with {plural(len(models), 'model')}"
+                      + (f": {shown}" if models else ""), "" if models else "get one: ollama pull llama3.2")
+    yield CheckResult(True, "Ollama accepts the gateway's Host" + (
+        "; it refuses other sites' Origin, but the gateway forwards none" if refused == 403 else " and any Origin"))
 
 
 def unverified(url):
-    """Return a TLS context for this machine's own servers, which are asked by other names than their certificates'."""
+    """Return a TLS context for this machine's own servers: their certificates have other names than the URL."""
     if url.scheme != "https":
         return None
     context = ssl.create_default_context()
@@ -6713,182 +6563,169 @@ def unverified(url):
 
 
 def ollama_answers_at(host, url):
-    """Tell whether an Ollama answers at a host to whoever asks, as it does at the URL."""
+    """Return whether an Ollama answers at a host, on the URL's port, to requests without a token."""
     shown = f"[{host}]" if ":" in host else host
     there = urllib.parse.urlsplit(f"{url.scheme}://{shown}:{port_of(url)}{url.path}")
     with contextlib.closing(Upstream(there, 1, 1, 1, unverified(url))) as ollama:
         try:
-            status, told = ollama.get_json("/api/version")
-            return status == 200 and "version" in (told or ())
+            status, about = ollama.get_json("/api/version")
+            return status == 200 and "version" in (about or ())
         except UpstreamError:
             return False
 
 
 def check_bypass(settings, addresses):
-    """Tell whether Ollama itself can be reached by others, who then need no token."""
+    """Check that others cannot reach Ollama itself, where they would need no token."""
     url, port = settings.ollama_url, port_of(settings.ollama_url)
     try:
-        here = is_local_host(url.hostname)
+        local = is_local_host(url.hostname)
     except OSError as error:
-        return (yield CheckResult(False, f"the name {url.hostname} has no address: {error.strerror}", "see --ollama-url"))
-    if not here:
-        return (yield CheckResult(None, f"who else reaches Ollama on {url.hostname} cannot be seen from here",
-                                  "see to it there that this machine alone does"))
+        return CheckResult(False, f"the host name {url.hostname} has no address: {error.strerror}", "see --ollama-url")
+    if not local:
+        return CheckResult(None, f"who else can reach Ollama on {url.hostname} cannot be checked from here",
+                           "make sure there that only this machine can")
     found = [address for address in addresses if ollama_answers_at(address, url)]
     if found:
-        yield CheckResult(False, f"Ollama answers at {', '.join(found)} port {port}: the gateway guards nothing",
-                          "let it listen on loopback only: OLLAMA_HOST=127.0.0.1 (systemctl edit ollama.service; in Docker "
-                          f"publish 127.0.0.1:{port}:{port}), or close the port to others")
-    elif not ollama_answers_at(url.hostname, url):
-        yield CheckResult(None, "whether others reach Ollama itself cannot be told while it does not answer")
-    else:
-        yield CheckResult(True, f"Ollama's port {port} is closed at this machine's other addresses"
-                          + (f": {', '.join(addresses)}" if addresses else ": it has none"))
+        return CheckResult(False, f"Ollama answers at {', '.join(found)} port {port}: the gateway protects nothing",
+                           "let it listen on loopback only: OLLAMA_HOST=127.0.0.1 (systemctl edit ollama.service; "
+                           f"in Docker publish 127.0.0.1:{port}:{port}), or close the port to others")
+    if not ollama_answers_at(url.hostname, url):
+        return CheckResult(None, "whether others reach Ollama itself cannot be checked while it does not answer")
+    return CheckResult(True, f"Ollama's port {port} is closed at this machine's other addresses: "
+                       + (", ".join(addresses) or "it has none"))
 
 
 def check_tls(settings):
-    """Tell whether certificate and key can be used."""
+    """Check certificate and key, or show who could read the tokens without them."""
     if settings.tls_cert:
         try:
             server_tls(settings)
-            yield CheckResult(True, f"the certificate {settings.tls_cert} and its key can be read, and match")
+            return CheckResult(True, f"the certificate {settings.tls_cert} and its key are readable and match")
         except Failure as error:
-            yield CheckResult(False, str(error), "see --tls-cert and --tls-key")
-    elif is_loopback(settings.host):
-        yield CheckResult(None, f"no TLS: {settings.host} can be reached from this machine only")
-    else:
-        yield CheckResult(None, f"no TLS: at {settings.host} tokens travel in clear",
-                          "use --tls-cert, or a proxy that speaks HTTPS, and --host 127.0.0.1")
-
-
-def is_gateway(status, told):
-    """Tell whether an answer to /health is a gateway's."""
-    return status == 200 and {"status", "upstream", "version"} <= set(told or ())
-
-
-def gateway_running(gateway):
-    try:
-        return is_gateway(*gateway.get_json("/health"))
-    except UpstreamError:
-        return False
+            return CheckResult(False, str(error), "see --tls-cert and --tls-key")
+    if is_loopback(settings.host):
+        return CheckResult(None, f"no TLS: only this machine can reach {settings.host}")
+    return CheckResult(None, f"no TLS: tokens travel to {settings.host} in clear text",
+                       "use --tls-cert, or a proxy that speaks HTTPS, and --host 127.0.0.1")
 
 
 def check_health(where, gateway):
-    """Tell whether a gateway answers, and whether it reaches Ollama."""
+    """Return whether a server is a gateway, and the CheckResult of its health."""
     try:
-        status, told = gateway.get_json("/health")
+        status, about = gateway.get_json("/health")
     except UpstreamError as error:
-        return (yield CheckResult(False, f"the gateway at {where}: {error}", "does it run, and there?"))
-    if not is_gateway(status, told):
-        yield CheckResult(False, f"what answers at {where} is not a gateway of this kind (status {status} to /health)",
-                          "see which server has that address, and what it passes on")
-    elif told["upstream"] != "up":
-        yield CheckResult(False, f"the gateway {told['version']} at {where} does not reach Ollama", "see above, or its log")
-    else:
-        yield CheckResult(True, f"the gateway {told['version']} answers at {where}, and reaches Ollama")
+        return False, CheckResult(False, f"the gateway at {where}: {error}", "is it running there?")
+    if status != 200 or not {"status", "upstream", "version"} <= set(about or ()):
+        return False, CheckResult(False, f"the server at {where} is not this gateway (status {status} to /health)",
+                                  "see which server has that address, and where it forwards requests")
+    if about["upstream"] != "up":
+        return True, CheckResult(False, f"the gateway {about['version']} at {where} does not reach Ollama",
+                                 "see above, or its log")
+    return True, CheckResult(True, f"the gateway {about['version']} answers at {where}, and reaches Ollama")
 
 
 def check_address(settings, gateway):
-    """Tell whether the gateway can listen where it is to, or does already."""
+    """Return whether the gateway runs at its address, and a CheckResult: it must, or the address must be free."""
     where = f"{settings.host} port {settings.port}"
     try:
-        try_to_listen(settings.host, settings.port)
-        yield CheckResult(True, f"{where} is free: no gateway runs there")
+        family, kind, _, _, address = look_up(settings.host, settings.port, socket.AI_PASSIVE)[0]
+        with socket.socket(family, kind) as probe:
+            if GatewayServer.allow_reuse_address:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen()
+        return False, CheckResult(True, f"{where} is free: no gateway runs there")
     except (OSError, UnicodeError) as error:
-        if gateway_running(gateway):
-            yield from check_health(where, gateway)
-        else:
-            yield CheckResult(False, f"cannot listen on {where}: {getattr(error, 'strerror', None) or error}",
-                              "choose another with --host and --port")
+        running, result = check_health(where, gateway)
+        failure = CheckResult(False, f"cannot listen on {where}: {getattr(error, 'strerror', None) or error}",
+                              "choose another address with --host and --port")
+        return running, result if running else failure
 
 
 def time_stream(where, gateway, base, fields, model):
-    """Return the verdict on how a model's answer arrived; None for a model that makes no text.
+    """Return how a model's streamed response arrived, or None for a model that makes no text.
 
-    Ollama tells how long it made it: pieces that come all at once were held back.
+    Ollama reports how long it generated. Pieces that arrive together after that were held back.
     """
-    body_info = {"model": model, "prompt": "Count from one to fifty.", "options": {"num_predict": STREAM_TOKENS}}
+    body = {"model": model, "prompt": "Count from one to fifty.", "options": {"num_predict": STREAM_TOKENS}}
     arrivals, data = [], b""
-    with gateway.send(UpstreamRequest("POST", f"{base}/generate", fields,
-                                      BufferedBody(json.dumps(body_info).encode()))) as response:
+    request = UpstreamRequest("POST", f"{base}/generate", fields, BufferedBody(json.dumps(body).encode()))
+    with gateway.send(request) as response:
         while not response.complete:
             data += response.read()
             arrivals.append(time.monotonic())
         if response.status == 400:
             return None
         if response.status != 200:
-            return CheckResult(None, f"whether {where} holds streams back was not tried: it answers {response.status}")
+            return CheckResult(None, f"the stream test of {where} was not tried: it answers {response.status}")
     try:
         made = json.loads(data.splitlines()[-1])["eval_duration"] / 1e9
     except (ValueError, LookupError, TypeError):
-        return CheckResult(False, f"a streamed answer of {where} has no proper end", "see the gateway's log")
+        return CheckResult(False, f"a streamed response of {where} has no proper end", "see the gateway's log")
     took = arrivals[-1] - arrivals[0]
-    told = f"{model} took {made:.2f} s, and its answer arrived within {took:.2f} s"
+    times = f"{model} took {made:.2f} s, and its response arrived within {took:.2f} s"
     if made < TELLING_SECONDS:
-        return CheckResult(None, f"whether {where} holds streams back cannot be told: {told}")
+        return CheckResult(None, f"whether {where} holds streams back is unknown: {times}")
     if took < made / 2:
-        return CheckResult(False, f"{where} holds streams back: {told}", "let the proxy pass them on: nginx "
+        return CheckResult(False, f"{where} holds streams back: {times}", "let the proxy pass them on: nginx "
                            "proxy_buffering off; Caddy flush_interval -1; and no compression of application/x-ndjson")
-    return CheckResult(True, f"{where} passes streams on as they come: {told}")
+    return CheckResult(True, f"{where} forwards streams without delay: {times}")
 
 
 def check_stream(where, gateway, base, secret):
-    """Tell whether a streamed answer comes through as it is made, or held back by what stands before the gateway."""
+    """Check that streamed responses arrive piece by piece, and that no proxy before the gateway holds them back."""
     if not secret:
-        return (yield CheckResult(None, f"whether {where} holds streams back was not tried",
-                                  f"give a token in the variable {TOKEN_VARIABLE}"))
+        return CheckResult(None, f"the stream test of {where} was not tried",
+                           f"set a token in the variable {TOKEN_VARIABLE}")
     fields = f"Authorization: Bearer {secret}\r\nContent-Type: application/json\r\n"
     try:
         status, listed = gateway.get_json(f"{base}/tags", fields)
         if status != 200:
-            mistaken = status in (401, 404)
-            return (yield CheckResult(False, f"{where} answers {status} to the token: {(listed or {}).get('error', '')}",
-                                      f"give a valid one in {TOKEN_VARIABLE}, and the gateway's --base-path" * mistaken))
-        for model in names_in(listed):
-            verdict = time_stream(where, gateway, base, fields, model)
-            if verdict:
-                return (yield verdict)
-        yield CheckResult(None, f"whether {where} holds streams back was not tried: no model there makes text")
+            advice = f"set a valid one in {TOKEN_VARIABLE}, and the gateway's --base-path"
+            return CheckResult(False, f"{where} answers {status} to the token: {(listed or {}).get('error', '')}",
+                               advice if status in (401, 404) else "")
+        results = (time_stream(where, gateway, base, fields, model) for model in names_in(listed))
+        untried = CheckResult(None, f"the stream test of {where} was not tried: no model makes text")
+        return next(filter(None, results), untried)
     except UpstreamError as error:
-        yield CheckResult(False, f"a streamed answer of {where}: {error}")
+        return CheckResult(False, f"a streamed response of {where}: {error}")
 
 
 def secret_to_try(url):
-    """Return the token to try: the environment's or, for a URL, one that is typed unseen; never an argument."""
+    """Return the token of the environment or, for a URL, one typed without echo; never an argument."""
     secret = os.environ.get(TOKEN_VARIABLE, "")
     if not secret and url and sys.stdin.isatty():
         import getpass
-        secret = getpass.getpass("A token, to try a streamed answer with (Enter: none): ")
+        secret = getpass.getpass("A token for the stream test (Enter: none): ")
     secret = secret.strip()
     if secret and not re.fullmatch(r"[\x21-\x7e]+", secret):
-        raise UsageError(f"{TOKEN_VARIABLE}: it is not a token: check that it was copied whole")
+        raise UsageError(f"{TOKEN_VARIABLE}: this is not a valid token: check that it was copied completely")
     return secret
 
 
+def check_gateway(url, settings, tls, check, secret):
+    """Yield the result of a check of the gateway at a URL and, if that passed, of a streamed response."""
+    with contextlib.closing(upstream_at(url, settings, tls)) as gateway:
+        running, result = check(gateway)
+        yield result
+        if running and result.ok:
+            yield check_stream(url.geturl(), gateway, settings.base_path, secret)
+
+
 def check_all(settings, url, secret, addresses):
-    """Yield the verdicts of all checks; url: where the public finds the gateway, or None."""
-    yield from check_settings(settings)
-    yield from check_versions()
-    yield from check_database(settings)
-    yield from check_ollama(settings)
-    yield from check_bypass(settings, addresses)
-    yield from check_tls(settings)
+    """Yield the results of all checks; url: the gateway's public address, or None."""
+    for results in check_settings(settings), check_versions(), check_database(settings), check_ollama(settings):
+        yield from results
+    yield check_bypass(settings, addresses)
+    yield check_tls(settings)
     local = urllib.parse.urlsplit(url_of(settings))
-    with contextlib.closing(upstream_at(local, settings, unverified(local))) as gateway:
-        verdict, = check_address(settings, gateway)
-        yield verdict
-        if verdict.ok and gateway_running(gateway):
-            yield from check_stream(local.geturl(), gateway, settings.base_path, secret)
+    yield from check_gateway(local, settings, unverified(local), functools.partial(check_address, settings), secret)
     if url:
-        with contextlib.closing(upstream_at(url, settings)) as gateway:
-            verdict, = check_health(url.geturl(), gateway)
-            yield verdict
-            if verdict.ok:
-                yield from check_stream(url.geturl(), gateway, settings.base_path, secret)
+        yield from check_gateway(url, settings, None, functools.partial(check_health, url.geturl()), secret)
 
 
 def cmd_doctor(args):
-    """Check what the gateway stands on, itself, and the way to it; return 1 if anything is not fine."""
+    """Check what the gateway depends on, itself, and the way to it; return 1 if a check failed."""
     try:
         url = upstream_url(args.url) if hasattr(args, "url") else None
     except ValueError:
@@ -6896,19 +6733,24 @@ def cmd_doctor(args):
     secret = secret_to_try(url)
     try:
         settings = load_settings(vars(args), os.environ, args.env_file)
-        verdicts = check_all(settings, url, secret, local_addresses())
+        results = check_all(settings, url, secret, local_addresses())
     except UsageError as error:
-        verdicts = [CheckResult(False, f"settings: {error}", "the other checks wait for that"), *check_versions()]
+        results = [CheckResult(False, f"settings: {error}", "the other checks need valid settings"), *check_versions()]
     markers = dict(zip((True, False, None), ("✓", "✗", "-") if can_show("✓✗") else ("ok  ", "FAIL", "--  ")))
-    found = []
-    for verdict in verdicts:
-        found.append(verdict.ok)
-        print_line(f"{markers[verdict.ok]} {_printable(verdict.text)}")    # part of it may come from elsewhere
-        if verdict.advice:
-            print_line(f"{' ' * len(markers[True])} {verdict.advice}")
-    failed = found.count(False)
-    print_line(f"{failed} of {plural(len(found), 'check')} failed" if failed else f"{plural(len(found), 'check')}, none failed")
+    counts = Counter()
+    for result in results:
+        counts[result.ok] += 1
+        print_line(f"{markers[result.ok]} {_printable(result.text)}")    # part of it may come from another server
+        if result.advice:
+            print_line(f"{' ' * len(markers[True])} {result.advice}")
+    checks, failed = plural(sum(counts.values()), "check"), counts[False]
+    print_line(f"{failed} of {checks} failed" if failed else f"{checks}, none failed")
     return 1 if failed else 0
+
+
+def add_url(parser):
+    parser.add_argument("--url", metavar="URL", help="the gateway's public address, behind any proxy; the stream test "
+                        f"uses the token in {TOKEN_VARIABLE}, or asks for one")
 
 
 DOCTOR = ("doctor", cmd_doctor, "diagnose the configuration, Ollama and the network",
