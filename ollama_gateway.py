@@ -4113,19 +4113,20 @@ def relay(response, client, route, body_info, token, release_slot):
 PLAIN = re.compile(r"[!#-<>-\[\]-~]+")
 
 
-@functools.lru_cache(MODEL_CACHE_SIZE)   # without it a small answer takes 6 % more CPU: the same values come again and again
-def log_value(value):
-    """Return a value for a log line: as it is if it is plain, else quoted, control characters escaped."""
-    text = "-" if value in (None, "") else str(value)
+def log_value(text):
     return text if PLAIN.fullmatch(text) else json.dumps(text)
 
 
 def log_line(context):
-    """Return what there is to say of a finished request: never a secret, never a prompt."""
+    """Return the log line of a finished request: never a secret, never a prompt."""
     first = "-" if context.first_byte_at is None else f"{context.first_byte_at - context.started_at:.3f}"
-    token = "-" if context.token is None else log_value(f"{context.token.user}/{context.token.name}")
+    token = "-" if context.token is None else f"{context.token.user}/{context.token.name}"
+    values = token, context.path or "-", context.model or "-"
+    if not PLAIN.fullmatch("".join(values)):
+        values = map(log_value, values)
+    token, path, model = values
     line = (f"id={context.id} peer={context.client_address} token={token} method={context.method or '-'} "
-            f"path={log_value(context.path)} model={log_value(context.model)} status={context.status or '-'} "
+            f"path={path} model={model} status={context.status or '-'} "
             f"bytes={context.bytes_sent} first={first} total={context.ended_at - context.started_at:.3f}")
     if context.sent_at:
         usage = context.usage
@@ -4133,13 +4134,12 @@ def log_line(context):
         line += f" queued={context.queue_seconds:.3f} prompt={prompt} completion={completion}"
         line += f" cached={usage.cached}" if usage.cached else ""
         line += f" estimated={usage.estimated}" if usage.estimated else ""
-    if context.outcome:
-        line += f" outcome={context.outcome}"
+    line += f" outcome={context.outcome}" if context.outcome else ""
     return line + f" why={log_value(context.reason)}" if context.reason else line
 
 
 def write_all(descriptor, data):
-    """Write bytes without a lock of Python's: the exit would wait for one that a blocked write holds."""
+    """Write bytes without a lock of Python's: the exit would wait for a lock that a blocked write holds."""
     while data:
         data = data[os.write(descriptor, data):]
 
@@ -4149,55 +4149,51 @@ class LogFile:
 
     def __init__(self, path):
         self._names = [path, *(f"{path}.{number}" for number in range(1, LOG_FILES + 1))]
-        self._reopened = deque()    # descriptors to use from the next write on
-        self._descriptor = self._open()
-
-    def _open(self):
-        return os.open(self._names[0], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-
-    def close(self):
-        os.close(self._descriptor)
-        self._descriptor = None     # the system gives the number to another file
+        self._descriptors = deque()     # the last one is used; `write` closes the others
+        self.reopen()
 
     def reopen(self):
-        """Open the file of that name again, for another program has renamed the old one; raise OSError."""
-        self._reopened.append(self._open())
+        """Open the path again, after another program has renamed the file; raise OSError."""
+        self._descriptors.append(os.open(self._names[0], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+
+    def close(self):
+        while self._descriptors:
+            os.close(self._descriptors.pop())
 
     def write(self, data):
         """Append bytes; raise OSError."""
-        while self._reopened:
-            if self._descriptor is not None:
-                self.close()
-            self._descriptor = self._reopened.popleft()
-        size = 0 if self._descriptor is None else os.fstat(self._descriptor).st_size
+        if not self._descriptors:   # the last rotation failed
+            self.reopen()
+        while len(self._descriptors) > 1:
+            os.close(self._descriptors.popleft())
+        size = os.fstat(self._descriptors[0]).st_size
         if size and size + len(data) > LOG_FILE_BYTES:
             self.close()
             for old, new in zip(self._names[-2::-1], self._names[::-1]):
                 with contextlib.suppress(OSError):
                     os.replace(old, new)
-        if self._descriptor is None:
-            self._descriptor = self._open()
-        write_all(self._descriptor, data)
+            self.reopen()
+        write_all(self._descriptors[-1], data)
 
 
 class LogWriter(logging.Handler):
-    """Writes log lines in the background: a log that blocks or fails delays nobody, and not the exit for long.
+    """Writes log lines in the background: a log that blocks or fails delays no request, and the exit only briefly.
 
-    LOG_QUEUE characters may wait; lines beyond are dropped, counted, and reported when writing succeeds again.
+    At most LOG_QUEUE characters wait; further lines are dropped, counted, and reported once writing succeeds again.
     """
 
     def __init__(self, name, write, level):
         super().__init__(level)
-        self.dropped = 0                        # lines, since the start
         self.name, self._write = name, write    # write takes bytes and raises OSError
-        self._queue = queue.SimpleQueue()       # a signal handler that logs may interrupt its put
-        self._queued = self._written = 0        # characters, since the start
+        self.dropped = 0                        # lines since the start
+        self._queued = self._written = 0        # characters since the start
+        self._queue = queue.SimpleQueue()       # its put may be interrupted by a signal handler that logs
         self._ending = False
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
     def format(self, record):
-        """Return a record's lines, each with the time in UTC and the level before it."""
+        """Return the lines of a record, each with the time in UTC and the level before it."""
         seconds, fraction = divmod(record.created, 1)
         before = f"{format_instant(seconds)[:19]}.{int(fraction * 1000):03d}Z {record.levelname} "
         return before + super().format(record).replace("\n", "\n" + before) + "\n"
@@ -4235,65 +4231,71 @@ class LogWriter(logging.Handler):
             self._written += len(lines)
 
     def finish(self):
-        """Write what waits, for FLUSH_SECONDS at most."""
+        """Write the waiting lines, for FLUSH_SECONDS at most."""
         self._ending = True
         self._queue.put("")
         self._thread.join(FLUSH_SECONDS)
 
 
-PREFIX = "ollama_gateway_"
 ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+METRICS = {     # name: (type, help, labels)
+    "requests_total": ("counter", "Requests answered.", ("user", "token", "model", "route", "status")),
+    "tokens_total": ("counter", "Tokens of prompts, those of them that were cached, and of completions.",
+                     ("user", "token", "model", "kind")),
+    "cancelled_total": ("counter", "Requests whose client left before their end.", ()),
+    "rate_limited_total": ("counter", "Requests refused for a limit.", ("limit",)),
+    "upstream_errors_total": ("counter", "Requests that Ollama failed: not reached, silent or broken off.", ("code",)),
+    "first_byte_seconds": ("histogram", "From the head of an inference request to its first answer byte.", ("model",)),
+    "queue_wait_seconds": ("histogram", "Time that an inference request waited for its turn.", ("model",)),
+    "duration_seconds": ("histogram", "From the head of an inference request to the end of its answer.", ("model",)),
+}
+BUCKETS = (0.005, 0.02, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+LIMIT_BY_REFUSAL = {limit.refusal: limit.column for limit in LIMITS}
 
 
 def metric_lines(name, kind, text, samples):
-    """Write a metric in Prometheus' text format; samples: (suffix, {label: value}, number)."""
-    yield f"# HELP {PREFIX}{name} {text}"
-    yield f"# TYPE {PREFIX}{name} {kind}"
+    """Yield a metric in the text format of Prometheus; samples: (suffix, {label: value}, number)."""
+    name = f"ollama_gateway_{name}"
+    yield f"# HELP {name} {text}"
+    yield f"# TYPE {name} {kind}"
     for suffix, labels, number in samples:
-        told = ",".join(f'{label}="{str(value).translate(ESCAPES)}"' for label, value in labels.items())
-        yield f"{PREFIX}{name}{suffix}" + (f"{{{told}}}" if told else "") + f" {number:.16g}"
+        pairs = ",".join(f'{label}="{str(value).translate(ESCAPES)}"' for label, value in labels.items())
+        yield f"{name}{suffix}" + (f"{{{pairs}}}" if pairs else "") + f" {number:.16g}"
 
 
-COUNTERS = {
-    "requests_total": ("Requests answered.", ("user", "token", "model", "route", "status")),
-    "tokens_total": ("Tokens of prompts, those of them that were cached, and of completions.",
-                     ("user", "token", "model", "kind")),
-    "cancelled_total": ("Requests whose client left before their end.", ()),
-    "rate_limited_total": ("Requests refused for a limit.", ("limit",)),
-    "upstream_errors_total": ("Requests that failed because Ollama could not be reached or broke off.", ("code",)),
-}
-LIMIT_BY_REFUSAL = {limit.refusal: limit.column for limit in LIMITS}
-HISTOGRAMS = {
-    "first_byte_seconds": "Time from an inference request's head to its answer's first byte.",
-    "queue_wait_seconds": "Time that an inference request waited for its turn.",
-    "duration_seconds": "Time from an inference request's head to its answer's end.",
-}
-BUCKETS = (0.005, 0.02, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+def metric_samples(kind, labels, numbers):
+    """Yield the samples of a series for metric_lines; its numbers are a count for each bucket, and the sum."""
+    *counts, total = numbers
+    if kind == "histogram":
+        for bound, number in zip((*BUCKETS, "+Inf"), itertools.accumulate(counts)):
+            yield "_bucket", {**labels, "le": bound}, number
+        yield "_count", labels, sum(counts)
+    yield "_sum" if kind == "histogram" else "", labels, total
 
 
 class Metrics:
-    """Counts finished requests for Prometheus; a model is named only if Ollama has it, and the series are bounded."""
+    """Counts finished requests for Prometheus; it names only models that Ollama has, and bounds the series."""
 
     def __init__(self, gauges):
-        self._gauges, self._lock = gauges, threading.Lock()     # {name: (help, what returns the number)}
-        self._counts = {name: {} for name in COUNTERS}
-        self._buckets = {name: {} for name in HISTOGRAMS}
+        self._gauges, self._lock = gauges, threading.Lock()     # {name: (help, function that returns the number)}
+        self._series = {name: {} for name in METRICS}   # {name: {values of labels: counts of the buckets, and the sum}}
+        self._count("cancelled_total", by=0)
 
     def observe(self, context):
         """Count a finished request."""
         user, name = (context.token.user, context.token.name) if context.token else ("", "")
-        model, usage = context.model_label, context.usage
+        model, code = context.model_label, context.refusal_code
         with self._lock:
             self._count("requests_total", user, name, model, context.route, context.status or "none")
-            for kind in "prompt", "cached", "completion":
-                if getattr(usage, kind):
-                    self._count("tokens_total", user, name, model, kind, by=getattr(usage, kind))
+            for kind, tokens in zip(("prompt", "cached", "completion"), context.usage):
+                if tokens:
+                    self._count("tokens_total", user, name, model, kind, by=tokens)
             if context.outcome == "left":
                 self._count("cancelled_total")
-            if context.refusal_code and REFUSALS[context.refusal_code].status == 429:
-                self._count("rate_limited_total", LIMIT_BY_REFUSAL.get(context.refusal_code, "failed_credentials"))
-            if context.refusal_code in ("upstream_failed", "upstream_silent"):
-                self._count("upstream_errors_total", context.refusal_code)
+            if code and REFUSALS[code].status == 429:
+                self._count("rate_limited_total", LIMIT_BY_REFUSAL.get(code, "failed_credentials"))
+            if code in ("upstream_failed", "upstream_silent"):
+                self._count("upstream_errors_total", code)
             if context.sent_at:
                 self._time("queue_wait_seconds", model, context.queue_seconds)
                 self._time("duration_seconds", model, context.ended_at - context.started_at)
@@ -4301,96 +4303,88 @@ class Metrics:
                     self._time("first_byte_seconds", model, context.first_byte_at - context.started_at)
 
     def _count(self, name, *labels, by=1):
-        series = self._counts[name]
-        if labels not in series and len(series) >= MAX_SERIES:
-            labels = ("other",) * len(labels)
-        series[labels] = series.get(labels, 0) + by
+        """Add to a series, or to the series "other" if there are MAX_SERIES; return its numbers."""
+        series = self._series[name]
+        numbers = series.get(labels)
+        if numbers is None:
+            labels = labels if len(series) < MAX_SERIES else ("other",) * len(labels)
+            numbers = series.setdefault(labels, [0] * (len(BUCKETS) + 2))
+        numbers[-1] += by
+        return numbers
 
     def _time(self, name, model, seconds):
-        series = self._buckets[name]
-        if model not in series and len(series) >= MAX_SERIES:
-            model = "other"
-        counts = series.get(model)
-        if counts is None:
-            counts = series[model] = [0] * len(BUCKETS) + [0, 0.0]  # ..., beyond the last bucket, their sum
-        counts[bisect.bisect_left(BUCKETS, seconds)] += 1
-        counts[-1] += seconds
+        self._count(name, model, by=seconds)[bisect.bisect_left(BUCKETS, seconds)] += 1
 
     def lines(self):
-        """Yield all there is to tell, line by line."""
+        """Yield the lines of all metrics."""
         with self._lock:
-            for name, (text, labels) in COUNTERS.items():
-                series = self._counts[name] or ({} if labels else {(): 0})
-                yield from metric_lines(name, "counter", text, [("", dict(zip(labels, values)), number)
-                                                                for values, number in series.items()])
-            for name, text in HISTOGRAMS.items():
-                yield from metric_lines(name, "histogram", text, self._histogram(self._buckets[name]))
-        for name, (text, tell) in self._gauges.items():
-            yield from metric_lines(name, "gauge", text, [("", {}, tell())])
+            for name, (kind, text, labels) in METRICS.items():
+                yield from metric_lines(name, kind, text, itertools.chain.from_iterable(
+                    metric_samples(kind, dict(zip(labels, values)), numbers)
+                    for values, numbers in self._series[name].items()))
+        for name, (text, number) in self._gauges.items():
+            yield from metric_lines(name, "gauge", text, [("", {}, number())])
         dropped = sum(handler.dropped for handler in LOG.handlers if isinstance(handler, LogWriter))
         yield from metric_lines("log_lines_dropped_total", "counter", "Log lines dropped.", [("", {}, dropped)])
 
-    @staticmethod
-    def _histogram(series):
-        for model, (*counts, total) in series.items():
-            for bound, number in zip((*BUCKETS, "+Inf"), itertools.accumulate(counts)):
-                yield "_bucket", {"model": model, "le": bound}, number
-            yield "_sum", {"model": model}, total
-            yield "_count", {"model": model}, sum(counts)
-
 
 class Journal:
-    """Writes down finished requests in a thread of its own: a log line each, and twice a second the account."""
+    """Records finished requests in a thread: a log line and metrics for each, and twice a second the usage ledger."""
 
     def __init__(self, ledger, metrics, log):
         self._ledger, self._metrics, self._log = ledger, metrics, log
         self._finished = deque()
-        self._stirred, self._closing = threading.Event(), threading.Event()
+        self._wake, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
     def write(self, context):
-        """Take a record to be written soon."""
+        """Take a finished request, to be recorded soon."""
         context.ended_at = time.monotonic()
         self._finished.append(context)
-        if not self._stirred.is_set():
-            self._stirred.set()
+        if not self._wake.is_set():
+            self._wake.set()
 
     def _run(self):
-        stored = time.monotonic()
-        while not self._closing.is_set():
-            self._stirred.wait(STORE_SECONDS)
-            self._closing.wait(GATHER_SECONDS)  # gather: a wake-up for each request would cost it more than the line
-            self._stirred.clear()
-            self._write_finished()
-            if time.monotonic() - stored >= STORE_SECONDS:
+        closing, stored = False, time.monotonic()
+        while not closing:
+            self._wake.wait(STORE_SECONDS)
+            closing = self._closing.wait(GATHER_SECONDS)    # a wake-up for each request would cost more than its line
+            self._wake.clear()
+            self._attempt(self._write_finished)
+            if closing or time.monotonic() - stored >= STORE_SECONDS:
                 stored = time.monotonic()
                 self._attempt(self._ledger.store)
-        self._write_finished()
-        self._attempt(self._ledger.store)
 
     @staticmethod
     def _attempt(action, *args):
-        """Return what an action returns; log its failure, which must not lose other records."""
         try:
-            return action(*args)
-        except Exception:
-            LOG.exception("the journal failed%s", "".join(f" at {arg.id}" for arg in args if isinstance(arg, RequestContext)))
+            action(*args)
+        except Exception:   # a fault must neither end the thread nor lose other requests
+            LOG.exception("the journal failed%s", f" at {args[0].id}" if args else "")
 
     def _write_finished(self):
         contexts, lines = [self._finished.popleft() for _ in range(len(self._finished))], []
         for context in contexts:
-            self._attempt(self._ledger.finish, context)
-            self._attempt(self._metrics.observe, context)
-            lines.append(self._attempt(log_line, context))
-        self._attempt(self._ledger.used, {context.token.id for context in contexts if context.token})
-        if contexts:
-            self._attempt(self._log, "\n".join(filter(None, lines)))   # at once: that costs less than line by line
+            self._attempt(self._record, context, lines)
+        self._ledger.used({context.token.id for context in contexts if context.token})
+        if lines:
+            self._log("\n".join(lines))     # at once: that costs less than line by line
+
+    def _record(self, context, lines):
+        """Record a request in the ledger, the log and the metrics: in each, even if another one fails."""
+        try:
+            self._ledger.finish(context)
+        finally:
+            try:
+                lines.append(log_line(context))
+            finally:
+                self._metrics.observe(context)
 
     def close(self):
-        """Write and store what there is, and stop."""
+        """Record and store everything, and stop."""
         self._closing.set()
-        self._stirred.set()
+        self._wake.set()
         self._thread.join()
 
 # == Pipeline =================================================================
