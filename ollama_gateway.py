@@ -4096,7 +4096,7 @@ def relay(response, client, route, body_info, token, release_slot):
             client.flush()
         try:
             piece = response.read()
-        except UpstreamError:
+        except (UpstreamError, Refusal):    # a Refusal: the server is stopping
             if usage_reader and usage_reader.pending:
                 client.write(usage_reader.pending)
             raise
@@ -6531,7 +6531,7 @@ def check_ollama(settings):
             status, about = ollama.get_json("/api/version")
             _, listed = ollama.get_json("/api/tags")
             refused, _ = ollama.get_json("/api/version", "Origin: https://chat.example\r\n")
-        except UpstreamError as error:
+        except (UpstreamError, Refusal) as error:
             return (yield CheckResult(False, f"Ollama at {url}: {error}", "start it, or see --ollama-url"))
     if status == 403:
         return (yield CheckResult(False, f"Ollama at {url} refuses requests for that host name",
@@ -6564,7 +6564,7 @@ def ollama_answers_at(host, url):
         try:
             status, about = ollama.get_json("/api/version")
             return status == 200 and "version" in (about or ())
-        except UpstreamError:
+        except (UpstreamError, Refusal):
             return False
 
 
@@ -6607,7 +6607,7 @@ def check_health(where, gateway):
     """Return whether a server is a gateway, and the CheckResult of its health."""
     try:
         status, about = gateway.get_json("/health")
-    except UpstreamError as error:
+    except (UpstreamError, Refusal) as error:
         return False, CheckResult(False, f"the gateway at {where}: {error}", "is it running there?")
     if status != 200 or not {"status", "upstream", "version"} <= set(about or ()):
         return False, CheckResult(False, f"the server at {where} is not this gateway (status {status} to /health)",
@@ -6681,7 +6681,7 @@ def check_stream(where, gateway, base, secret):
         results = (time_stream(where, gateway, base, fields, model) for model in names_in(listed))
         untried = CheckResult(None, f"the stream test of {where} was not tried: no model makes text")
         return next(filter(None, results), untried)
-    except UpstreamError as error:
+    except (UpstreamError, Refusal) as error:
         return CheckResult(False, f"a streamed response of {where}: {error}")
 
 
