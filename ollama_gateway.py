@@ -601,15 +601,6 @@ def token_json(token):
     return shown
 
 
-class PageRequest(NamedTuple):
-    """A request for an own page; the body is read whole."""
-
-    request: tuple      # the Request
-    path: str           # as in ROUTES, with its segments filled in
-    token: Optional[Token]
-    body: bytes
-
-
 class Route(NamedTuple):
     """A path of Ollama or of the gateway (`{name}` is one segment), and who may use it."""
 
@@ -636,19 +627,26 @@ class Usage(NamedTuple):
 class RequestContext:
     """What is known of a request, from its head to its log line. Times are those of time.monotonic()."""
 
-    __slots__ = ("id", "client_address", "method", "path", "route", "token", "slot", "model", "model_label", "status",
-                 "bytes_sent", "usage_reader", "estimate", "started_at", "queue_seconds", "sent_at", "released_at",
-                 "first_byte_at", "ended_at", "outcome", "refusal_code", "reason")
+    __slots__ = ("id", "client_address", "request", "route", "path", "token", "slot", "body", "insert_at", "model",
+                 "model_label", "status", "bytes_sent", "usage_reader", "estimate", "started_at", "queue_seconds",
+                 "sent_at", "released_at", "first_byte_at", "ended_at", "outcome", "refusal_code", "reason")
 
     def __init__(self, client_address, now):
         self.client_address, self.started_at, self.bytes_sent, self.queue_seconds = client_address, now, 0, 0.0
-        self.id = self.method = self.path = self.token = self.slot = self.status = None
-        self.route = ""                             # its path in the table of routes
+        self.id = self.request = self.route = self.token = self.slot = self.status = None
+        self.path = ""                              # the route's path, with its segment: without base path and token
+        self.body = b""                             # of a request for one of our own pages
+        self.insert_at = 0                          # where the body is to get INCLUDE_USAGE, 0: nowhere
         self.model, self.model_label = None, ""     # as requested; its full name, once Ollama has accepted it
         self.usage_reader = self.estimate = None    # the estimate: of a prompt that Ollama has not counted
         self.sent_at = self.released_at = self.first_byte_at = self.ended_at = None
         self.outcome = None                         # "left" or "broken" if the response did not reach its end
         self.refusal_code = self.reason = None
+
+    @property
+    def route_label(self):
+        """Return the path in the table of routes, "" before a route is found."""
+        return self.route.path if self.route else ""
 
     @property
     def usage(self):
@@ -2549,11 +2547,10 @@ class RequestReader:
             raise head
         try:
             parse = parse_cached_request if len(head) <= CACHED_HEAD_BYTES else parse_request
-            self.request = request = parse(head)
+            self.request = context.request = request = parse(head)
             given = request.fields.get("x-request-id")
             if given and REQUEST_ID.fullmatch(given):
                 context.id = given
-            context.method, context.path = request.method, request.redacted_path
             self.body = request_decoder(request)
         except Malformed as error:
             raise Refusal(error.code, str(error)) from None
@@ -2884,36 +2881,38 @@ class Router:
         return allowed
 
 
-def authorize_route(route, token, request):
+def authorize_route(context):
     """Raise Refusal if the token may not use the route, or the body is compressed and cannot be inspected."""
-    encoding = request.fields.get("content-encoding")
+    route, token, encoding = context.route, context.token, context.request.fields.get("content-encoding")
     if encoding and encoding.lower() != "identity" and not token.admin:
         raise Refusal("encoded", f'the Content-Encoding of the body is "{encoding[:40]}": send it uncompressed')
     if route.access == "admin" and not token.admin:
         raise Refusal("forbidden", f"{route.path} {FOR_ADMINS[route.category]}: it takes an admin token")
 
 
-def inspect_body(route, path, request, body, token):
-    """Return the BodyInfo of a request as Ollama will read it; raise Refusal if it is unclear, except to an admin."""
+def inspect_body(context, body):
+    """Return the BodyInfo of a body as Ollama will read it; raise Refusal if it is unclear, except to an admin."""
+    route = context.route
     try:
         if route.model_in == "path":
-            return BodyInfo(urllib.parse.unquote(path.rpartition("/")[2]))
+            return BodyInfo(urllib.parse.unquote(context.path.rpartition("/")[2]))
         if not route.model_in or not body.size:
             return BodyInfo()
         if route.model_in == "json":
             return body.inspect(inspect_json, route.path in USAGE_ON_REQUEST)
-        if request.query:   # net/http looks there first for the fields of a form
+        if context.request.query:   # net/http looks there first for the fields of a form
             raise Unreadable("there is a query beside the form")
-        return body.inspect(inspect_form, request.fields.get("content-type", ""))
+        return body.inspect(inspect_form, context.request.fields.get("content-type", ""))
     except Unreadable as error:
-        if token.admin:
+        if context.token.admin:
             return BodyInfo()
         raise Refusal(error.code, f"the model in the body cannot be determined: {error}") from None
 
 
-def authorize_model(route, model, token):
+def authorize_model(context):
     """Raise Refusal for a model that is not in the token's list or, without a list, is a cloud model."""
-    if not route.model_in or token.admin:
+    model, token = context.model, context.token
+    if not context.route.model_in or token.admin:
         return
     if token.models is None:
         if is_cloud_model(model):
@@ -2943,7 +2942,7 @@ def secret_of(request):
 
 
 def client_address(peer, request, trusted_proxies):
-    """Return the peer's address or, of a trusted proxy, the rightmost address in X-Forwarded-For that is not trusted."""
+    """Return the peer's address or, of a trusted proxy, the rightmost untrusted address in X-Forwarded-For."""
     if trusted_proxies and "x-forwarded-for" in request.fields:
         for entry in reversed(request.fields["x-forwarded-for"].split(",")):
             if not any(address_of(peer) in network for network in trusted_proxies):
@@ -3087,7 +3086,7 @@ class UsageLedger:
         row = UsageRow(1, int(failed), int(cancelled), prompt, cached, completion, seconds, estimated)
         self._running[context] = row
         new = row - before if before else row
-        self._add((hour, token.user, token.name, context.model_label, context.route), new)
+        self._add((hour, token.user, token.name, context.model_label, context.route.path), new)
         day, spent, read_at = self._spent.get((token.user, token.name), (None, 0, 0))
         if day == utc_day(hour):
             self._spent[token.user, token.name] = day, spent + new.tokens_used, read_at
@@ -3995,8 +3994,11 @@ STREAM_MARKERS = {    # by content type or path
 REPORTS_NO_USAGE = ("/api/embeddings", "/v1/audio/transcriptions")
 
 
-def usage_reader_for(response, route, body_info):
-    """Return the UsageReader for a response; None if the request cannot have cost tokens."""
+def usage_reader_for(response, route, strip):
+    """Return the UsageReader for a response; None if the request cannot have cost tokens.
+
+    strip: the client did not request the usage that a stream of events reports.
+    """
     kind = response.head.media_type
     if route.category != "inference" or not 200 <= response.status < 300:
         return None
@@ -4005,7 +4007,7 @@ def usage_reader_for(response, route, body_info):
     if kind not in STREAM_MARKERS or route.path in REPORTS_NO_USAGE:
         return UsageReader()
     markers = STREAM_MARKERS.get(route.path, STREAM_MARKERS[kind])
-    return UsageStripper(markers) if body_info.insert_at and kind == "text/event-stream" else StreamUsageReader(markers)
+    return UsageStripper(markers) if strip and kind == "text/event-stream" else StreamUsageReader(markers)
 
 
 class TokenRatio:
@@ -4042,7 +4044,8 @@ class PromptCount(contextlib.AbstractContextManager):
     def __exit__(self, kind, *_):
         context, body = self._context, self._body
         reader, budget = context.usage_reader, context.token.tokens_per_day
-        if context.route in REPORTS_NO_USAGE or kind is None and not budget and isinstance(reader, JsonUsageReader):
+        whole = kind is None and isinstance(reader, JsonUsageReader)
+        if context.route.path in REPORTS_NO_USAGE or whole and not budget:
             return      # the usage in a whole answer is read in the background if no budget depends on it
         usage = reader and reader.reported
         with contextlib.suppress(Refusal):      # the body's file may be unreadable
@@ -4057,29 +4060,26 @@ class PromptCount(contextlib.AbstractContextManager):
 
 def filter_models(response, key, globs):
     """Return a list of models, as the bytes of its JSON, with only those that a token's globs allow; raise Refusal."""
-    data = bytearray()
-    while not response.complete:
-        data += response.read()
-        if len(data) > LIST_BYTES:
-            raise Refusal("upstream_failed", f"Ollama's list of models is larger than {LIST_BYTES} bytes")
+    data = response.read_all(LIST_BYTES)
     if not 200 <= response.status < 300:
-        return bytes(data)
+        return data
     name = "id" if key == "data" else "model"
     try:
-        whole = json.loads(bytes(data))
+        whole = json.loads(data)
         whole[key] = [model for model in whole[key] or () if model_allowed(model[name], globs)]
         return json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # or of another shape
         raise Refusal("upstream_failed", "Ollama's list of models cannot be read") from None
 
 
-def relay(response, client, route, body_info, token, release_slot):
+def relay(response, client, release_slot):
     """Send a response to the client piece by piece, and return its last piece unsent.
 
     Nothing is read while the client does not read. A client may send its next request after a stream's last line,
     without waiting for the end of the body: release_slot is called before that line is sent.
     """
     context, lines = client.context, response.head.lines
+    route, token = context.route, context.token
     if response.status == 503 and not response.field("retry-after"):  # Ollama's queue is full
         lines += f"Retry-After: {RETRY_SECONDS}\r\n"
     if route.model_list_key and token.models:
@@ -4087,8 +4087,8 @@ def relay(response, client, route, body_info, token, release_slot):
         client.start(response.status, response.head.phrase, lines, response.field("content-type"), len(listed))
         return listed
     if route.category == "inference" and 200 <= response.status < 300:
-        context.model_label = normalize_model(body_info.model)
-    usage_reader = context.usage_reader = usage_reader_for(response, route, body_info)
+        context.model_label = normalize_model(context.model)
+    usage_reader = context.usage_reader = usage_reader_for(response, route, context.insert_at)
     client.start(response.status, response.head.phrase, lines, response.field("content-type"),
                  None if isinstance(usage_reader, UsageStripper) else response.length)
     while True:
@@ -4121,11 +4121,12 @@ def log_line(context):
     """Return the log line of a finished request: never a secret, never a prompt."""
     first = "-" if context.first_byte_at is None else f"{context.first_byte_at - context.started_at:.3f}"
     token = "-" if context.token is None else f"{context.token.user}/{context.token.name}"
-    values = token, context.path or "-", context.model or "-"
+    method, path = (context.request.method, context.request.redacted_path) if context.request else ("-", "-")
+    values = token, path, context.model or "-"
     if not PLAIN.fullmatch("".join(values)):
         values = map(log_value, values)
     token, path, model = values
-    line = (f"id={context.id} peer={context.client_address} token={token} method={context.method or '-'} "
+    line = (f"id={context.id} peer={context.client_address} token={token} method={method} "
             f"path={path} model={model} status={context.status or '-'} "
             f"bytes={context.bytes_sent} first={first} total={context.ended_at - context.started_at:.3f}")
     if context.sent_at:
@@ -4286,7 +4287,7 @@ class Metrics:
         user, name = (context.token.user, context.token.name) if context.token else ("", "")
         model, code = context.model_label, context.refusal_code
         with self._lock:
-            self._count("requests_total", user, name, model, context.route, context.status or "none")
+            self._count("requests_total", user, name, model, context.route_label, context.status or "none")
             for kind, tokens in zip(("prompt", "cached", "completion"), context.usage):
                 if tokens:
                     self._count("tokens_total", user, name, model, kind, by=tokens)
@@ -4396,8 +4397,8 @@ NO_SLOT = contextlib.nullcontext()
 class Gateway:
     """Takes each request through all stages."""
 
-    def __init__(self, trusted_proxies, router, connections, authenticator, limiter, endpoints, upstream, ratios, health,
-                 journal):
+    def __init__(self, trusted_proxies, router, connections, authenticator, limiter, endpoints, upstream, ratios,
+                 health, journal):
         self._trusted_proxies, self._router, self._connections = trusted_proxies, router, connections
         self._authenticator, self._limiter, self._endpoints = authenticator, limiter, endpoints
         self._upstream, self._ratios, self.health, self._journal = upstream, ratios, health, journal
@@ -4409,17 +4410,16 @@ class Gateway:
             request = client.read_request()
             context.client_address = client_address(context.client_address, request, self._trusted_proxies)
             client.extra = self._router.cors_fields(request)
-            request, route, path = self._router.match(request)
-            context.route = route.path
-            if route.access == "public":
-                return client.answer(*self._endpoint(route, PageRequest(request, path, None, b"")))
+            context.request, context.route, context.path = self._router.match(request)
+            if context.route.access == "public":
+                return client.answer(*self._endpoint(context))
             client.limit_fields = functools.partial(self._limiter.fields, context)
-            self._authorize(client, request, route)
+            self._authorize(client)
             self._connections.authenticate(client.connection, context.token.id)
-            with Slot(self._limiter, context) if route.category == "inference" else NO_SLOT as slot:
-                if route.category == "page":
-                    return client.answer(*self._page(client, request, route, path))
-                last = self._forward(client, request, route, path, slot)
+            with Slot(self._limiter, context) if context.route.category == "inference" else NO_SLOT as slot:
+                if context.route.category == "page":
+                    return client.answer(*self._page(client))
+                last = self._forward(client, slot)
             client.write(last, last=True)   # when the slot is free: the client may send its next request at once
         except Refusal as refusal:
             self._refuse(client, refusal)
@@ -4442,51 +4442,53 @@ class Gateway:
         client.context.refusal_code, client.context.reason = refusal.code, reason or str(refusal)
         client.refuse(refusal)
 
-    def _authorize(self, client, request, route):
+    def _authorize(self, client):
         """Find the request's token, which may use the route; raise Refusal."""
         context = client.context
-        context.token = self._authenticator.identify(request, context.client_address, client.connection.pause)
-        authorize_route(route, context.token, request)
+        context.token = self._authenticator.identify(context.request, context.client_address, client.connection.pause)
+        authorize_route(context)
 
-    def _endpoint(self, route, page_request):
+    def _endpoint(self, context):
         """Return the response of one of our own endpoints; raise Refusal."""
         try:
-            return getattr(self._endpoints, route.handler)(page_request)
+            return getattr(self._endpoints, context.route.handler)(context)
         except UsageError as error:
             raise Refusal("malformed", str(error)) from None
         except Failure as error:
             raise Refusal(error.code, str(error)) from None
 
-    def _page(self, client, request, route, path):
-        body = client.read_page_body() if route.method in ("POST", "PATCH") else b""
-        if body:    # the token may have been revoked while the body arrived
-            self._authorize(client, request, route)
-        return self._endpoint(route, PageRequest(request, path, client.context.token, body))
+    def _page(self, client):
+        """Return the response of an endpoint that needs a token; raise Refusal."""
+        if client.context.route.method in ("POST", "PATCH"):
+            client.context.body = client.read_page_body()
+            if client.context.body:     # the token may have been revoked while the body arrived
+                self._authorize(client)
+        return self._endpoint(client.context)
 
-    def _forward(self, client, request, route, path, slot):
+    def _forward(self, client, slot):
         """Pass a request on to Ollama and its response to the client; return the last piece, which is not sent yet."""
-        context, connection, model = client.context, client.connection, ""
+        context, connection = client.context, client.connection
 
         def check_again():  # whenever time has passed: the token may have been revoked or narrowed
-            self._authorize(client, request, route)
-            authorize_model(route, model, context.token)
+            self._authorize(client)
+            authorize_model(context)
 
         connection.waited = False
-        with StreamedBody(client, check_again) if route.streamed else client.read_whole_body() as body:
+        with StreamedBody(client, check_again) if context.route.streamed else client.read_whole_body() as body:
             if connection.waited:
-                self._authorize(client, request, route)
-            info = inspect_body(route, path, request, body, context.token)
-            context.model = model = info.model
-            authorize_model(route, model, context.token)
-            if info.insert_at:
-                body.insert(info.insert_at, INCLUDE_USAGE)
+                self._authorize(client)
+            context.model, context.insert_at = inspect_body(context, body)
+            authorize_model(context)
+            if context.insert_at:
+                body.insert(context.insert_at, INCLUDE_USAGE)
             if slot:
                 slot.wait(connection, check_again)
-            fields = f"X-Request-Id: {context.id}\r\n{request.forwarded}"
-            upstream_request = UpstreamRequest(route.method, path + request.query, fields, body, connection)
+            fields = f"X-Request-Id: {context.id}\r\n{context.request.forwarded}"
+            target = context.path + context.request.query
+            request = UpstreamRequest(context.route.method, target, fields, body, connection)
             with PromptCount(self._ratios, context, body) if slot else NO_SLOT, \
-                    self._upstream.send(upstream_request) as response:
-                return relay(response, client, route, info, context.token, slot and slot.release)
+                    self._upstream.send(request) as response:
+                return relay(response, client, slot and slot.release)
 
     def free_descriptors(self):
         """Close the idle connections to Ollama."""
@@ -5332,14 +5334,14 @@ def checked_members(pairs, names, place):
     return members
 
 
-def read_query(page_request, *names):
-    pairs = urllib.parse.parse_qsl(page_request.request.query[1:], keep_blank_values=True)
+def read_query(context, *names):
+    pairs = urllib.parse.parse_qsl(context.request.query[1:], keep_blank_values=True)
     return checked_members(pairs, names, "the query")
 
 
-def read_json_object(page_request, *names):
+def read_json_object(context, *names):
     try:
-        pairs = json.loads(page_request.body, object_pairs_hook=tuple)
+        pairs = json.loads(context.body, object_pairs_hook=tuple)
     except (ValueError, RecursionError):
         pairs = None
     if not isinstance(pairs, tuple):
@@ -5363,7 +5365,7 @@ def read_member(column, value):
 
 
 class Pages:
-    """The gateway's own pages: the method that Route.handler names takes a PageRequest and returns the response."""
+    """The gateway's own pages: the method in Route.handler takes the RequestContext and returns the response."""
 
     CHANGEABLE = ("admin", *SETTABLE)
 
@@ -5384,13 +5386,13 @@ class Pages:
     def health(self, _):
         return json_page({"status": "ok", "upstream": "up" if self._health.up else "down", "version": VERSION})
 
-    def me(self, page_request):
+    def me(self, context):
         """Return the token, what is left of its limits, and its usage of the last seven days."""
         left = {name: {"limit": most, "remaining": left, "reset": reset}
-                for name, most, left, reset in self._limiter.statuses(page_request.token)}
-        shown = token_json(page_request.token)
+                for name, most, left, reset in self._limiter.statuses(context.token)}
+        shown = token_json(context.token)
         del shown["last_used_at"], shown["expired"]     # it is in use now
-        usage = self._store.usage("day", usage_start("7d", self._ledger.now), page_request.token)
+        usage = self._store.usage("day", usage_start("7d", self._ledger.now), context.token)
         return json_page({**shown, "left": left, "usage": usage})
 
     def metrics(self, _):
@@ -5400,15 +5402,15 @@ class Pages:
     def status(self, _):
         health, now = self._health, time.monotonic()
         requests = [{"user": context.token.user, "name": context.token.name, "model": context.model,
-                     "path": context.path, "waiting": context.sent_at is None,
+                     "path": context.request.redacted_path, "waiting": context.sent_at is None,
                      "seconds": round(now - context.started_at, 3)} for context in self._ledger.running()]
         return json_page({
             "version": VERSION, **{name: read() for name, (_, read) in self._gauges.items()}, "requests": requests,
             "upstream": {"status": "up" if health.up else "down", "version": health.version,
                          "models": health.models, "loaded": health.loaded}})
 
-    def usage(self, page_request):
-        query = {"by": "user", "since": "7d", **read_query(page_request, "by", "since")}
+    def usage(self, context):
+        query = {"by": "user", "since": "7d", **read_query(context, "by", "since")}
         by, since = query["by"], query["since"]
         if by not in USAGE_BY:
             raise UsageError(f'by: "{by[:40]}" is not one of {", ".join(USAGE_BY)}')
@@ -5426,34 +5428,34 @@ class Pages:
     def admin(self, _):
         return admin_page(self._base)
 
-    def _token(self, page_request):
-        return self._store.get(int(page_request.path.split("/")[3]))
+    def _token(self, context):
+        return self._store.get(int(context.path.split("/")[3]))
 
-    def list_tokens(self, page_request):
-        tokens = self._store.list(read_query(page_request, "user").get("user"))
+    def list_tokens(self, context):
+        tokens = self._store.list(read_query(context, "user").get("user"))
         return json_page([token_json(token) for token in tokens])
 
-    def create_token(self, page_request):
-        members = {"user": None, "name": None, **read_json_object(page_request, "user", "name", *self.CHANGEABLE)}
+    def create_token(self, context):
+        members = {"user": None, "name": None, **read_json_object(context, "user", "name", *self.CHANGEABLE)}
         token, secret = self._store.create(**{key: read_member(key, value) for key, value in members.items()})
         return json_page({**token_json(token), "token": secret}, 201)
 
-    def show_token(self, page_request):
-        return json_page(token_json(self._token(page_request)))
+    def show_token(self, context):
+        return json_page(token_json(self._token(context)))
 
-    def update_token(self, page_request):
-        members = read_json_object(page_request, *self.CHANGEABLE)
+    def update_token(self, context):
+        members = read_json_object(context, *self.CHANGEABLE)
         changes = {column: read_member(column, value) for column, value in members.items()}
-        token = self._token(page_request)
+        token = self._token(context)
         return json_page(token_json(self._store.update(token.user, token.name, **changes)))
 
-    def rotate_token(self, page_request):
-        token = self._token(page_request)
+    def rotate_token(self, context):
+        token = self._token(context)
         token, secret = self._store.rotate(token.user, token.name)
         return json_page({**token_json(token), "token": secret})
 
-    def delete_token(self, page_request):
-        token = self._token(page_request)
+    def delete_token(self, context):
+        token = self._token(context)
         return json_page(token_json(self._store.delete(token.user, token.name)))
 
 # == Assembly =================================================================
@@ -5631,7 +5633,7 @@ def columns_in_flags(args):
 
 
 def command_settings(args, *flags):
-    """Return the settings of some flags for a command that does not serve; of the flags themselves only --db is read."""
+    """Return the settings of some flags for a command that does not serve; of the flags, only --db is read."""
     typed = {"db": getattr(args, "db", None)}
     return load_settings(typed, os.environ, args.env_file, [option for option in OPTIONS if option.flag in flags])
 
@@ -5706,7 +5708,8 @@ def cmd_token_list(args):
         return print_line(f"No tokens{whose} in {store.path}.")
     columns = [(heading, *(str(value(token) or "") for token in tokens)) for heading, value in TOKEN_COLUMNS]
     rows = list(zip(*(column for column in columns if any(column[1:]))))
-    lines = format_table(rows, terminal_width(), ("USER", "NAME", "MODELS"), ("CREATED", "EXPIRES", "SECRET", "LAST USED"))
+    lines = format_table(rows, terminal_width(), ("USER", "NAME", "MODELS"),
+                         ("CREATED", "EXPIRES", "SECRET", "LAST USED"))
     print_line("\n".join([*lines, f"{plural(len(tokens), 'token')} in {store.path}"]))
 
 
