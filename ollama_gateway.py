@@ -6207,12 +6207,15 @@ class ArrowPrompt(LinePrompt):
         yield f"Enter chooses, Esc goes back ({at + 1}/{len(labels)})", DIM
 
     def _draw(self, lines):
-        """Draw (text, colour) lines in the place of those drawn before, which a narrower terminal has wrapped."""
+        print(self._drawing(lines), end="", flush=True)
+
+    def _drawing(self, lines):
+        """Return what draws (text, colour) lines in the place of those before, which a narrower terminal has wrapped."""
         columns = max(shutil.get_terminal_size().columns, 20)
         up = sum(max(1, -(-text_width(text) // columns)) for text, _ in self._drawn) - 1
         self._drawn = [(fit_width(printable_text(text), columns - 1).rstrip(), colour) for text, colour in lines]
         shown = "\n".join(self._paint(text, colour) for text, colour in self._drawn)
-        print((f"\x1b[{up}A" if up > 0 else "") + "\r\x1b[J" + shown, end="", flush=True)
+        return (f"\x1b[{up}A" if up > 0 else "") + "\r\x1b[J" + shown
 
     def _read_key(self):
         """Return the name of the next key, or its text; raise EOFError for Ctrl-D and a closed terminal."""
@@ -6248,7 +6251,8 @@ class ArrowPrompt(LinePrompt):
         signal.signal(signal.SIGTSTP, self._suspend)
         self._set_mode(mode)
         lines, self._drawn = self._drawn, []    # the shell has written below the list
-        self._draw(lines)
+        drawing = self._drawing(lines) if lines else ""
+        os.write(sys.stdout.fileno(), drawing.encode(sys.stdout.encoding))  # print() may be what was interrupted
 
     def _set_mode(self, mode):
         with contextlib.suppress(self._termios.error):  # the terminal was closed
