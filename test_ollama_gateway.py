@@ -3299,7 +3299,7 @@ class Descriptors(GatewayCase):
         hold, body = self.hold(), compact({**CHAT, "images": ["x" * 1_100_000]})
         serving = self.program(preexec=limits)
         self.fake.replies["/api/chat"] = Reply.stream(LINE, hold)
-        fit = (256 - gateway.POOL_SIZE - gateway.SPARE_DESCRIPTORS) // 3
+        fit = (256 - gateway.POOL_SIZE - gateway.SPARE_DESCRIPTORS) // gateway.CONNECTION_DESCRIPTORS
         self.assertIn(f"Only {fit} connections fit", eventually(lambda: serving.lines[1:] and serving.lines[1]))
         tokens = [self.store.create("eve", f"phone {number}")[1] for number in range(fit)]
         clients = [self.begin("POST", "/api/chat", body, token, serving) for token in tokens]
@@ -7975,8 +7975,8 @@ class Menu(CommandCase):
         self.assertTrue(box, out)
         self.assertIn(f"Bearer {box[2]}", out)
         token, = self.find(box[2])
-        self.assertEqual((token.user, token.name, gateway.format_day(token.expires_at, ""), token.admin, token.models, token.rpm, token.max_parallel,
-                          token.tokens_per_day), ("ada", "laptop", "2099-01-31", 0, "tiny*", 60, None, 5000))
+        self.assertEqual((token.user, token.name, gateway.format_minute(token.expires_at)[:10], token.admin, token.models, token.rpm,
+                          token.max_parallel, token.tokens_per_day), ("ada", "laptop", "2099-01-31", 0, "tiny*", 60, None, 5000))
         menu.press("\x1b")
         self.assertEqual(menu.ends(), (0, True))
 
