@@ -7787,7 +7787,7 @@ class ServeCommand(Case):
             finally:
                 process.terminate()
         self.assertIn(b"ollama_gateway", first)
-        self.assertRegex(second.decode(), r"Only 69 connections .*ulimit")
+        self.assertRegex(second.decode(), r"Only 52 connections .*ulimit")
 
     def test_a_port_that_is_taken_is_named(self):
         port = str(self.fake.server_address[1])
