@@ -5078,6 +5078,7 @@ function showStatus({upstream, requests, ...gauges}) {
 
 async function watch() {
   const secret = token(), hidden = () => byId("panel").hidden;
+  if (hidden()) return;     // signed out
   await askJSON("GET", "/admin/status", {secret}).then(status => {
     if (!hidden()) showStatus(status);
     show("status-problem");

@@ -6810,6 +6810,8 @@ class Browser(GatewayCase):
         tab.evaluate("watch()")
         tab.shows("it takes an admin token", "#sign-in-problem")
         self.assertFalse(tab.text("#panel"))
+        tab.evaluate("watch()")     # as the timer may do meanwhile
+        self.assertIn("it takes an admin token", tab.text("#sign-in-problem"))
 
     def test_whoever_cancels_changes_nothing(self):
         tab = self.panel()
