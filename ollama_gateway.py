@@ -32,7 +32,7 @@ The sections, in order (`grep -n '^# =='` lists them):
     Doctor                checks of the configuration, Ollama and the network
     Main                  the grammar of the command line, and the exit statuses
 
-Calls go up as well as down: a callee stands above its callers. The calls of one request, indented by depth:
+Each name stands above its users, so most calls go up. The calls of one request, indented by depth:
 
     GatewayServer.process_request_thread  Server
       Handler.handle_one_request          Server: waits for the head
@@ -45,7 +45,7 @@ Calls go up as well as down: a callee stands above its callers. The calls of one
           Slot.wait                       Limits and usage
           Upstream.send                   Backends
           relay                           Relay
-          Journal.write                   Logging and metrics
+          Journal.write                   Logging and metrics: in the background, with UsageLedger.finish
 
 Any stage can raise Refusal. It becomes the error response or, if the response has started, an error event at its end.
 """
@@ -4078,7 +4078,8 @@ def relay(response, client, release_slot):
     """Send a response to the client piece by piece, and return its last piece unsent.
 
     Nothing is read while the client does not read. A client may send its next request after a stream's last line,
-    without waiting for the end of the body: release_slot is called before that line is sent.
+    without waiting for the end of the body: release_slot is called before that line is sent. Only UsageStripper holds
+    bytes back, until the end of an event.
     """
     context, lines = client.context, response.head.lines
     route, token = context.route, context.token
