@@ -461,7 +461,7 @@ OPTION_GROUPS = {
         Option("--max-connections", "1024", positive, "N", "client connections; one more replaces the longest idle"),
         Option("--max-body", "100MiB", byte_size, "SIZE", "largest request body; blobs have no limit"),
         Option("--max-spool", "2GiB", byte_size, "SIZE", "disk space for request bodies; those over 1 MiB are files"),
-        Option("--max-parallel", "0", non_negative, "N", "inference requests at once, others queue; 0 is no limit"),
+        Option("--max-parallel", "0", non_negative, "N", "inference requests at once, others queue; 0: no limit"),
         Option("--max-queue", "128", positive, "N", "requests of one user that may be queued"),
     ),
     "timeouts": (
@@ -877,7 +877,7 @@ class Connection:
             self.sock.close()
 
     def close_notify(self):
-        """Close; under TLS, tell the peer that the end is no truncation (RFC 8446 6.1)."""
+        """Close; under TLS, send close_notify, so that the end does not look like a truncation (RFC 8446 6.1)."""
         if isinstance(self.sock, ssl.SSLSocket):
             with contextlib.suppress(OSError, ValueError):
                 self.sock.unwrap()
@@ -1589,7 +1589,7 @@ SQLITE_VERSION = sqlite3.sqlite_version
 OWN_TABLES = {"tokens", "state"}    # of every version
 REPLACED_COLUMNS = {"id", "user_id", "user", "api_name", "token", "created_at", "expires_at"}
 MOUNTS, REMOTE = "/proc/self/mountinfo", ("nfs", "cifs", "smb", "fuse", "9p")   # WAL needs memory shared by processes
-RECHECK_SECONDS = 0.5   # interval at which SQLite is asked although its index has not changed
+RECHECK_SECONDS = 0.5   # interval at which SQLite is queried although its index has not changed
 
 
 def digest_of(secret):
@@ -1863,7 +1863,7 @@ def _map_wal_index(path, file):
 
 
 class UsageRow(NamedTuple):
-    """What is measured of the requests with one USAGE_KEY; tokens are None if Ollama reports none."""
+    """Measurements of the requests with one USAGE_KEY; tokens are None if Ollama reports none."""
 
     requests: int
     errors: int
@@ -2275,7 +2275,7 @@ class ClientConnection(Connection):
             self.sock.shutdown(socket.SHUT_WR)
             while left > 0 and (self.fill(deadline) or aborted):
                 left -= len(self.buffer)
-                if not self.buffer:     # after SHUT_RD: no data, which is no end
+                if not self.buffer:     # after SHUT_RD: nothing has arrived
                     time.sleep(0.02)
                 self.buffer = b""
 
@@ -3256,7 +3256,7 @@ class Slot:
 
     def __init__(self, limiter, context):
         self._limiter, self.context = limiter, context
-        self.token, self.user = context.token, context.token.user   # whose counters it holds
+        self.token, self.user = context.token, context.token.user   # at the start: its counters are held
         self.rate_time = None   # the time at which the token's rate counts the request
         self.queued = False     # it entered the queue: granted or waiting
         self.granted = False
@@ -3397,7 +3397,7 @@ class Limiter:
             return ()
         try:
             statuses = self.statuses(context.token, context.slot is not None)
-        except Refusal:     # unknown usage is no reason not to answer
+        except Refusal:     # the response is sent although the usage is unknown
             return ()
         nearest = min(statuses, key=lambda status: status.remaining / status.limit)
         return (("RateLimit-Limit", nearest.limit), ("RateLimit-Remaining", nearest.remaining),
@@ -3447,7 +3447,7 @@ class UpstreamConnection(Connection):
         self._poll.register(self.descriptor, READABLE)
 
     def is_idle(self):
-        """Return whether nothing came since the last response: neither an end nor bytes that no request asked for."""
+        """Return whether nothing came since the last response: neither an end nor unrequested bytes."""
         if self._poll.poll(0) or isinstance(self.sock, ssl.SSLSocket):  # poll costs a third of a read in vain
             return self.alive() and not self.buffer
         return True
@@ -3650,7 +3650,7 @@ class Response:
         return self
 
     def __exit__(self, *_):
-        if self._body.complete and self.reusable and not self._connection.buffer:   # no request asked for more bytes
+        if self._body.complete and self.reusable and not self._connection.buffer:   # unrequested bytes
             self._pool.release(self._connection)
         else:
             self._connection.close()
@@ -4246,7 +4246,7 @@ METRICS = {     # name: (type, help, labels)
     "requests_total": ("counter", "Requests answered.", ("user", "token", "model", "route", "status")),
     "tokens_total": ("counter", "Tokens of prompts, those of them that were cached, and of completions.",
                      ("user", "token", "model", "kind")),
-    "cancelled_total": ("counter", "Requests whose client left before their end.", ()),
+    "cancelled_total": ("counter", "Requests that the client left before their end.", ()),
     "rate_limited_total": ("counter", "Requests refused for a limit.", ("limit",)),
     "upstream_errors_total": ("counter", "Requests that Ollama failed: not reached, silent or broken off.", ("code",)),
     "first_byte_seconds": ("histogram", "From the head of an inference request to its first answer byte.", ("model",)),
@@ -5247,7 +5247,7 @@ def source_hash(text):
 
 
 def html_page(title, body, script, base):
-    """Return the response for a page whose only sources are its own style and script and the gateway's API."""
+    """Return the response for a page; its only sources are its own style and script, and the gateway's API."""
     limits = {limit.column: {key: getattr(limit, key) for key in ("label", "example", "phrase")} for limit in LIMITS}
     script = f'"use strict";\nconst BASE = {json.dumps(base)}, LIMITS = {json.dumps(limits)};\n{script}'
     policy = (f"default-src 'none'; style-src {source_hash(STYLE)}; script-src {source_hash(script)}; "
@@ -5705,8 +5705,8 @@ def cmd_token_list(args):
     if args.json:
         return print_line(json.dumps([token_json(token) for token in tokens], indent=2))
     if not tokens:
-        whose = f' of "{args.user}"' if hasattr(args, "user") else ""
-        return print_line(f"No tokens{whose} in {store.path}.")
+        of_user = f' of "{args.user}"' if hasattr(args, "user") else ""
+        return print_line(f"No tokens{of_user} in {store.path}.")
     columns = [(heading, *(str(value(token) or "") for token in tokens)) for heading, value in TOKEN_COLUMNS]
     rows = list(zip(*(column for column in columns if any(column[1:]))))
     lines = format_table(rows, terminal_width(), ("USER", "NAME", "MODELS"),
