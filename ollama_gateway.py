@@ -3527,14 +3527,16 @@ class Resolver:
         return found
 
     def _run(self):
+        found = OSError("it met a fault of the gateway")
         try:
             found = look_up(self._host, self._port)
-        except Exception as error:  # it is raised again in the threads that wait
-            found = error
-        with self._lock:
-            self._found, self._running = found, False
-            while self._waiting:
-                self._waiting.pop().set()
+        except (OSError, UnicodeError) as error:
+            found = error   # for the threads that wait
+        finally:
+            with self._lock:
+                self._found, self._running = found, False
+                while self._waiting:
+                    self._waiting.pop().set()
 
 
 class Pool:

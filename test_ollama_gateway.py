@@ -8543,7 +8543,7 @@ def sections(source):
     return dict(zip(parts[1::2], parts[2::2]))
 
 
-LINE_BUDGET = 6815      # on its way to 5,700
+LINE_BUDGET = 6811      # on its way to 5,700
 
 
 class Promises(unittest.TestCase):
