@@ -3072,8 +3072,11 @@ class UsageLedger:
             return
         with self._lock:
             cancelled = context.outcome == "left"
-            self._count(context, not cancelled and (context.outcome == "broken" or context.status >= 400), cancelled)
-            del self._running[context]
+            failed = context.outcome == "broken" or (context.status or 500) >= 400  # no status: a fault of the gateway
+            try:
+                self._count(context, failed and not cancelled, cancelled)
+            finally:
+                del self._running[context]
 
     def _count(self, context, failed=False, cancelled=False):
         """Add the usage of a request since it was last counted."""
