@@ -2392,8 +2392,8 @@ def stay_on_one_core():
     """
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
     core, busy, own = None, {}, 0.0
-    with contextlib.suppress(OSError, ValueError, LookupError):  # /proc/stat is missing or has another format
-        while len(cores) > 1:
+    while len(cores) > 1:
+        with contextlib.suppress(OSError, ValueError, LookupError):  # no descriptor, or no usual /proc/stat
             busy_before, own_before, busy, own = busy, own, core_seconds(), time.process_time()
             used = {number: busy[number] - busy_before.get(number, 0.0) for number in cores}
             if core is not None:
@@ -2404,7 +2404,7 @@ def stay_on_one_core():
             for thread in os.listdir("/proc/self/task"):    # each time: a thread inherits the core of its creator
                 with contextlib.suppress(OSError):  # it has ended
                     os.sched_setaffinity(int(thread), {core})
-            time.sleep(AFFINITY_SECONDS)
+        time.sleep(AFFINITY_SECONDS)
 
 
 class GatewayServer(http.server.ThreadingHTTPServer):
