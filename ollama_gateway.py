@@ -152,6 +152,7 @@ LOG_SECONDS = 0.05          # lines gather before they are written: each wake-up
 LOG_FILE_BYTES, LOG_FILES = 10_000_000, 5   # size at which a log file is rotated, and number of old ones kept
 FLUSH_SECONDS = 2           # for which a stop waits for a slow log
 ABORT_SECONDS = 2           # grace period of a stop after running requests are aborted
+STOP_CHECK_SECONDS = 0.2    # a second signal aborts running requests within this time
 REJECT_SECONDS = 2          # for which a rejected connection is kept, so that its client can read the response
 FAILED_DELAY = 1.0          # longest delay of the response to a failed credential
 RETRY_SECONDS = 5           # Retry-After on 429 and 503 where no better time is known
@@ -2160,7 +2161,7 @@ class TokenCache:
         """Return the token of a secret, expired or not, or None; raise Failure while the database cannot be read."""
         file, header, now = _identify(self._path), self._wal_index[:], time.monotonic()
         if (file != self._file or not header or header != self._header
-                or now - self._asked_at > RECHECK_SECONDS):
+                or self._files is not self._store.files or now - self._asked_at > RECHECK_SECONDS):
             with self._lock:
                 if self._update(file):
                     self._header, self._asked_at = header, now
@@ -2292,7 +2293,7 @@ class ConnectionLimiter:
         self._share = max(most // 4, 1)     # of a network's connections without a request, and of a token's requests
         self._idle = OrderedDict()          # {connection: its network until its first request, then None}, oldest first
         self._active = {}                   # {connection: True}, oldest first
-        self._stopping = False
+        self._stopping = self._aborting = False
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
 
@@ -2368,11 +2369,17 @@ class ConnectionLimiter:
                 connection.last_request = True
             for connection in list(self._idle):
                 self._end(connection)
-            self._changed.wait_for(lambda: not self._active, seconds)
+            deadline = time.monotonic() + seconds
+            while self._active and not self._aborting and time.monotonic() < deadline:
+                self._changed.wait(STOP_CHECK_SECONDS)
             for end in ClientConnection.abort_for_shutdown, Connection.shut_down:
                 for connection in self._active:
                     end(connection)
                 self._changed.wait_for(lambda: not self._active, ABORT_SECONDS)
+
+    def abort_soon(self):
+        """End the wait of drain() for active connections; safe in a signal handler."""
+        self._aborting = True
 
 
 def core_seconds():
@@ -5958,25 +5965,28 @@ def cmd_serve(args):
     """Run the gateway until SIGINT or SIGTERM."""
     settings = load_settings(vars(args), os.environ, args.env_file)
     os.umask(0o077)  # also for logs and the files that SQLite creates beside the database
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with configure_logging(settings) as log_file, open_store(settings.db, create=True) as store:
         server = build_server(settings, store)
 
         def handle_hangup(*_):  # in a thread, since a blocked stderr must not stop the main one
             with contextlib.suppress(RuntimeError):  # no thread could be started
                 threading.Thread(target=reload, args=(server, settings, log_file), name="reload", daemon=True).start()
+
+        def handle_stop(*_):    # a later signal must not raise: an exception inside Condition.wait() breaks its lock
+            for number in signal.SIGINT, signal.SIGTERM:
+                signal.signal(number, lambda *_: server.connections.abort_soon())
+            raise KeyboardInterrupt
         try:
+            for number in signal.SIGINT, signal.SIGTERM:
+                signal.signal(number, handle_stop)
             if hasattr(signal, "SIGHUP"):
                 signal.signal(signal.SIGHUP, handle_hangup)
             server.gateway.health.start(functools.partial(announce, settings, server, store))
             threading.Thread(target=stay_on_one_core, name="cpu affinity", daemon=True).start()
             server.serve_forever()
         except KeyboardInterrupt:
-            with contextlib.suppress(KeyboardInterrupt):  # a second signal ends the wait
-                server.stop(settings.drain_timeout)
+            server.stop(settings.drain_timeout)
         finally:
-            for number in signal.SIGINT, signal.SIGTERM:
-                signal.signal(number, signal.SIG_IGN)   # closing takes a few seconds, and stores the usage
             server.server_close()
 
 
@@ -6164,16 +6174,17 @@ class ArrowPrompt(LinePrompt):
 
         Python runs a handler when the wait for a key is interrupted. The timer interrupts it for a signal that came
         just before, and alone raises: input() of Python 3.8 fails if a handler is left to run after an exception.
+        It raises in these waits only: elsewhere the exception may be ignored, as in a weak reference's callback.
         """
-        left = threading.Event()
+        left, waits = threading.Event(), (self._read_line.__code__, self._read_byte.__code__)
 
         def leave(*_):
             if not left.is_set():   # a second signal must not interrupt the cleanup
                 left.set()
                 signal.setitimer(signal.ITIMER_REAL, 1e-6, SIGNAL_SECONDS)
 
-        def interrupt(*_):
-            if left.is_set():
+        def interrupt(_, frame):
+            if left.is_set() and frame.f_code in waits:
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 raise KeyboardInterrupt
         handlers = dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT), leave)
