@@ -1888,6 +1888,7 @@ class UsageRow(NamedTuple):
         return (self.prompt_tokens or 0) - (self.cached_tokens or 0) + (self.completion_tokens or 0)
 
 
+NO_USAGE = UsageRow(0, 0, 0, None, None, None, 0.0, 0)
 USAGE_KEY = ("hour", "user", "name", "model", "route")
 MEASURED = UsageRow._fields
 TOKENS_USED = "ifnull(prompt_tokens, 0) - ifnull(cached_tokens, 0) + ifnull(completion_tokens, 0)"   # as UsageRow's
@@ -3030,18 +3031,17 @@ class LimitStatus(NamedTuple):
     remaining: int
     reset: int
 
-    def refusal(self):
-        """Return the Refusal of a request that exceeds the limit."""
-        if self.name == "tokens_per_day":   # without X-Should-Retry SDKs sleep until midnight
-            return Refusal("budget_spent", f"this token's {self.limit} tokens a day are used up: try again after "
-                                           "00:00 UTC", [("X-Should-Retry", "false")], self.reset)
-        limit = LIMIT_BY_COLUMN[self.name]
-        return Refusal(limit.refusal, f"this token may have {limit.phrase.format(plural(self.limit, 'request'))}: "
-                                      f"try again in {self.reset} s", retry_after=self.reset)
 
-
-def is_limited(token):
-    return bool(token.rpm or token.max_parallel or token.tokens_per_day)
+def check_limits(statuses):
+    """Raise the Refusal of the first limit that is exhausted."""
+    for name, limit, remaining, reset in statuses:
+        if not remaining and name == "tokens_per_day":  # without X-Should-Retry SDKs sleep until midnight
+            raise Refusal("budget_spent", f"this token's {limit} tokens a day are used up: try again after 00:00 UTC",
+                          [("X-Should-Retry", "false")], reset)
+        if not remaining:
+            row = LIMIT_BY_COLUMN[name]
+            raise Refusal(row.refusal, f"this token may have {row.phrase.format(plural(limit, 'request'))}: "
+                                       f"try again in {reset} s", retry_after=reset)
 
 
 class UsageLedger:
@@ -3056,7 +3056,7 @@ class UsageLedger:
         self._store, self._tokens, self._clock = store, tokens, clock
         store.wait_at_most(LEDGER_BUSY_SECONDS)   # while the database is locked, log lines are still to be written
         self._lock, self._storing = threading.Lock(), threading.Lock()
-        self._running = {}      # {context: the UsageRow counted so far, or None}, until the Journal has finished it
+        self._running = {}      # {context: the UsageRow counted so far}, until the Journal has finished it
         self._pending = {}      # {USAGE_KEY: UsageRow} to be stored
         self._last_used = {}    # {token id: Unix seconds} to be stored
         self._spent = {}        # {(user, name): (day, tokens used, when they were read)}
@@ -3066,7 +3066,7 @@ class UsageLedger:
     def start(self, context):
         """Count a request from now on."""
         with self._lock:
-            self._running[context] = None
+            self._running[context] = NO_USAGE
 
     def update(self, context):
         """Count the usage of a request so far."""
@@ -3087,24 +3087,16 @@ class UsageLedger:
 
     def _count(self, context, failed=False, cancelled=False):
         """Add the usage of a request since it was last counted."""
-        token, before, hour = context.token, self._running[context], int(self.now()) // HOUR * HOUR
+        token, hour = context.token, int(self.now()) // HOUR * HOUR
         seconds = (context.released_at or time.monotonic()) - context.sent_at if context.sent_at else 0.0
-        try:
-            prompt, cached, completion, estimated = context.usage
-        except Exception:   # a fault in the reader of one response must not keep requests from being counted
-            LOG.exception("request %s: its usage cannot be read", context.id)
-            prompt, cached, completion, estimated = before[3:6] + before[7:] if before else Usage(None, None, None)
-            context.usage_reader = types.SimpleNamespace(usage=Usage(prompt, cached, completion, estimated))
-        row = UsageRow(1, int(failed), int(cancelled), prompt, cached, completion, seconds, estimated)
-        self._running[context] = row
-        new = row - before if before else row
-        self._add((hour, token.user, token.name, context.model_label, context.route.path), new)
+        *tokens, estimated = context.usage
+        row = UsageRow(1, int(failed), int(cancelled), *tokens, seconds, estimated)
+        new, self._running[context] = row - self._running[context], row
+        key = hour, token.user, token.name, context.model_label, context.route.path
+        self._pending[key] = self._pending.get(key, NO_USAGE) + new
         day, spent, read_at = self._spent.get((token.user, token.name), (None, 0, 0))
         if day == utc_day(hour):
             self._spent[token.user, token.name] = day, spent + new.tokens_used, read_at
-
-    def _add(self, key, row):
-        self._pending[key] = self._pending[key] + row if key in self._pending else row
 
     def running(self):
         """Return the contexts of the requests that are running or queued, the oldest first."""
@@ -3179,7 +3171,7 @@ class UsageLedger:
             except Failure as error:
                 with self._lock:
                     for key, row in rows.items():
-                        self._add(key, row)
+                        self._pending[key] = self._pending.get(key, NO_USAGE) + row
                     self._last_used = {**last_used, **self._last_used}
                 if not self._failing:
                     LOG.warning("usage and the tokens' last uses are not stored for now: %s", error)
@@ -3207,17 +3199,17 @@ class FairQueue:
     def enter(self, slot):
         """Grant a slot, or queue it; raise Refusal if too many requests of its user are waiting."""
         with self._lock:
-            if not self._size or self.running < self._size and not self._queue:
-                return self._grant(slot)
-            waiting = sum(other.user == slot.user for other in self._queue)
-            if waiting >= self._max_waiting:
-                raise Refusal("queue_full", f"the server is busy, and {waiting} of your requests are waiting "
-                                            "already (--max-queue): try again later")
-            try:
-                slot.wakeup = Wakeup()
-            except OSError:
-                raise Refusal("no_descriptors") from None
+            if self._size and (self._queue or self.running >= self._size):
+                waiting = sum(other.user == slot.user for other in self._queue)
+                if waiting >= self._max_waiting:
+                    raise Refusal("queue_full", f"the server is busy, and {waiting} of your requests are waiting "
+                                                "already (--max-queue): try again later")
+                try:
+                    slot.wakeup = Wakeup()
+                except OSError:
+                    raise Refusal("no_descriptors") from None
             self._queue.append(slot)
+            self._grant()
 
     def wait(self, slot, cancel_on):
         """Wait until a slot is granted and return the seconds that took; raise Refusal or ClientLeft."""
@@ -3238,7 +3230,7 @@ class FairQueue:
         with self._lock:
             if slot.granted:
                 self.running -= 1
-                self._grant_next()
+                self._grant()
             else:
                 self._queue.remove(slot)
             if not self.running and not self._queue:
@@ -3246,21 +3238,86 @@ class FairQueue:
         if slot.wakeup:
             slot.wakeup.close()
 
-    def _grant(self, slot):
-        slot.granted = True
-        self.running += 1
-        self._granted[slot.user] = next(self._numbers)
-
-    def _grant_next(self):
-        while self._queue and self.running < self._size:
+    def _grant(self):
+        """Grant as many slots as are free."""
+        while self._queue and (not self._size or self.running < self._size):
             slot = min(self._queue, key=lambda slot: self._granted.get(slot.user, 0))   # the first of equal ones
             self._queue.remove(slot)
-            self._grant(slot)
-            slot.wakeup.set()
+            self._granted[slot.user] = next(self._numbers)
+            slot.granted = True
+            self.running += 1
+            if slot.wakeup:
+                slot.wakeup.set()
+
+
+class TokenCounters:
+    """The number of a token's running requests, and the times of those of the last minute."""
+
+    __slots__ = ("running", "recent")
+
+    def __init__(self):
+        self.running, self.recent = 0, deque()
+
+
+NO_REQUESTS = TokenCounters()
+
+
+class Limiter:
+    """Knows how much is left of each token's limits; `lock` guards `counters`."""
+
+    def __init__(self, queue, ledger, clock=time.monotonic):
+        self.queue, self.ledger, self.clock = queue, ledger, clock
+        self.lock, self.counters = threading.Lock(), defaultdict(TokenCounters)     # by the token's id
+
+    def budget(self, token):
+        """Return a list with the LimitStatus of tokens_per_day, if the token has it; raise Refusal if it is unknown."""
+        if not token.tokens_per_day:
+            return []
+        try:
+            spent = self.ledger.spent(token)
+        except Failure as error:
+            raise Refusal("uncounted", f"the token's usage of today cannot be read: {error}") from None
+        return [LimitStatus("tokens_per_day", token.tokens_per_day, max(token.tokens_per_day - spent, 0),
+                            self.ledger.day_left())]
+
+    def rates(self, token, counters, own=0):
+        """Return the LimitStatus of rpm and max_parallel; own: running requests that do not count."""
+        found, recent = [], counters.recent
+        if token.rpm:
+            now = self.clock()
+            while recent and recent[0] <= now - MINUTE:
+                recent.popleft()
+            over = max(len(recent) - token.rpm, 0)  # the next one may come when this one is a minute old
+            reset = math.ceil(recent[over] + MINUTE - now) if recent else 0
+            found.append(LimitStatus("rpm", token.rpm, max(token.rpm - len(recent), 0), reset))
+        if token.max_parallel:
+            remaining = max(token.max_parallel - counters.running + own, 0)
+            found.append(LimitStatus("max_parallel", token.max_parallel, remaining, RETRY_SECONDS))
+        return found
+
+    def statuses(self, token, own=0):
+        """Return the LimitStatus of each limit of a token; raise Refusal if its usage is unknown."""
+        budget = self.budget(token)     # takes the ledger's locks: never while the lock is held
+        with self.lock:
+            return self.rates(token, self.counters.get(token.id, NO_REQUESTS), own) + budget
+
+    def fields(self, context):
+        """Return the RateLimit fields of the limit nearest exhaustion, none without limits.
+
+        The request itself does not count: it has ended when the client reads them.
+        """
+        statuses = []
+        with contextlib.suppress(Refusal):  # the response is sent although the usage is unknown
+            statuses = context.token and self.statuses(context.token, context.slot is not None)
+        if not statuses:
+            return ()
+        nearest = min(statuses, key=lambda status: status.remaining / status.limit)
+        return (("RateLimit-Limit", nearest.limit), ("RateLimit-Remaining", nearest.remaining),
+                ("RateLimit-Reset", nearest.reset))
 
 
 class Slot:
-    """A request's share of its token's limits and, from `wait` on, one of the requests upstream: a context manager."""
+    """A request's share of its token's limits and, after wait(), one of the requests upstream: a context manager."""
 
     __slots__ = ("_limiter", "context", "token", "user", "rate_time", "queued", "granted", "wakeup")
 
@@ -3274,7 +3331,16 @@ class Slot:
 
     def __enter__(self):
         """Count the request, before its body is read; raise Refusal if it exceeds a limit."""
-        self._limiter.enter(self)
+        limiter, token = self._limiter, self.token
+        budget = limiter.budget(token)
+        with limiter.lock:
+            counters = limiter.counters[token.id]
+            check_limits(limiter.rates(token, counters) + budget)
+            counters.running += 1
+            if token.rpm:
+                self.rate_time = limiter.clock()
+                counters.recent.append(self.rate_time)
+        self.context.slot = self
         return self
 
     def wait(self, cancel_on, check_again):
@@ -3282,136 +3348,40 @@ class Slot:
 
         check_again: raises Refusal if the token has lost its rights meanwhile; it is called after a wait.
         """
-        self._limiter.wait(self, cancel_on, check_again)
+        context, limiter = self.context, self._limiter
+        check_limits(limiter.budget(context.token))     # it may have been used up while the body arrived
+        limiter.queue.enter(self)
+        self.queued = True
+        limiter.ledger.start(context)
+        context.queue_seconds = limiter.queue.wait(self, cancel_on)
+        if context.queue_seconds:
+            check_again()
+            check_limits(limiter.budget(context.token))
+        context.sent_at = time.monotonic()
 
     def release(self):
-        """Give the slot back, before the end of the with block."""
-        if self.context.slot is self:
-            self.context.slot = None
-            self._limiter.leave(self)
+        """Give the slot back, before the end of the with block.
+
+        The request's usage counts for the budget from now on. A refused request does not count for the rate.
+        """
+        context, limiter = self.context, self._limiter
+        if context.slot is not self:
+            return
+        context.slot, context.released_at = None, time.monotonic()
+        if self.queued:
+            if context.token.tokens_per_day:
+                limiter.ledger.update(context)
+            limiter.queue.leave(self)
+        with limiter.lock:
+            counters = limiter.counters[self.token.id]
+            counters.running -= 1
+            if not self.queued and self.rate_time in counters.recent:
+                counters.recent.remove(self.rate_time)
+            if not counters.running and not counters.recent:
+                del limiter.counters[self.token.id]
 
     def __exit__(self, *_):
         self.release()
-
-
-class TokenCounters:
-    """The number of a token's running requests, and the times of those of the last minute."""
-
-    __slots__ = ("running", "recent")
-
-    def __init__(self):
-        self.running, self.recent = 0, deque()
-
-
-class Limiter:
-    """Enforces the tokens' limits, and lets inference requests go upstream by the fair queue."""
-
-    def __init__(self, queue, ledger, clock=time.monotonic):
-        self._queue, self._ledger, self._clock = queue, ledger, clock
-        self._lock, self._counters = threading.Lock(), {}   # {token id: TokenCounters}
-
-    def enter(self, slot):
-        """Count a request; raise Refusal if it exceeds a limit."""
-        token = slot.token
-        budget = self._budget(token)
-        with self._lock:
-            counters = self._counters.get(token.id)
-            if counters is None:
-                counters = self._counters[token.id] = TokenCounters()
-            if is_limited(token):
-                self._check(self._rates(token, counters) + budget)
-            counters.running += 1
-            if token.rpm:
-                slot.rate_time = self._clock()
-                counters.recent.append(slot.rate_time)
-        slot.context.slot = slot
-
-    def wait(self, slot, cancel_on, check_again):
-        """Check the limits again, now that the body is there, and wait in the queue; see Slot.wait."""
-        context = slot.context
-        if is_limited(context.token):
-            budget = self._budget(context.token)
-            with self._lock:
-                own = self._counters[slot.token.id], 1, slot.rate_time is not None
-                self._check(self._rates(context.token, *own) + budget)
-        self._queue.enter(slot)
-        slot.queued = True
-        self._ledger.start(context)
-        context.queue_seconds = self._queue.wait(slot, cancel_on)
-        if context.queue_seconds:
-            check_again()
-            self._check(self._budget(context.token))
-        context.sent_at = time.monotonic()
-
-    def leave(self, slot):
-        """End a request: its usage counts for the budget from now on. A refused request does not count for the rate."""
-        context = slot.context
-        context.released_at = time.monotonic()
-        if slot.queued:
-            if context.token.tokens_per_day:
-                self._ledger.update(context)
-            self._queue.leave(slot)
-        with self._lock:
-            counters = self._counters[slot.token.id]
-            counters.running -= 1
-            if not slot.queued and slot.rate_time in counters.recent:
-                counters.recent.remove(slot.rate_time)
-            if not counters.running and not counters.recent:
-                del self._counters[slot.token.id]
-
-    @staticmethod
-    def _check(statuses):
-        for status in statuses:
-            if not status.remaining:
-                raise status.refusal()
-
-    def _budget(self, token):
-        if not token.tokens_per_day:
-            return []
-        try:
-            spent = self._ledger.spent(token)
-        except Failure as error:
-            raise Refusal("uncounted", f"the token's usage of today cannot be read: {error}") from None
-        return [LimitStatus("tokens_per_day", token.tokens_per_day, max(token.tokens_per_day - spent, 0),
-                            self._ledger.day_left())]
-
-    def _rates(self, token, counters, own_running=0, own_recent=0):
-        """Return the statuses of rpm and max_parallel, without so many requests of the one that asks."""
-        found = []
-        if token.rpm:
-            recent, now = counters.recent, self._clock()
-            while recent and recent[0] <= now - MINUTE:
-                recent.popleft()
-            over = max(len(recent) - token.rpm, 0)  # the next one may come when this one is a minute old
-            reset = recent[over] + MINUTE - now if recent else 0
-            found.append(LimitStatus("rpm", token.rpm, max(token.rpm - len(recent) + own_recent, 0), math.ceil(reset)))
-        if token.max_parallel:
-            remaining = max(token.max_parallel - counters.running + own_running, 0)
-            found.append(LimitStatus("max_parallel", token.max_parallel, remaining, RETRY_SECONDS))
-        return found
-
-    def statuses(self, token, own=0):
-        """Return the LimitStatus of each limit of a token; own: running requests that are not to count."""
-        if not is_limited(token):
-            return []
-        budget = self._budget(token)
-        with self._lock:
-            return self._rates(token, self._counters.get(token.id, TokenCounters()), own) + budget
-
-    def fields(self, context):
-        """Return the RateLimit fields of the limit nearest exhaustion, none without limits.
-
-        The request itself does not count: it has ended when the client reads them.
-        """
-        if context.token is None or not is_limited(context.token):
-            return ()
-        try:
-            statuses = self.statuses(context.token, context.slot is not None)
-        except Refusal:     # the response is sent although the usage is unknown
-            return ()
-        nearest = min(statuses, key=lambda status: status.remaining / status.limit)
-        return (("RateLimit-Limit", nearest.limit), ("RateLimit-Remaining", nearest.remaining),
-                ("RateLimit-Reset", nearest.reset))
 
 # == Backends =================================================================
 
