@@ -1875,12 +1875,14 @@ class UsageRow(NamedTuple):
     seconds: float
     estimated_tokens: int               # of prompt and completion
 
-    def __add__(self, other):
-        """Return the sums by column; None counts as nothing, and None + None is None."""
-        return UsageRow(*(b if a is None else a if b is None else a + b for a, b in zip(self, other)))
+    @classmethod
+    def sum(cls, rows):
+        """Return the sums by column; None counts as nothing, and the sum of None alone is None."""
+        columns = ([number for number in column if number is not None] for column in zip(*rows))
+        return cls._make(sum(numbers) if numbers else None for numbers in columns)
 
     def __sub__(self, other):
-        return UsageRow(*(a if a is None or b is None else a - b for a, b in zip(self, other)))
+        return UsageRow._make([a if a is None or b is None else a - b for a, b in zip(self, other)])
 
     @property
     def tokens_used(self):
@@ -3057,7 +3059,7 @@ class UsageLedger:
         store.wait_at_most(LEDGER_BUSY_SECONDS)   # while the database is locked, log lines are still to be written
         self._lock, self._storing = threading.Lock(), threading.Lock()
         self._running = {}      # {context: the UsageRow counted so far}, until the Journal has finished it
-        self._pending = {}      # {USAGE_KEY: UsageRow} to be stored
+        self._pending = defaultdict(list)   # {USAGE_KEY: UsageRows} to be stored
         self._last_used = {}    # {token id: Unix seconds} to be stored
         self._spent = {}        # {(user, name): (day, tokens used, when they were read)}
         self._latest = 0        # time of the clock
@@ -3091,9 +3093,10 @@ class UsageLedger:
         seconds = (context.released_at or time.monotonic()) - context.sent_at if context.sent_at else 0.0
         *tokens, estimated = context.usage
         row = UsageRow(1, int(failed), int(cancelled), *tokens, seconds, estimated)
-        new, self._running[context] = row - self._running[context], row
+        before, self._running[context] = self._running[context], row
+        new = row - before if before is not NO_USAGE else row
         key = hour, token.user, token.name, context.model_label, context.route.path
-        self._pending[key] = self._pending.get(key, NO_USAGE) + new
+        self._pending[key].append(new)
         day, spent, read_at = self._spent.get((token.user, token.name), (None, 0, 0))
         if day == utc_day(hour):
             self._spent[token.user, token.name] = day, spent + new.tokens_used, read_at
@@ -3145,37 +3148,36 @@ class UsageLedger:
                 if known_day != day:
                     raise
                 return spent
-            spent = stored + sum(row.tokens_used for (hour, *owner, _, _), row in self._pending.items()
-                                 if (*owner,) == key and utc_day(hour) == day)
+            spent = stored + sum(row.tokens_used for (hour, *owner, _, _), rows in self._pending.items()
+                                 if (*owner,) == key and utc_day(hour) == day for row in rows)
             self._spent[key] = day, spent, now
             return spent
 
     def store(self):
         """Store the pending rows; rows that cannot be stored are kept for the next time."""
-        with self._lock:
-            for context in self._running:
-                if context.model_label:
-                    self._count(context)
-            if not self._store.writable:
-                today = day_start(utc_day(self.now()))      # budgets still need that
-                self._pending = {key: row for key, row in self._pending.items() if key[0] >= today}
-                return self._last_used.clear()
         with self._storing:
             with self._lock:
-                rows, self._pending = self._pending, {}
+                for context in self._running:
+                    if context.model_label:
+                        self._count(context)
+                pending, self._pending = self._pending, defaultdict(list)
                 last_used, self._last_used = self._last_used, {}
+            sums, kept = {key: UsageRow.sum(rows) for key, rows in pending.items()}, {}
             try:
-                if rows or last_used:
-                    self._store.add_usage(rows, last_used)
+                if not self._store.writable:    # budgets still need the usage of today
+                    today = day_start(utc_day(self.now()))
+                    kept = {key: row for key, row in sums.items() if key[0] >= today}
+                elif sums or last_used:
+                    self._store.add_usage(sums, last_used)
                 self._failing = False
             except Failure as error:
-                with self._lock:
-                    for key, row in rows.items():
-                        self._pending[key] = self._pending.get(key, NO_USAGE) + row
-                    self._last_used = {**last_used, **self._last_used}
+                kept, self._last_used = sums, {**last_used, **self._last_used}
                 if not self._failing:
                     LOG.warning("usage and the tokens' last uses are not stored for now: %s", error)
                 self._failing = True
+            with self._lock:
+                for key, row in kept.items():
+                    self._pending[key].append(row)
 
 
 class FairQueue:
@@ -3306,10 +3308,12 @@ class Limiter:
 
         The request itself does not count: it has ended when the client reads them.
         """
-        statuses = []
-        with contextlib.suppress(Refusal):  # the response is sent although the usage is unknown
-            statuses = context.token and self.statuses(context.token, context.slot is not None)
-        if not statuses:
+        token = context.token
+        if not (token and (token.rpm or token.max_parallel or token.tokens_per_day)):
+            return ()
+        try:
+            statuses = self.statuses(token, context.slot is not None)
+        except Refusal:     # the response is sent although the usage is unknown
             return ()
         nearest = min(statuses, key=lambda status: status.remaining / status.limit)
         return (("RateLimit-Limit", nearest.limit), ("RateLimit-Remaining", nearest.remaining),
