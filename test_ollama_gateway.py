@@ -838,6 +838,7 @@ class GatewayCase(Case):
     """A gateway before a stand-in Ollama, with a token and an administrator's."""
 
     flags = {}
+    tls = None          # the clients' SSLContext, if the gateway speaks TLS
 
     def setUp(self):
         super().setUp()
@@ -856,18 +857,18 @@ class GatewayCase(Case):
         settings = gateway.load_settings({"ollama_url": self.fake.url, "db": self.db, "host": "127.0.0.1", "port": "0", **flags}, {})
         return running(gateway.build_server(settings, self.store, log=lambda lines: self.lines.extend(lines.split("\n"))))
 
-    def client(self, server=None, tls=None):
-        return self.enter(Client((server or self.server).server_address, tls))
+    def client(self, server=None):
+        return self.enter(Client((server or self.server).server_address, self.tls))
 
     def ask(self, method, path, body=None, headers=(), token=None, server=None, version="1.1"):
         """Ask once on a connection of its own, as ada unless told otherwise; a token of "" is none."""
         credentials = bearer(token or self.token) if token != "" else []
-        with Client((server or self.server).server_address) as client:
+        with Client((server or self.server).server_address, self.tls) as client:
             return client.ask(method, path, body, [*credentials, *headers], version)
 
-    def begin(self, method, path, body=None, token=None, server=None, tls=None, headers=()):
+    def begin(self, method, path, body=None, token=None, server=None, headers=()):
         """Send a request and leave the answer to be read."""
-        client = self.client(server, tls)
+        client = self.client(server)
         client.send(request(method, path, body, [*bearer(token or self.token), *headers]))
         return client
 
@@ -906,6 +907,35 @@ class GatewayCase(Case):
         text = refusal_text(path, answer.json())
         self.assertTrue(text and isinstance(text, str), answer)
         return text
+
+
+def certificate(folder, name):
+    """Make a self-signed certificate for localhost and its key."""
+    cert, key = os.path.join(folder, name + ".pem"), os.path.join(folder, name + ".key")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+                    "-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", cert],
+                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return cert, key
+
+
+@unittest.skipUnless(shutil.which("openssl"), "needs the openssl command to make a certificate")
+class OverTls:
+    """Has the tests of a GatewayCase run over TLS."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        folder = tempfile.mkdtemp()
+        cls.addClassCleanup(shutil.rmtree, folder)
+        cls.cert, cls.key = certificate(folder, "localhost")
+        cls.tls = ssl.create_default_context(cafile=cls.cert)
+
+    def serving(self, **flags):
+        return super().serving(**{"tls_cert": self.cert, "tls_key": self.key, **flags})
+
+    def plain_client(self, server=None):
+        """Connect without a TLS handshake."""
+        return self.enter(Client((server or self.server).server_address))
 
 
 ON_A_TERMINAL = f"""import fcntl, os, sys, termios
@@ -1982,6 +2012,10 @@ class Uploads(GatewayCase):
             self.assertIn("0.3 s", self.assertRefused(client.answer(), 408))
 
 
+class UploadsOverTls(OverTls, Uploads):
+    pass
+
+
 class PromptEstimate(Case):
     """How many tokens a prompt has that Ollama has not counted."""
 
@@ -2964,75 +2998,16 @@ def clients_sockets(clients):
     return [client.socket for client in clients]
 
 
-def certificate(folder, name):
-    """Make a self-signed certificate for localhost and its key."""
-    cert, key = os.path.join(folder, name + ".pem"), os.path.join(folder, name + ".key")
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-                    "-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", cert],
-                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return cert, key
-
-
-@unittest.skipUnless(shutil.which("openssl"), "needs the openssl command to make a certificate")
-class Tls(GatewayCase):
-
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        cls.certificates = tempfile.mkdtemp()
-        cls.addClassCleanup(shutil.rmtree, cls.certificates)
-        cls.cert, cls.key = certificate(cls.certificates, "localhost")
-        cls.flags = {"tls_cert": cls.cert, "tls_key": cls.key}
-        cls.context = ssl.create_default_context(cafile=cls.cert)
-
-    def test_requests_are_served(self):
-        client = self.client(tls=self.context)
-        for _ in range(2):
-            self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(self.token)), 200)
-            self.assertStatus(client.ask("POST", "/api/chat", b'{"x":"' + b"y" * 500_000 + b'"}', bearer(self.token)), 200)
+class Tls(OverTls, GatewayCase):
 
     def test_certificate_and_key_may_be_one_file(self):
         with open(self.cert, "rb") as cert, open(self.key, "rb") as key:
             both = self.write("both.pem", cert.read() + key.read())
-        client = self.client(self.serve(tls_cert=both), self.context)
+        client = self.client(self.serve(tls_cert=both, tls_key=""))
         self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(self.token)), 200)
 
-    def test_the_first_piece_arrives_while_the_last_is_held_back(self):
-        hold = self.hold()
-        self.fake.replies["/api/chat"] = Reply.stream(b"one\n", hold, b"two\n")
-        client = self.begin("POST", "/api/chat", CHAT, tls=self.context)
-        answer = client.read(client.head(), until=b"one\n")
-        hold.set()
-        self.assertEqual((client.read(answer).body, answer.ended), (b"one\ntwo\n", "clean"))
-
-    def test_pipelined_requests_are_answered(self):
-        client = self.client(tls=self.context)
-        client.send(request("GET", "/api/tags", headers=bearer(self.token)) * 3)
-        self.assertEqual([client.answer().status for _ in range(3)], [200] * 3)
-
-    def test_a_client_that_leaves_takes_its_request_along(self):
-        for (phase, body, reply, read), (how, way) in itertools.product(PHASES, LEAVING[:2]):
-            with self.subTest(phase, client=how):
-                self.fake.replies["/api/chat"] = reply
-                self.fake.received.clear()
-                client = self.begin("POST", "/api/chat", body, tls=self.context)
-                eventually(lambda: self.fake.received)
-                if read is not None:
-                    client.read(client.head(), until=read) if read else client.head()
-                way(client)
-                self.assertEqual(self.fake.hangups.get(timeout=GUARD), "/api/chat")
-
-    def test_a_client_that_sends_ahead_has_not_left(self):
-        hold = self.hold()
-        self.fake.replies["/api/chat"] = [Reply.stream(hold, b"one\n"), Reply.stream(b"two\n")]
-        client = self.begin("POST", "/api/chat", CHAT, tls=self.context)
-        eventually(lambda: self.fake.received)
-        client.send(request("POST", "/api/chat", CHAT, bearer(self.token)))
-        hold.set()
-        self.assertEqual([client.answer().body, client.answer().body], [b"one\n", b"two\n"])
-
     def test_an_upload_is_answered_503_when_the_server_stops(self):
-        client = self.client(tls=self.context)
+        client = self.client()
         client.send(request("POST", "/api/chat", None, [*bearer(self.token), ("Content-Length", "9"), ("Expect", "100-continue")]))
         self.assertEqual(client.head().status, 100)
         client.send(b"half")
@@ -3041,35 +3016,25 @@ class Tls(GatewayCase):
         client.socket.sendall(b" more")     # not reset
         self.assertIn("stop", self.assertRefused(answer, 503))
 
-    def test_a_broken_stream_does_not_end_cleanly(self):
-        self.fake.replies["/api/chat"] = Reply.stream(LINE, cut)
-        answer = self.begin("POST", "/api/chat", CHAT, tls=self.context).answer()
-        self.assertEqual(answer.ended, "cut")
-
-    def test_a_refused_body_is_read_far_enough_for_the_refusal_to_be_seen(self):
-        client = self.client(tls=self.context)
-        client.socket.sendall(request("POST", "/api/chat", b"x" * 8_000_000))
-        self.assertRefused(client.answer(), 401)
-
-    def test_an_upstream_that_speaks_tls_is_believed_only_with_a_known_certificate(self):
+    def fake_over_tls(self):
         fake = FakeOllama()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.cert, self.key)
         fake.socket = context.wrap_socket(fake.socket, server_side=True)
         self.enter(running(fake))
+        return fake
+
+    def test_an_upstream_that_speaks_tls_is_believed_only_with_a_known_certificate(self):
+        fake = self.fake_over_tls()
         for trusted, status in ((self.cert, 200), (os.devnull, 502)):
             with self.subTest(status), unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=trusted):
                 server = self.serve(ollama_url="https://localhost:%d" % fake.server_address[1])
                 self.assertStatus(self.ask("GET", "/api/tags", server=server), status)
 
     def test_a_blob_goes_up_to_an_upstream_that_speaks_tls(self):
-        fake = FakeOllama()
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.cert, self.key)
-        fake.socket = context.wrap_socket(fake.socket, server_side=True)
-        self.enter(running(fake))
+        fake = self.fake_over_tls()
         with unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=self.cert):
-            server = self.serve(ollama_url="https://localhost:%d" % fake.server_address[1], tls_cert="", tls_key="")
+            server = self.serve(ollama_url="https://localhost:%d" % fake.server_address[1])
         client = self.client(server)
         client.send(request("POST", f"/api/blobs/{DIGEST}", None, [*bearer(self.admin), ("Transfer-Encoding", "chunked")]), b"3\r\nabc\r\n")
         eventually(lambda: fake.arrived == 3, "the first piece")   # by now its session tickets have come, which are no answer
@@ -3078,21 +3043,21 @@ class Tls(GatewayCase):
         self.assertEqual(fake.received[0].body, b"abcdef")
 
     def test_beyond_the_cap_a_connection_is_just_closed(self):
-        hold, server = self.hold(), self.serve(max_connections="1", **self.flags)
+        hold, server = self.hold(), self.serve(max_connections="1")
         self.fake.replies["/api/chat"] = Reply.stream(LINE, hold)
-        busy = self.begin("POST", "/api/chat", CHAT, server=server, tls=self.context)
+        busy = self.begin("POST", "/api/chat", CHAT, server=server)
         begun = busy.read(busy.head(), until=LINE)
-        self.assertIsNone(self.client(server).answer(), "an answer would cost a handshake")
+        self.assertIsNone(self.plain_client(server).answer(), "an answer would cost a handshake")
         hold.set()
         self.assertEqual(busy.read(begun).ended, "clean")
 
     def test_unfinished_handshakes_keep_no_valid_token_out(self):
-        server = self.serve(max_connections="8", **self.flags)
-        clients = [self.client(server) for _ in range(8)]
+        server = self.serve(max_connections="8")
+        clients = [self.plain_client(server) for _ in range(8)]
         for client in clients:
             client.send(b"\x16\x03\x01")     # the beginning of a ClientHello
         for _ in range(8):
-            client = self.client(server, self.context)
+            client = self.client(server)
             self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(self.token)), 200)
         for client in clients:
             with contextlib.suppress(ConnectionResetError):
@@ -3106,13 +3071,12 @@ class Tls(GatewayCase):
             self.server.connections.evict()
             return wrapped
         with unittest.mock.patch.object(self.server, "tls", unittest.mock.Mock(wrap_socket=wrap_socket)):
-            self.assertEqual(self.client().stream.read(1), b"")
+            self.assertEqual(self.plain_client().stream.read(1), b"")
 
     def test_who_speaks_no_tls_or_nothing_holds_nobody_up(self):
-        silent, plain = self.client(), self.client()
+        silent, plain = self.plain_client(), self.plain_client()
         plain.send(request("GET", "/api/tags", headers=bearer(self.token)))
-        client = self.client(tls=self.context)
-        self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(self.token)), 200)
+        self.assertStatus(self.ask("GET", "/api/tags"), 200)
         with contextlib.suppress(ConnectionError):
             self.assertNotIn(b"HTTP/1.1 200", plain.stream.read(4096) or b"")
         silent.close()
@@ -5152,6 +5116,10 @@ class Leaving(GatewayCase):
         self.assertStatus(self.ask("POST", "/api/chat", CHAT), 200)
 
 
+class LeavingOverTls(OverTls, Leaving):
+    pass
+
+
 NONSENSE = (   # label, what an upstream says instead of HTTP
     ("nothing", b""),
     ("another protocol", b"SSH-2.0-OpenSSH_9.2\r\n"),
@@ -5497,6 +5465,10 @@ class Outage(GatewayCase):
         fields = self.logged()
         self.assertEqual((fields["status"], fields["outcome"]), ("200", "broken"))
 
+
+class OutageOverTls(OverTls, Outage):
+    test_an_http_1_0_client_sees_a_broken_stream_as_a_reset = None  # this client ignores that a close_notify is missing
+
 # == Relay ====================================================================
 
 STREAMS = (   # label, path, content type, first and last piece
@@ -5766,6 +5738,10 @@ class Relaying(GatewayCase):
         client = self.begin("POST", "/api/chat", CHAT)
         client.head()
         self.assertTrue(stalled.wait(GUARD), "a quarter of a gigabyte went somewhere")
+
+
+class RelayingOverTls(OverTls, Relaying):
+    pass
 
 
 CHUNK = '{"id":"chatcmpl-311","object":"chat.completion.chunk","created":1795401704,"model":"tiny","system_fingerprint":"fp_ollama","choices":['
