@@ -867,11 +867,11 @@ class Connection:
     def until_writable(self, deadline, cancel_on):
         self.wait(WRITABLE, deadline, cancel_on)
 
-    def shut_down(self):
+    def shut_down(self, how=socket.SHUT_RDWR):
         """End the connection from another thread: a thread that waits on it wakes up."""
         self.is_shut = True
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # SSLSocket.shutdown would go on without TLS
+            socket.socket.shutdown(self.sock, how)  # SSLSocket.shutdown would go on without TLS
 
     def close(self):
         with contextlib.suppress(OSError):
@@ -2228,21 +2228,19 @@ class TokenCache:
 class ClientConnection(Connection):
     """A client's connection. As `cancel_on` it ends a wait when the client leaves or the server aborts its requests."""
 
-    shutting_down = False       # the server aborts requests: the current one must end too
-    has_token = False           # the current request has a valid token
-    token_id = None             # the id of that token, until the last piece of the response is sent
-    waits_for_client = False    # the current request had to wait until its client took, or sent, more
+    token_id = None             # of the current request's valid token; 0 when the last piece of the response is sent
+    waits_for_client = False    # the current request has waited until its client took or sent more
 
     def wait(self, events, deadline, cancel_on=None):
-        """Wait for events and return them; raise Refusal if `abort_for_shutdown` caused them."""
-        found = wait_for(self.descriptor, events, deadline, cancel_on)
-        if self.shutting_down and events & READABLE:  # a read would end TLS, and no response could be sent
+        """Wait for events and return them; raise Refusal if the server aborts its requests."""
+        found = super().wait(events, deadline, cancel_on)
+        if self.is_shut and events & READABLE:  # a read would end TLS, and no response could be sent
             raise Refusal("stopping")
         return found
 
     def on_readable(self):
         """Raise ClientLeft if the client closed its side; keep a pipelined request for later."""
-        if self.shutting_down:
+        if self.is_shut:
             raise Refusal("stopping")
         if len(self.buffer) >= PIPELINED_BYTES or not self.alive():
             raise ClientLeft("the client hung up")
@@ -2253,15 +2251,9 @@ class ClientConnection(Connection):
         if self.wait(WRITABLE | HUNG_UP, deadline, cancel_on) & HUNG_UP:
             raise ClientLeft("the client hung up")
 
-    def abort_for_shutdown(self):
-        """Wake the connection's thread, which then sends its client an error."""
-        self.shutting_down = True
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.sock, socket.SHUT_RD)
-
     def discard_rest(self):
         """Discard what a refused client still sends: closing with unread data would reset the response."""
-        aborted, self.shutting_down, self.waits_for_client = self.shutting_down, False, True
+        aborted, self.is_shut, self.waits_for_client = self.is_shut, False, True
         deadline, left = Deadline(ABORT_SECONDS / 2 if aborted else DRAIN_SECONDS), DRAIN_BYTES
         with contextlib.suppress(OSError, Refusal):
             self.sock.shutdown(socket.SHUT_WR)
@@ -2273,11 +2265,7 @@ class ClientConnection(Connection):
 
 
 class ConnectionLimiter:
-    """Limits the open connections.
-
-    A connection is idle until the head of a request has arrived, then active until its response has ended. At the limit
-    the one that is idle longest is evicted; if none is idle, an active one without a token that waits for its client.
-    """
+    """Limits the open connections: idle until the head of a request is there, then active until its response ends."""
 
     def __init__(self, most, trusted=()):
         self.most, self._trusted = most, trusted
@@ -2292,7 +2280,7 @@ class ConnectionLimiter:
         return len(self._idle) + len(self._active)
 
     def admit(self, connection, address):
-        """Add a new connection in place of its network's oldest, or another one, if need be; return False if full."""
+        """Add a new connection, if need be in place of one of its network, or of any; return False if there is none."""
         proxied = any(address_of(address) in network for network in self._trusted)
         network, own = None if proxied else network_of(address), ()
         with self._lock:
@@ -2306,9 +2294,9 @@ class ConnectionLimiter:
             return True
 
     def evict(self):
-        """Evict a connection; return False if none can be evicted."""
+        """End the connection idle longest or, if none is, an active one that waits for its client without a token."""
         with self._lock:
-            waiting = (other for other in self._active if other.waits_for_client and not other.has_token)
+            waiting = (other for other in self._active if other.waits_for_client and other.token_id is None)
             connection = next(itertools.chain(self._idle, waiting), None)
             if connection is not None:
                 self._end(connection)
@@ -2330,7 +2318,7 @@ class ConnectionLimiter:
         with self._lock:
             if self._idle.pop(connection, False) is False:
                 return False
-            connection.has_token, connection.token_id, connection.waits_for_client = False, None, False
+            connection.token_id, connection.waits_for_client = None, False
             self._active[connection] = True
             return True
 
@@ -2340,7 +2328,7 @@ class ConnectionLimiter:
             if sum(other.token_id == token_id for other in list(self._active)) >= self._share:
                 raise Refusal("too_many_at_once", f"this token may have {plural(self._share, 'request')} open, a "
                                                   "quarter of --max-connections: try again later")
-        connection.has_token, connection.token_id = True, token_id
+        connection.token_id = token_id
 
     def remove(self, connection):
         with self._lock:
@@ -2357,9 +2345,9 @@ class ConnectionLimiter:
             deadline = time.monotonic() + seconds
             while self._active and not self._aborting and time.monotonic() < deadline:
                 self._changed.wait(STOP_CHECK_SECONDS)
-            for end in ClientConnection.abort_for_shutdown, Connection.shut_down:
+            for how in socket.SHUT_RD, socket.SHUT_RDWR:    # the first lets the connection's thread send an error
                 for connection in self._active:
-                    end(connection)
+                    connection.shut_down(how)
                 self._changed.wait_for(lambda: not self._active, ABORT_SECONDS)
 
     def abort_soon(self):
@@ -2407,10 +2395,9 @@ def client_failure(error, late):
 
 
 class ClientStream:
-    """The client's side of a request; `head` has been read: bytes, or the exception that `read_request` translates."""
+    """The client's side of a request; `head` has been read: bytes, or the exception that `read_request` raises."""
 
-    extra = ()              # fields for each response
-    limit_fields = tuple    # returns the fields that report the token's limits, as of now
+    extra_fields = tuple    # returns the fields of each response that CORS and the token's limits need, as of now
     keep_alive = False      # another request may follow on the connection
     pending = b""           # a head that waits for the first piece
     _framing = ""           # "chunked", "length", "open" (until the connection ends) or "none"
@@ -2424,18 +2411,17 @@ class ClientStream:
     def read_request(self):
         """Parse and return the request's head; raise Refusal or ClientLeft."""
         head, context = self._head, self.context
+        if isinstance(head, Exception):
+            raise head
         try:
-            if isinstance(head, Exception):
-                raise head
             parse = parse_cached_request if len(head) <= CACHED_HEAD_BYTES else parse_request
             context.request = request = parse(head)
             given = request.fields.get("x-request-id")
             if given and REQUEST_ID.fullmatch(given):
                 context.id = given
             self.body = request_decoder(request)
-        except (Malformed, OSError) as error:
-            late = f"the headers took longer than {self._server.settings.header_timeout:g} s"
-            raise client_failure(error, late) from None
+        except Malformed as error:
+            raise Refusal(error.code, str(error)) from None
         self._expects_continue = "expect" in request.fields and request.version == "1.1"
         if self._expects_continue and request.fields["expect"].lower() != "100-continue":
             raise Refusal("unknown_expectation", "only 100-continue can be expected here")
@@ -2475,26 +2461,20 @@ class ClientStream:
     def start(self, status, phrase, lines, content_type, length=None):
         """Begin the response, with its own fields as lines; without a length, its body ends with the last `write`."""
         request, bodiless = self.context.request, status in (204, 304)
-        if bodiless or request and request.method == "HEAD":
-            self._framing = "none"
-        elif length is not None:
-            self._framing = "length"
-        else:
-            self._framing = "chunked" if request.version == "1.1" else "open"
+        framing = "length" if length is not None else "chunked" if request.version == "1.1" else "open"
+        self._framing = "none" if bodiless or request and request.method == "HEAD" else framing
         self.keep_alive = self.body.complete and not (request.closes or self._server.connections.stopping)
         head = f"HTTP/1.1 {status} {phrase}\r\n{lines}X-Request-Id: {self.context.id}\r\n"
         if content_type.startswith(STREAM_TYPES):
             self._stream_type = content_type
             head += "X-Accel-Buffering: no\r\n"  # or an nginx in front of the gateway holds pieces back
-        for name, value in (*self.extra, *self.limit_fields()):
+        for name, value in self.extra_fields():
             head += f"{name}: {value}\r\n"
         if length is not None and not bodiless:
             head += f"Content-Length: {length}\r\n"
         elif self._framing == "chunked":
             head += "Transfer-Encoding: chunked\r\n"
-        if not self.keep_alive:
-            head += "Connection: close\r\n"
-        self.pending = (head + "\r\n").encode("latin-1")
+        self.pending = (head + ("\r\n" if self.keep_alive else "Connection: close\r\n\r\n")).encode("latin-1")
         self.context.status = status
 
     def write(self, piece, last=False):
@@ -2504,8 +2484,8 @@ class ClientStream:
             data += encode_chunk(piece, last) if self._framing == "chunked" else piece
             self._tail = (self._tail + piece[-2:])[-2:]
             self.context.bytes_sent += len(piece)
-        if last:    # a client that has read it may send its next request at once
-            self.connection.token_id = None
+        if last and self.connection.token_id:   # a client that has read it may send its next request at once
+            self.connection.token_id = 0
         if data:
             try:
                 self.connection.send(data, Deadline(SEND_SECONDS))
@@ -2516,9 +2496,8 @@ class ClientStream:
 
     def answer(self, status, content_type, body, fields=()):
         """Send a whole response of the gateway's own."""
-        own = [("Date", email.utils.formatdate(usegmt=True)), *fields]
-        if body:
-            own += [("Content-Type", content_type), ("X-Content-Type-Options", "nosniff")]
+        about = [("Content-Type", content_type), ("X-Content-Type-Options", "nosniff")] if body else []
+        own = [("Date", email.utils.formatdate(usegmt=True)), *fields, *about]
         lines = "".join(f"{name}: {value}\r\n" for name, value in own)
         self.start(status, http.HTTPStatus(status).phrase, lines, content_type, len(body))
         self.write(body, last=True)
@@ -2555,20 +2534,21 @@ class GatewayServer(http.server.ThreadingHTTPServer):
 
     request_queue_size = BACKLOG
     allow_reuse_address = os.name == "posix"  # on Windows it would let another program steal the port
-
     BUSY_RESPONSE = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
                      b"Connection: close\r\nContent-Length: 47\r\n\r\n"
                      b'{"error": "too many connections: retry later"}\n')
 
-    def __init__(self, settings, connections, tls):
+    def __init__(self, settings, gateway, tls):
         self.address_family, *_, address = look_up(settings.host, settings.port, socket.AI_PASSIVE)[0]
-        self.settings, self.connections, self.tls = settings, connections, tls
-        self.gateway = None         # the Gateway, which `build_server` adds
+        self.settings, self.gateway, self.connections, self.tls = settings, gateway, gateway.connections, tls
         self.storage = BodyStorage(settings.max_spool)
         self._next_id = map((secrets.token_hex(4) + "%08x").__mod__, itertools.count()).__next__    # ids of requests
-        self._rejecting = deque()   # (socket, when to close it)
+        self._rejecting = deque()   # (connection, when to close it)
         self._starved_at = self._warned_at = -math.inf      # when descriptors ran out, and the last warning of that
         super().__init__(address, None)
+        host, port = self.server_address[:2]
+        name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+        self.url = f"{'https' if tls else 'http'}://{name}:{port}"
 
     def server_bind(self):
         """Bind without http.server's lookup of the host's name; :: accepts IPv4 too."""
@@ -2576,21 +2556,14 @@ class GatewayServer(http.server.ThreadingHTTPServer):
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
 
-    @property
-    def url(self):
-        """Return the gateway's URL, with the machine's name if it listens on all addresses."""
-        host, port = self.server_address[:2]
-        shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-        return f"{'https' if self.tls else 'http'}://{shown}:{port}"
-
     def get_request(self):
-        """Accept a connection; without free descriptors, evict one and back off: the listener stays readable."""
+        """Accept a connection; without descriptors or memory, evict one and back off: the listener stays readable."""
         try:
-            return super().get_request()
+            accepted, address = super().get_request()
+            return ClientConnection(accepted), address
         except OSError as error:
-            if error.errno in OUT_OF_DESCRIPTORS:
-                self._starved_at = time.monotonic()
             if error.errno in (*OUT_OF_DESCRIPTORS, errno.ENOBUFS, errno.ENOMEM):
+                self._starved_at = time.monotonic()
                 if not self.connections.evict():
                     self.gateway.upstream.close()
                 time.sleep(0.05)
@@ -2598,38 +2571,34 @@ class GatewayServer(http.server.ThreadingHTTPServer):
 
     def process_request(self, request, client_address):
         """Start a thread for a new connection; at the limit answer 503 without a thread."""
-        connection = ClientConnection(request)
-        if self.connections.admit(connection, client_address[0]):
-            try:
-                return super().process_request(connection, client_address)
-            except RuntimeError:  # no thread could be started
-                self.connections.remove(connection)
+        if self.connections.admit(request, client_address[0]):
+            with contextlib.suppress(RuntimeError):     # no thread could be started
+                return super().process_request(request, client_address)
         if self.tls:
             return request.close()  # a response would cost a handshake
         with contextlib.suppress(OSError):
-            request.send(self.BUSY_RESPONSE)  # fits the buffer of a new socket
-            request.shutdown(socket.SHUT_WR)
+            request.sock.send(self.BUSY_RESPONSE)  # fits the buffer of a new socket
+            request.sock.shutdown(socket.SHUT_WR)
         self._rejecting.append((request, time.monotonic() + REJECT_SECONDS))    # a reset now could lose the response
 
     def service_actions(self):
         """Close rejected connections in time, and warn of a lack of descriptors; called at least twice a second."""
         while self._rejecting and (len(self._rejecting) > MAX_REJECTING or self._rejecting[0][1] < time.monotonic()):
-            self._rejecting.popleft()[0].close()
+            self.shutdown_request(self._rejecting.popleft()[0])
         if self._starved_at > self._warned_at + MINUTE:
             self._warned_at = self._starved_at
             LOG.warning("out of file descriptors: raise the limit (ulimit -n, or LimitNOFILE= of the systemd unit) or "
                         "lower --max-connections (now %d)", self.connections.most)
 
     def finish_request(self, request, client_address):
-        """Serve a connection in its own thread until it ends."""
+        """Serve a connection in its own thread, until it ends or there is nothing to answer."""
         patience = self.settings.header_timeout
-        try:
+        with contextlib.suppress(OSError, Refusal):
             if self.tls:
                 request.start_tls(self.tls, Deadline(patience), server_side=True)
             while self._serve_request(request, client_address[0], patience):
                 patience = self.settings.idle_timeout
-        finally:
-            request.close_notify()
+        request.close_notify()
 
     def _serve_request(self, connection, address, patience):
         """Wait for a request and serve it; return whether another one may follow. An eviction ends it silently."""
@@ -2640,7 +2609,7 @@ class GatewayServer(http.server.ThreadingHTTPServer):
         try:
             head = connection.read_piece(HeadDecoder(), Deadline(self.settings.header_timeout))
         except (Malformed, OSError) as error:
-            head = error
+            head = client_failure(error, f"the headers took longer than {self.settings.header_timeout:g} s")
         if not self.connections.mark_active(connection):
             return False
         client = ClientStream(self, connection, context, head)
@@ -2657,17 +2626,12 @@ class GatewayServer(http.server.ThreadingHTTPServer):
             self.connections.remove(request)
             request.close()
 
-    def handle_error(self, request, client_address):
-        """Log a failure, unless the connection ended or was aborted before there was a request to answer."""
-        if not isinstance(sys.exc_info()[1], (OSError, Refusal)):
-            LOG.exception("the connection from %s failed", client_address[0])
-
     def server_close(self, seconds=0):
         """Stop listening, let running requests finish for some seconds, and stop the gateway's background threads."""
         super().server_close()
         self.connections.drain(seconds)
-        for request, _ in self._rejecting:
-            request.close()
+        for connection, _ in self._rejecting:
+            connection.close()
         self.gateway.close()
 
 # == Routing and access =======================================================
@@ -4339,10 +4303,9 @@ class Gateway(types.SimpleNamespace):
         try:
             request = client.read_request()
             context.client_address = client_address(context.client_address, request, self.trusted_proxies)
-            client.extra = self.router.cors_fields(request)
+            client.extra_fields = lambda: (*self.router.cors_fields(request), *self.limiter.fields(context))
             context.request, context.route, context.path = self.router.match(request)
             if context.route.access != "public":
-                client.limit_fields = functools.partial(self.limiter.fields, context)
                 self._authorize(context)
                 self.connections.authenticate(client.connection, context.token.id)
             if context.route.category == "page":
@@ -4366,10 +4329,12 @@ class Gateway(types.SimpleNamespace):
         finally:
             self.journal.write(context)
 
-    def _authorize(self, context):
-        """Find the request's token, which may use the route; raise Refusal."""
+    def _authorize(self, context, model=False):
+        """Find the request's token, which may use the route and, if it is known already, the model; raise Refusal."""
         context.token = self.authenticator.identify(context.request, context.client_address, time.sleep)
         authorize_route(context)
+        if model:
+            authorize_model(context)
 
     def _page(self, client):
         """Return the response of one of our own pages; raise Refusal."""
@@ -4386,14 +4351,10 @@ class Gateway(types.SimpleNamespace):
 
     def _forward(self, client, slot):
         """Pass a request on to Ollama and its response to the client; return the last piece, which is not sent yet."""
-        context, connection = client.context, client.connection
-
-        def check_again():  # whenever time has passed: the token may have been revoked or narrowed
-            self._authorize(context)
-            authorize_model(context)
-
+        context, connection, route = client.context, client.connection, client.context.route
+        check_again = functools.partial(self._authorize, context, model=True)   # the token may have changed meanwhile
         connection.waited = False
-        with StreamedBody(client, check_again) if context.route.streamed else client.read_whole_body() as body:
+        with StreamedBody(client, check_again) if route.streamed else client.read_whole_body() as body:
             if connection.waited:
                 self._authorize(context)
             context.model, context.insert_at = inspect_body(context, body)
@@ -4403,7 +4364,7 @@ class Gateway(types.SimpleNamespace):
             if slot:
                 slot.wait(connection, check_again)
             fields = f"X-Request-Id: {context.id}\r\n{context.request.forwarded}"
-            request = UpstreamRequest(context.route.method, context.path + context.request.query, fields, body, connection)
+            request = UpstreamRequest(route.method, context.path + context.request.query, fields, body, connection)
             with PromptCount(self.ratios, context, body) if slot else NO_SLOT, self.upstream.send(request) as response:
                 return relay(response, client, slot and slot.release)
 
@@ -5376,9 +5337,7 @@ class Pages:
 
 
 def server_tls(settings):
-    """Return the TLS context for the settings' certificate, or None; raise Failure if it cannot be used."""
-    if not settings.tls_cert:
-        return None
+    """Return the TLS context for the settings' certificate; raise Failure if it cannot be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
@@ -5391,11 +5350,9 @@ def server_tls(settings):
 
 
 def connections_that_fit(most):
-    """Raise the limit of open files for so many connections; return how many connections fit.
-
-    A connection has four descriptors at most: its socket, a spooled body, and the connection to Ollama or, while it
-    waits in the queue or for a name look-up, the two of its wakeup, which are closed before that connection is opened.
-    """
+    """Raise the limit of open files for so many connections, with four each; return how many connections fit."""
+    # Its socket, a spooled body, and the connection to Ollama or, while it waits in the queue or for a name look-up,
+    # the two of its wakeup, which are closed before that connection is opened.
     try:
         import resource
     except ImportError:
@@ -5414,16 +5371,12 @@ def connections_that_fit(most):
 
 def build_server(settings, store, log=LOG.info):
     """Return the gateway's server, bound and ready to serve; `log` takes the finished requests' lines, joined."""
-    upstream = Upstream(settings.ollama_url, settings.connect_timeout, settings.first_byte_timeout, settings.stall_timeout)
+    tls = server_tls(settings) if settings.tls_cert else None
+    timeouts = settings.connect_timeout, settings.first_byte_timeout, settings.stall_timeout
+    upstream = Upstream(settings.ollama_url, *timeouts)
+    health, tokens = HealthProbe(upstream), TokenCache(store)
     connections = ConnectionLimiter(connections_that_fit(settings.max_connections), settings.trusted_proxies)
-    tls, tokens = server_tls(settings), TokenCache(store)
-    try:
-        server = GatewayServer(settings, connections, tls)
-    except (OSError, UnicodeError) as error:
-        tokens.close()
-        raise Failure(f"cannot listen on {settings.host} port {settings.port}: "
-                      f"{getattr(error, 'strerror', None) or error}; choose another with --host and --port") from None
-    health, ledger = HealthProbe(upstream), UsageLedger(store, tokens)
+    ledger = UsageLedger(store, tokens)
     queue = FairQueue(settings.max_parallel, settings.max_queue, settings.queue_timeout)
     limiter = Limiter(queue, ledger)
     gauges = {"in_flight_requests": ("Inference requests that are upstream.", lambda: queue.running),
@@ -5431,12 +5384,18 @@ def build_server(settings, store, log=LOG.info):
               "connections": ("Open connections of clients.", lambda: len(connections))}
     metrics = Metrics(gauges)
     routes = served_routes(settings.metrics_open, settings.no_admin_api)
-    server.gateway = Gateway(
-        trusted_proxies=settings.trusted_proxies, connections=connections, limiter=limiter, upstream=upstream, health=health,
+    gateway = Gateway(
+        trusted_proxies=settings.trusted_proxies, connections=connections, limiter=limiter, health=health,
         router=Router(routes, settings.base_path, settings.path_tokens, settings.cors_origins),
-        authenticator=Authenticator(tokens, AuthThrottle()), ratios=TokenRatio(), journal=Journal(ledger, metrics, log),
-        endpoints=Pages(routes, settings.base_path, store, health, ledger, limiter, metrics, gauges))
-    return server
+        authenticator=Authenticator(tokens, AuthThrottle()), upstream=upstream, ratios=TokenRatio(),
+        endpoints=Pages(routes, settings.base_path, store, health, ledger, limiter, metrics, gauges),
+        journal=Journal(ledger, metrics, log))
+    try:
+        return GatewayServer(settings, gateway, tls)
+    except (OSError, UnicodeError) as error:
+        gateway.close()
+        raise Failure(f"cannot listen on {settings.host} port {settings.port}: "
+                      f"{getattr(error, 'strerror', None) or error}; choose another with --host and --port") from None
 
 # == Commands =================================================================
 
@@ -5874,9 +5833,9 @@ def cmd_serve(args):
             threading.Thread(target=stay_on_one_core, name="cpu affinity", daemon=True).start()
             server.serve_forever()
         except KeyboardInterrupt:
-            server.server_close(settings.drain_timeout)
+            pass
         finally:
-            server.server_close()
+            server.server_close(settings.drain_timeout)
 
 
 def option_keywords(option):
