@@ -34,7 +34,7 @@ The sections, in order (`grep -n '^# =='` lists them):
 
 Each name stands above its users, so most calls go up. The calls of one request, indented by depth:
 
-    GatewayServer.finish_request          Server: of a connection
+    GatewayServer.finish_request          Server: the thread of a connection
       GatewayServer._serve_request        Server: waits for the head
         Gateway.serve                     Pipeline
           Router.match                    Routing and access
