@@ -4295,7 +4295,7 @@ NO_SLOT = contextlib.nullcontext()
 
 
 class Gateway(types.SimpleNamespace):
-    """Takes each request through all stages: its attributes, as `build_server` names them."""
+    """Takes each request through all stages, which are its attributes: see `build_server`."""
 
     def serve(self, client):
         """Serve one request: answer it once, and record it once."""
