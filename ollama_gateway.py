@@ -34,8 +34,8 @@ The sections, in order (`grep -n '^# =='` lists them):
 
 Each name stands above its users, so most calls go up. The calls of one request, indented by depth:
 
-    GatewayServer.process_request_thread  Server
-      Handler.handle_one_request          Server: waits for the head
+    GatewayServer.finish_request          Server: the thread of a connection
+      GatewayServer._serve_request        Server: waits for the head
         Gateway.serve                     Pipeline
           Router.match                    Routing and access
           Authenticator.identify          Authentication
@@ -867,11 +867,11 @@ class Connection:
     def until_writable(self, deadline, cancel_on):
         self.wait(WRITABLE, deadline, cancel_on)
 
-    def shut_down(self):
+    def shut_down(self, how=socket.SHUT_RDWR):
         """End the connection from another thread: a thread that waits on it wakes up."""
         self.is_shut = True
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # SSLSocket.shutdown would go on without TLS
+            socket.socket.shutdown(self.sock, how)  # SSLSocket.shutdown would go on without TLS
 
     def close(self):
         with contextlib.suppress(OSError):
@@ -2231,49 +2231,32 @@ class TokenCache:
 class ClientConnection(Connection):
     """A client's connection. As `cancel_on` it ends a wait when the client leaves or the server aborts its requests."""
 
-    last_request = False    # the server is stopping: no further request may follow
-    shutting_down = False   # the server aborts requests: the current one must end too
-    has_token = False       # the current request has a valid token
-    token_id = None         # the id of that token, until the last piece of the response is sent
-    stalled = False         # the current request waited for its client, or for the delay of a wrong credential
+    token_id = None             # of the current request's valid token; 0 when the last piece of the response is sent
+    waits_for_client = False    # the current request has waited until its client took or sent more
 
     def wait(self, events, deadline, cancel_on=None):
-        """Wait for events and return them; raise Refusal if `abort_for_shutdown` caused them."""
-        found = wait_for(self.descriptor, events, deadline, cancel_on)
-        if self.shutting_down and events & READABLE:  # a read would end TLS, and no response could be sent
+        """Wait for events and return them; raise Refusal if the server aborts its requests."""
+        found = super().wait(events, deadline, cancel_on)
+        if self.is_shut and events & READABLE:  # a read would end TLS, and no response could be sent
             raise Refusal("stopping")
         return found
 
     def on_readable(self):
         """Raise ClientLeft if the client closed its side; keep a pipelined request for later."""
-        if self.shutting_down:
+        if self.is_shut:
             raise Refusal("stopping")
         if len(self.buffer) >= PIPELINED_BYTES or not self.alive():
             raise ClientLeft("the client hung up")
 
     def until_writable(self, deadline, cancel_on):
         """Wait for a slow reader; raise ClientLeft if it hung up."""
-        self.stalled = True
+        self.waits_for_client = True
         if self.wait(WRITABLE | HUNG_UP, deadline, cancel_on) & HUNG_UP:
             raise ClientLeft("the client hung up")
 
-    def pause(self, seconds):
-        """Wait for some seconds; raise ClientLeft if the client leaves meanwhile."""
-        self.stalled, deadline = True, Deadline(seconds)
-        with contextlib.suppress(TimeoutError):
-            while True:
-                self.wait(self.watched_events(), deadline)
-                self.on_readable()
-
-    def abort_for_shutdown(self):
-        """Wake the connection's thread, which then sends its client an error."""
-        self.shutting_down = True
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.sock, socket.SHUT_RD)
-
-    def drain(self):
+    def discard_rest(self):
         """Discard what a refused client still sends: closing with unread data would reset the response."""
-        aborted, self.shutting_down, self.stalled = self.shutting_down, False, True
+        aborted, self.is_shut, self.waits_for_client = self.is_shut, False, True
         deadline, left = Deadline(ABORT_SECONDS / 2 if aborted else DRAIN_SECONDS), DRAIN_BYTES
         with contextlib.suppress(OSError, Refusal):
             self.sock.shutdown(socket.SHUT_WR)
@@ -2285,18 +2268,14 @@ class ClientConnection(Connection):
 
 
 class ConnectionLimiter:
-    """Limits the open connections.
-
-    A connection is idle until the head of a request has arrived, then active until its response has ended. At the limit
-    the one that is idle longest is evicted; if none is idle, an active one that stalls without a valid token.
-    """
+    """Limits the open connections: idle until the head of a request is there, then active until its response ends."""
 
     def __init__(self, most, trusted=()):
         self.most, self._trusted = most, trusted
         self._share = max(most // 4, 1)     # of a network's connections without a request, and of a token's requests
         self._idle = OrderedDict()          # {connection: its network until its first request, then None}, oldest first
         self._active = {}                   # {connection: True}, oldest first
-        self._stopping = self._aborting = False
+        self.stopping = self._aborting = False      # no connection may have another request; drain() must not wait
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
 
@@ -2304,10 +2283,7 @@ class ConnectionLimiter:
         return len(self._idle) + len(self._active)
 
     def admit(self, connection, address):
-        """Add a new connection, evicting another one if necessary; return False if none can be evicted.
-
-        A network that has its share of connections without a request loses the oldest of these.
-        """
+        """Add a new connection, if need be in place of one of its network, or of any; return False if there is none."""
         proxied = any(address_of(address) in network for network in self._trusted)
         network, own = None if proxied else network_of(address), ()
         with self._lock:
@@ -2321,10 +2297,10 @@ class ConnectionLimiter:
             return True
 
     def evict(self):
-        """Evict a connection; return False if none can be evicted."""
+        """End the connection idle longest or, if none is, an active one that waits for its client without a token."""
         with self._lock:
-            stalled = (connection for connection in self._active if connection.stalled and not connection.has_token)
-            connection = next(itertools.chain(self._idle, stalled), None)
+            waiting = (other for other in self._active if other.waits_for_client and other.token_id is None)
+            connection = next(itertools.chain(self._idle, waiting), None)
             if connection is not None:
                 self._end(connection)
             return connection is not None
@@ -2338,25 +2314,24 @@ class ConnectionLimiter:
         with self._lock:
             if self._active.pop(connection, False):
                 self._idle[connection] = None
-            return connection in self._idle and not self._stopping
+            return connection in self._idle and not self.stopping
 
     def mark_active(self, connection):
         """Note that the head of a request has arrived; return False if the connection was evicted before."""
         with self._lock:
             if self._idle.pop(connection, False) is False:
                 return False
-            connection.has_token, connection.token_id, connection.stalled = False, None, False
+            connection.token_id, connection.waits_for_client = None, False
             self._active[connection] = True
             return True
 
     def authenticate(self, connection, token_id):
         """Note the token of a connection's request; raise Refusal if it has a quarter of all connections already."""
         if len(self._active) > self._share:
-            with self._lock:
-                if sum(other.token_id == token_id for other in self._active) >= self._share:
-                    raise Refusal("too_many_at_once", f"this token may have {plural(self._share, 'request')} open, a "
-                                                      "quarter of --max-connections: try again later")
-        connection.has_token, connection.token_id = True, token_id
+            if sum(other.token_id == token_id for other in list(self._active)) >= self._share:
+                raise Refusal("too_many_at_once", f"this token may have {plural(self._share, 'request')} open, a "
+                                                  "quarter of --max-connections: try again later")
+        connection.token_id = token_id
 
     def remove(self, connection):
         with self._lock:
@@ -2367,17 +2342,15 @@ class ConnectionLimiter:
     def drain(self, seconds):
         """Let active connections finish for some seconds, then abort them so that their clients see an error."""
         with self._lock:
-            self._stopping = True
-            for connection in self._active:
-                connection.last_request = True
+            self.stopping = True
             for connection in list(self._idle):
                 self._end(connection)
             deadline = time.monotonic() + seconds
             while self._active and not self._aborting and time.monotonic() < deadline:
                 self._changed.wait(STOP_CHECK_SECONDS)
-            for end in ClientConnection.abort_for_shutdown, Connection.shut_down:
+            for how in socket.SHUT_RD, socket.SHUT_RDWR:    # the first lets the connection's thread send an error
                 for connection in self._active:
-                    end(connection)
+                    connection.shut_down(how)
                 self._changed.wait_for(lambda: not self._active, ABORT_SECONDS)
 
     def abort_soon(self):
@@ -2417,123 +2390,6 @@ def stay_on_one_core():
         time.sleep(AFFINITY_SECONDS)
 
 
-class GatewayServer(http.server.ThreadingHTTPServer):
-    """Accepts connections and serves each in its own thread, from the TLS handshake on."""
-
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = BACKLOG
-    allow_reuse_address = os.name == "posix"  # on Windows it would let another program steal the port
-
-    BUSY_RESPONSE = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
-                     b"Connection: close\r\nContent-Length: 47\r\n\r\n"
-                     b'{"error": "too many connections: retry later"}\n')
-
-    def __init__(self, settings, handler, gateway, connections, tls=None):
-        found = look_up(settings.host, settings.port, socket.AI_PASSIVE)[0]
-        self.address_family = found[0]
-        self.settings, self.gateway, self.connections, self.tls = settings, gateway, connections, tls
-        self.storage = BodyStorage(settings.max_spool)
-        self.next_id = map((secrets.token_hex(4) + "%08x").__mod__, itertools.count()).__next__     # ids of requests
-        self._rejecting = deque()     # (connection, when to close it)
-        self._warned_at = -math.inf
-        super().__init__(found[4], handler)
-
-    def server_bind(self):
-        """Bind without http.server's lookup of the host's name; :: accepts IPv4 too."""
-        if self.address_family == socket.AF_INET6:
-            with contextlib.suppress(OSError):
-                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        socketserver.TCPServer.server_bind(self)
-
-    @property
-    def url(self):
-        """Return the gateway's URL, with the machine's name if it listens on all addresses."""
-        host, port = self.server_address[:2]
-        shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-        return f"{'https' if self.tls else 'http'}://{shown}:{port}"
-
-    def get_request(self):
-        """Accept a connection; without free descriptors, evict one and back off: the listener stays readable."""
-        try:
-            return super().get_request()
-        except OSError as error:
-            if error.errno in OUT_OF_DESCRIPTORS:
-                self.warn_of_descriptors()
-            if error.errno in (*OUT_OF_DESCRIPTORS, errno.ENOBUFS, errno.ENOMEM):
-                if not self.connections.evict():
-                    self.gateway.free_descriptors()
-                time.sleep(0.05)
-            raise
-
-    def warn_of_descriptors(self):
-        """Log, once a minute, that no file descriptors are free."""
-        now = time.monotonic()
-        if now >= self._warned_at + MINUTE:
-            self._warned_at = now
-            LOG.warning("out of file descriptors: raise the limit (ulimit -n, or LimitNOFILE= of the systemd unit) or "
-                        "lower --max-connections (now %d)", self.connections.most)
-
-    def process_request(self, request, client_address):
-        """Start a thread for a new connection, or reject it."""
-        connection = ClientConnection(request)
-        if self.connections.admit(connection, client_address[0]):
-            try:
-                return super().process_request(connection, client_address)
-            except RuntimeError:  # no thread could be started
-                self.connections.remove(connection)
-        self._reject_busy(connection)
-
-    def _reject_busy(self, connection):
-        """Answer 503 without a thread, and close the connection later: a reset now could lose the response."""
-        if self.tls:
-            return connection.close()  # a response would cost a handshake
-        with contextlib.suppress(OSError):
-            connection.sock.send(self.BUSY_RESPONSE)  # fits the buffer of a new socket
-            connection.sock.shutdown(socket.SHUT_WR)
-        self._rejecting.append((connection, time.monotonic() + REJECT_SECONDS))
-
-    def service_actions(self):
-        """Close rejected connections in time, sooner if there are many; socketserver calls this twice a second."""
-        while self._rejecting and (len(self._rejecting) > MAX_REJECTING or self._rejecting[0][1] < time.monotonic()):
-            self._rejecting.popleft()[0].close()
-
-    def process_request_thread(self, request, client_address):
-        """Serve a connection (`request`) in its own thread until it ends."""
-        try:
-            if self.tls:
-                request.start_tls(self.tls, Deadline(self.settings.header_timeout), server_side=True)
-            self.RequestHandlerClass(request, client_address, self)
-        except Exception:  # like socketserver: a connection's failure is logged and ends no other one
-            self.handle_error(request, client_address)
-        finally:
-            self.connections.remove(request)
-            request.close()
-
-    def shutdown_request(self, request):
-        """Close a connection that was not served; after a signal to stop, its thread may have started and closes it."""
-        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
-            super().shutdown_request(request)
-
-    def handle_error(self, request, client_address):
-        """Log a failure, unless the connection ended or was aborted before there was a request to answer."""
-        if not isinstance(sys.exc_info()[1], (OSError, Refusal)):
-            LOG.exception("the connection from %s failed", client_address[0])
-
-    def stop(self, seconds):
-        """Accept no new connections, and let running requests finish for some seconds."""
-        self.socket.close()
-        self.connections.drain(seconds)
-
-    def server_close(self):
-        """Stop listening, close all connections, and stop the gateway's background threads."""
-        super().server_close()
-        self.connections.drain(0)
-        for connection, _ in self._rejecting:
-            connection.close()
-        self.gateway.close()
-
-
 def client_failure(error, late):
     """Return the exception for an error in reading from a client: Refusal, with the text `late`, or ClientLeft."""
     if isinstance(error, Malformed):
@@ -2541,12 +2397,15 @@ def client_failure(error, late):
     return Refusal("too_slow", late) if is_late(error) else ClientLeft(str(error))
 
 
-class RequestReader:
-    """Reads a request; `head` has been read before: bytes, or the exception that `read_request` raises."""
+class ClientStream:
+    """The client's side of a request; `head` has been read: bytes, or the exception that `read_request` raises."""
 
-    request = None          # once its head is parsed
+    extra_fields = tuple    # returns the fields of each response that CORS and the token's limits need, as of now
     keep_alive = False      # another request may follow on the connection
-    _expects_continue = False
+    pending = b""           # a head that waits for the first piece
+    _framing = ""           # "chunked", "length", "open" (until the connection ends) or "none"
+    _stream_type = ""       # the response's content type, if its body consists of lines
+    _tail = b"\n\n"         # the last two bytes of the response's body
 
     def __init__(self, server, connection, context, head):
         self.connection, self.context, self._server, self._head = connection, context, server, head
@@ -2559,14 +2418,13 @@ class RequestReader:
             raise head
         try:
             parse = parse_cached_request if len(head) <= CACHED_HEAD_BYTES else parse_request
-            self.request = context.request = request = parse(head)
+            context.request = request = parse(head)
             given = request.fields.get("x-request-id")
             if given and REQUEST_ID.fullmatch(given):
                 context.id = given
             self.body = request_decoder(request)
         except Malformed as error:
             raise Refusal(error.code, str(error)) from None
-        self.keep_alive = not request.closes
         self._expects_continue = "expect" in request.fields and request.version == "1.1"
         if self._expects_continue and request.fields["expect"].lower() != "100-continue":
             raise Refusal("unknown_expectation", "only 100-continue can be expected here")
@@ -2574,98 +2432,63 @@ class RequestReader:
 
     def read_body(self, cancel_on=None, deadline=None):
         """Return the next piece of the request's body, b"" at its end; raise Refusal if it is malformed or too slow."""
-        late = "the body took longer than {:g} s" if deadline else "nothing of the body arrived for {:g} s"
         try:
             if self._expects_continue and not self.body.complete and not self.connection.buffer:
                 self.connection.send(b"HTTP/1.1 100 Continue\r\n\r\n", Deadline(SEND_SECONDS))
             self._expects_continue = False
             return self.connection.read_piece(self.body, deadline or Deadline(BODY_SECONDS), cancel_on)
         except (Malformed, OSError) as error:
-            raise client_failure(error, late.format(PAGE_BODY_SECONDS if deadline else BODY_SECONDS)) from None
+            late = (f"the body took longer than {PAGE_BODY_SECONDS:g} s" if deadline else
+                    f"nothing of the body arrived for {BODY_SECONDS:g} s")
+            raise client_failure(error, late) from None
 
-    def read_page_body(self):
-        """Return the whole body of a request to one of our own pages; raise Refusal if it is too large or too slow."""
-        body, deadline = b"", Deadline(PAGE_BODY_SECONDS)
-        while not self.body.complete:
-            body += self.read_body(deadline=deadline)
-            self._check_size(len(body), PAGE_BODY_BYTES)
-        return body
-
-    def read_whole_body(self):
-        """Read and return the request's body, for a with block; raise Refusal if it is too large or cannot be kept."""
-        most = self._server.settings.max_body
+    def read_whole_body(self, page=False):
+        """Return the request's body, for a with block; raise Refusal. One for our own pages has smaller limits."""
         if self.body.complete:
-            return BufferedBody(declared="content-length" in self.request.fields)
-        self._check_size(self.body.left, most, " (--max-body)")
-        piece = self.read_body()
-        if self.body.complete and len(piece) <= RECEIVE_BYTES:
+            return BufferedBody(declared="content-length" in self.context.request.fields)
+        most, flag = (PAGE_BODY_BYTES, "") if page else (self._server.settings.max_body, " (--max-body)")
+        deadline = Deadline(PAGE_BODY_SECONDS) if page else None
+        piece = self.read_body(deadline=deadline) if self.body.left <= most else b""
+        if self.body.complete and len(piece) <= min(RECEIVE_BYTES, most):
             return BufferedBody(piece)
         with contextlib.ExitStack() as stack:
             body = stack.enter_context(BufferedBody(bytearray(), storage=self._server.storage))
             body.append(piece)
-            while not self.body.complete:
-                body.append(self.read_body())
-                self._check_size(body.size, most, " (--max-body)")
-            stack.pop_all()
-            return body
-
-    @staticmethod
-    def _check_size(size, most, flag=""):
-        if size > most:
-            raise Refusal("body_too_large", f"the body is larger than {most} bytes{flag}")
-
-
-class ClientStream(RequestReader):
-    """The client's side of a request: reads the request and writes the response."""
-
-    limit_fields = tuple    # returns the fields that report the token's limits, as of now
-    finished = False        # the last piece was sent
-    _pending = b""          # a head that waits for the first piece
-    _framing = ""           # "chunked", "length", "open" (until the connection ends) or "none"
-    _stream_type = ""       # the response's content type, if its body consists of lines
-    _tail = b"\n\n"         # the last two bytes of the response's body
-
-    def __init__(self, *reader):
-        super().__init__(*reader)
-        self.extra = []     # fields for each response
+            while body.size + self.body.left <= most:
+                if self.body.complete:
+                    stack.pop_all()
+                    return body
+                body.append(self.read_body(deadline=deadline))
+        raise Refusal("body_too_large", f"the body is larger than {most} bytes{flag}")
 
     def start(self, status, phrase, lines, content_type, length=None):
-        """Begin the response; without a length, its body ends with the last piece that `write` gets.
-
-        lines: the head's own fields, as text.
-        """
-        request, bodiless = self.request, status in (204, 304)
-        if bodiless or request and request.method == "HEAD":
-            self._framing = "none"
-        elif length is not None:
-            self._framing = "length"
-        else:
-            self._framing = "chunked" if request.version == "1.1" else "open"
-        self.keep_alive = self.keep_alive and self.body.complete and not self.connection.last_request
+        """Begin the response, with its own fields as lines; without a length, its body ends with the last `write`."""
+        request, bodiless = self.context.request, status in (204, 304)
+        framing = "length" if length is not None else "chunked" if request.version == "1.1" else "open"
+        self._framing = "none" if bodiless or request and request.method == "HEAD" else framing
+        self.keep_alive = self.body.complete and not (request.closes or self._server.connections.stopping)
         head = f"HTTP/1.1 {status} {phrase}\r\n{lines}X-Request-Id: {self.context.id}\r\n"
         if content_type.startswith(STREAM_TYPES):
             self._stream_type = content_type
             head += "X-Accel-Buffering: no\r\n"  # or an nginx in front of the gateway holds pieces back
-        for name, value in (*self.extra, *self.limit_fields()):
+        for name, value in self.extra_fields():
             head += f"{name}: {value}\r\n"
         if length is not None and not bodiless:
             head += f"Content-Length: {length}\r\n"
         elif self._framing == "chunked":
             head += "Transfer-Encoding: chunked\r\n"
-        if not self.keep_alive:
-            head += "Connection: close\r\n"
-        self._pending = (head + "\r\n").encode("latin-1")
+        self.pending = (head + ("\r\n" if self.keep_alive else "Connection: close\r\n\r\n")).encode("latin-1")
         self.context.status = status
 
     def write(self, piece, last=False):
         """Send a piece of the response at once; the last one ends it. Raise ClientLeft if it cannot be sent."""
-        data, self._pending = self._pending, b""
+        data, self.pending = self.pending, b""
         if self._framing != "none":
             data += encode_chunk(piece, last) if self._framing == "chunked" else piece
             self._tail = (self._tail + piece[-2:])[-2:]
             self.context.bytes_sent += len(piece)
-        if last:    # a client that has read it may send its next request at once
-            self.connection.token_id = None
+        if last and self.connection.token_id:   # a client that has read it may send its next request at once
+            self.connection.token_id = 0
         if data:
             try:
                 self.connection.send(data, Deadline(SEND_SECONDS))
@@ -2673,84 +2496,146 @@ class ClientStream(RequestReader):
                 raise ClientLeft(str(error)) from None
             if self.context.first_byte_at is None:
                 self.context.first_byte_at = time.monotonic()
-        self.finished = last
-
-    def flush(self):
-        """Send the response's head now, if it still waits for a piece."""
-        if self._pending:
-            self.write(b"")
 
     def answer(self, status, content_type, body, fields=()):
         """Send a whole response of the gateway's own."""
-        own = [("Date", email.utils.formatdate(usegmt=True)), *fields]
-        if body:
-            own += [("Content-Type", content_type), ("X-Content-Type-Options", "nosniff")]
+        about = [("Content-Type", content_type), ("X-Content-Type-Options", "nosniff")] if body else []
+        own = [("Date", email.utils.formatdate(usegmt=True)), *fields, *about]
         lines = "".join(f"{name}: {value}\r\n" for name, value in own)
         self.start(status, http.HTTPStatus(status).phrase, lines, content_type, len(body))
         self.write(body, last=True)
 
-    def refuse(self, refusal):
+    def refuse(self, refusal, reason=None):
         """Send a refusal; if a response has begun, end it with an error so that it does not look complete."""
-        dialect = dialect_of(self.request.path) if self.request else "ollama"
+        self.context.refusal_code, self.context.reason = refusal.code, str(refusal) if reason is None else reason
+        dialect = dialect_of(self.context.request.path) if self.context.request else "ollama"
         error = json.dumps(refusal.body_for(dialect)).encode()
         try:
             if self.context.first_byte_at is None:
                 return self.answer(refusal.status, "application/json", error + b"\n", refusal.fields)
             self.context.outcome = "broken"
             if self._stream_type and self._framing in ("chunked", "open"):
-                self.write(self._error_line(error, dialect))
+                events = self._stream_type.startswith("text/event-stream")
+                if events:
+                    error = b"event: error\n" * (dialect == "anthropic") + b"data: " + error + b"\n"
+                line_ends = len(self._tail) - len(self._tail.rstrip(b"\n"))     # an open line or event is ended first
+                self.write(b"\n" * (1 + events - line_ends) + error + b"\n")
         except ClientLeft:
             self.context.outcome = "left"
         self.abort()
 
-    def _error_line(self, error, dialect):
-        """Return a stream's error line or event, after the end of the line or event that is open."""
-        line_ends = len(self._tail) - len(self._tail.rstrip(b"\n"))
-        if not self._stream_type.startswith("text/event-stream"):
-            return b"\n" * (not line_ends) + error + b"\n"
-        event = b"event: error\n" if dialect == "anthropic" else b""
-        return b"\n" * (2 - line_ends) + event + b"data: " + error + b"\n\n"
-
     def abort(self):
         """Close the connection before the response's end; reset it where a normal close would look like the end."""
+        self.keep_alive = False
         if self._framing == "open" or self.context.outcome == "left":
             self.connection.reset()
         self.connection.close()
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves the requests of a connection, one after the other; `request` is the ClientConnection."""
+class GatewayServer(http.server.ThreadingHTTPServer):
+    """Accepts connections and serves each in its own thread, from the TLS handshake on."""
 
-    def setup(self):
-        self.patience = self.server.settings.header_timeout     # for the first request; idle_timeout for later ones
+    request_queue_size = BACKLOG
+    allow_reuse_address = os.name == "posix"  # on Windows it would let another program steal the port
+    BUSY_RESPONSE = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
+                     b"Connection: close\r\nContent-Length: 47\r\n\r\n"
+                     b'{"error": "too many connections: retry later"}\n')
 
-    def finish(self):
-        self.request.close_notify()
+    def __init__(self, settings, gateway, tls):
+        self.address_family, *_, address = look_up(settings.host, settings.port, socket.AI_PASSIVE)[0]
+        self.settings, self.gateway, self.connections, self.tls = settings, gateway, gateway.connections, tls
+        self.storage = BodyStorage(settings.max_spool)
+        self._next_id = map((secrets.token_hex(4) + "%08x").__mod__, itertools.count()).__next__    # ids of requests
+        self._rejecting = deque()   # (connection, when to close it)
+        self._starved_at = self._warned_at = -math.inf      # when descriptors ran out, and the last warning of that
+        super().__init__(address, None)
+        host, port = self.server_address[:2]
+        name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+        self.url = f"{'https' if tls else 'http'}://{name}:{port}"
 
-    def handle_one_request(self):
-        """Wait for a request and serve it; end without a response if none arrives or the connection is evicted."""
-        connection, server = self.request, self.server
-        self.close_connection = True
-        if not server.connections.mark_idle(connection):
-            return
-        if not connection.buffer and not connection.fill(Deadline(self.patience)):
-            return
-        context = RequestContext(self.client_address[0], time.monotonic())
-        context.id = server.next_id()
+    def server_bind(self):
+        """Bind without http.server's lookup of the host's name; :: accepts IPv4 too."""
+        with contextlib.suppress(OSError):      # the address is of IPv4
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        socketserver.TCPServer.server_bind(self)
+
+    def get_request(self):
+        """Accept a connection; without descriptors or memory, evict one and back off: the listener stays readable."""
         try:
-            head = connection.read_piece(HeadDecoder(), Deadline(server.settings.header_timeout))
+            accepted, address = super().get_request()
+            return ClientConnection(accepted), address
+        except OSError as error:
+            if error.errno in (*OUT_OF_DESCRIPTORS, errno.ENOBUFS, errno.ENOMEM):
+                self._starved_at = time.monotonic()
+                if not self.connections.evict():
+                    self.gateway.upstream.close()
+                time.sleep(0.05)
+            raise
+
+    def process_request(self, request, client_address):
+        """Start a thread for a new connection; at the limit answer 503 without a thread."""
+        if self.connections.admit(request, client_address[0]):
+            with contextlib.suppress(RuntimeError):     # no thread could be started
+                return super().process_request(request, client_address)
+        if self.tls:
+            return request.close()  # a response would cost a handshake
+        with contextlib.suppress(OSError):
+            request.sock.send(self.BUSY_RESPONSE)  # fits the buffer of a new socket
+            request.sock.shutdown(socket.SHUT_WR)
+        self._rejecting.append((request, time.monotonic() + REJECT_SECONDS))    # a reset now could lose the response
+
+    def service_actions(self):
+        """Close rejected connections in time, and warn of a lack of descriptors; called at least twice a second."""
+        while self._rejecting and (len(self._rejecting) > MAX_REJECTING or self._rejecting[0][1] < time.monotonic()):
+            self.shutdown_request(self._rejecting.popleft()[0])
+        if self._starved_at > self._warned_at + MINUTE:
+            self._warned_at = self._starved_at
+            LOG.warning("out of file descriptors: raise the limit (ulimit -n, or LimitNOFILE= of the systemd unit) or "
+                        "lower --max-connections (now %d)", self.connections.most)
+
+    def finish_request(self, request, client_address):
+        """Serve a connection in its own thread, until it ends or there is nothing to answer."""
+        patience = self.settings.header_timeout
+        with contextlib.suppress(OSError, Refusal):
+            if self.tls:
+                request.start_tls(self.tls, Deadline(patience), server_side=True)
+            while self._serve_request(request, client_address[0], patience):
+                patience = self.settings.idle_timeout
+        request.close_notify()
+
+    def _serve_request(self, connection, address, patience):
+        """Wait for a request and serve it; return whether another one may follow. An eviction ends it silently."""
+        if not self.connections.mark_idle(connection) or not (connection.buffer or connection.fill(Deadline(patience))):
+            return False
+        context = RequestContext(address, time.monotonic())
+        context.id = self._next_id()
+        try:
+            head = connection.read_piece(HeadDecoder(), Deadline(self.settings.header_timeout))
         except (Malformed, OSError) as error:
-            head = client_failure(error, f"the headers took longer than {server.settings.header_timeout:g} s")
-        if not server.connections.mark_active(connection):
-            return
-        client = ClientStream(server, connection, context, head)
-        server.gateway.serve(client)
+            head = client_failure(error, f"the headers took longer than {self.settings.header_timeout:g} s")
+        if not self.connections.mark_active(connection):
+            return False
+        client = ClientStream(self, connection, context, head)
+        self.gateway.serve(client)
         if context.refusal_code == "no_descriptors":
-            server.warn_of_descriptors()
-        self.close_connection = not (client.finished and client.keep_alive)
-        self.patience = server.settings.idle_timeout
-        if client.finished and not client.body.complete:
-            connection.drain()
+            self._starved_at = time.monotonic()
+        if not client.body.complete:
+            connection.discard_rest()
+        return client.keep_alive
+
+    def shutdown_request(self, request):
+        """Close a connection; after a signal to stop, its thread may have started and closes it."""
+        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            self.connections.remove(request)
+            request.close()
+
+    def server_close(self, seconds=0):
+        """Stop listening, let running requests finish for some seconds, and stop the gateway's background threads."""
+        super().server_close()
+        self.connections.drain(seconds)
+        for connection, _ in self._rejecting:
+            connection.close()
+        self.gateway.close()
 
 # == Routing and access =======================================================
 
@@ -4081,8 +3966,8 @@ def relay(response, client, release_slot):
     client.start(response.status, response.head.phrase, lines, response.field("content-type"),
                  None if isinstance(usage_reader, UsageStripper) else response.length)
     while True:
-        if response.waiting:
-            client.flush()
+        if response.waiting and client.pending:
+            client.write(b"")
         try:
             piece = response.read()
         except (UpstreamError, Refusal):    # a Refusal: the server is stopping
@@ -4383,89 +4268,69 @@ INCLUDE_USAGE = b',"stream_options":{"include_usage":true}'    # at an object's 
 NO_SLOT = contextlib.nullcontext()
 
 
-class Gateway:
-    """Takes each request through all stages."""
-
-    def __init__(self, trusted_proxies, router, connections, authenticator, limiter, endpoints, upstream, ratios,
-                 health, journal):
-        self._trusted_proxies, self._router, self._connections = trusted_proxies, router, connections
-        self._authenticator, self._limiter, self._endpoints = authenticator, limiter, endpoints
-        self._upstream, self._ratios, self.health, self._journal = upstream, ratios, health, journal
+class Gateway(types.SimpleNamespace):
+    """Takes each request through all stages, which are its attributes: see `build_server`."""
 
     def serve(self, client):
         """Serve one request: answer it once, and record it once."""
         context = client.context
         try:
             request = client.read_request()
-            context.client_address = client_address(context.client_address, request, self._trusted_proxies)
-            client.extra = self._router.cors_fields(request)
-            context.request, context.route, context.path = self._router.match(request)
-            if context.route.access == "public":
-                return client.answer(*self._endpoint(context))
-            client.limit_fields = functools.partial(self._limiter.fields, context)
-            self._authorize(client)
-            self._connections.authenticate(client.connection, context.token.id)
-            with Slot(self._limiter, context) if context.route.category == "inference" else NO_SLOT as slot:
-                if context.route.category == "page":
-                    return client.answer(*self._page(client))
+            context.client_address = client_address(context.client_address, request, self.trusted_proxies)
+            client.extra_fields = lambda: (*self.router.cors_fields(request), *self.limiter.fields(context))
+            context.request, context.route, context.path = self.router.match(request)
+            if context.route.access != "public":
+                self._authorize(context)
+                self.connections.authenticate(client.connection, context.token.id)
+            if context.route.category == "page":
+                return client.answer(*self._page(client))
+            with Slot(self.limiter, context) if context.route.category == "inference" else NO_SLOT as slot:
                 last = self._forward(client, slot)
             client.write(last, last=True)   # when the slot is free: the client may send its next request at once
         except Refusal as refusal:
-            self._refuse(client, refusal)
+            client.refuse(refusal)
         except UpstreamError as error:
-            self._refuse(client, error.refusal())
+            client.refuse(error.refusal())
         except Failure as error:    # its text may name a path, and the client is not authenticated: only the log has it
-            self._refuse(client, Refusal(error.code), str(error))
+            client.refuse(Refusal(error.code), str(error))
         except ClientLeft as error:
             if context.usage_reader is None or not context.usage_reader.ended:   # many leave after the last line
                 context.outcome, context.reason = "left", str(error)
             client.abort()
         except Exception:   # a fault of the gateway ends one request, with a response and a traceback in the log
             LOG.exception("request %s met a fault of the gateway", context.id)
-            client.refuse(Refusal("internal", f"the gateway failed: see its log, request {context.id}"))
+            client.refuse(Refusal("internal", f"the gateway failed: see its log, request {context.id}"), "")
         finally:
-            self._journal.write(context)
+            self.journal.write(context)
 
-    @staticmethod
-    def _refuse(client, refusal, reason=""):
-        client.context.refusal_code, client.context.reason = refusal.code, reason or str(refusal)
-        client.refuse(refusal)
-
-    def _authorize(self, client):
-        """Find the request's token, which may use the route; raise Refusal."""
-        context = client.context
-        context.token = self._authenticator.identify(context.request, context.client_address, client.connection.pause)
+    def _authorize(self, context, model=False):
+        """Find the request's token, which may use the route and, if it is known already, the model; raise Refusal."""
+        context.token = self.authenticator.identify(context.request, context.client_address, time.sleep)
         authorize_route(context)
-
-    def _endpoint(self, context):
-        """Return the response of one of our own endpoints; raise Refusal."""
-        try:
-            return getattr(self._endpoints, context.route.handler)(context)
-        except UsageError as error:
-            raise Refusal("malformed", str(error)) from None
-        except Failure as error:
-            raise Refusal(error.code, str(error)) from None
+        if model:
+            authorize_model(context)
 
     def _page(self, client):
-        """Return the response of an endpoint that needs a token; raise Refusal."""
-        if client.context.route.method in ("POST", "PATCH"):
-            client.context.body = client.read_page_body()
-            if client.context.body:     # the token may have been revoked while the body arrived
-                self._authorize(client)
-        return self._endpoint(client.context)
+        """Return the response of one of our own pages; raise Refusal."""
+        context = client.context
+        if context.route.method in ("POST", "PATCH"):
+            with client.read_whole_body(page=True) as body:
+                context.body = body.inspect(bytes)
+            if context.body:    # the token may have been revoked while the body arrived
+                self._authorize(context)
+        try:
+            return getattr(self.endpoints, context.route.handler)(context)
+        except (UsageError, Failure) as error:
+            raise Refusal(getattr(error, "code", "malformed"), str(error)) from None
 
     def _forward(self, client, slot):
         """Pass a request on to Ollama and its response to the client; return the last piece, which is not sent yet."""
-        context, connection = client.context, client.connection
-
-        def check_again():  # whenever time has passed: the token may have been revoked or narrowed
-            self._authorize(client)
-            authorize_model(context)
-
+        context, connection, route = client.context, client.connection, client.context.route
+        check_again = functools.partial(self._authorize, context, model=True)   # the token may have changed meanwhile
         connection.waited = False
-        with StreamedBody(client, check_again) if context.route.streamed else client.read_whole_body() as body:
+        with StreamedBody(client, check_again) if route.streamed else client.read_whole_body() as body:
             if connection.waited:
-                self._authorize(client)
+                self._authorize(context)
             context.model, context.insert_at = inspect_body(context, body)
             authorize_model(context)
             if context.insert_at:
@@ -4473,18 +4338,12 @@ class Gateway:
             if slot:
                 slot.wait(connection, check_again)
             fields = f"X-Request-Id: {context.id}\r\n{context.request.forwarded}"
-            target = context.path + context.request.query
-            request = UpstreamRequest(context.route.method, target, fields, body, connection)
-            with PromptCount(self._ratios, context, body) if slot else NO_SLOT, \
-                    self._upstream.send(request) as response:
+            request = UpstreamRequest(route.method, context.path + context.request.query, fields, body, connection)
+            with PromptCount(self.ratios, context, body) if slot else NO_SLOT, self.upstream.send(request) as response:
                 return relay(response, client, slot and slot.release)
 
-    def free_descriptors(self):
-        """Close the idle connections to Ollama."""
-        self._upstream.close()
-
     def close(self):
-        for stage in self._journal, self._authenticator, self.health, self._upstream:
+        for stage in self.journal, self.authenticator, self.health, self.upstream:
             stage.close()
 
 # == OpenAPI ==================================================================
@@ -5452,9 +5311,7 @@ class Pages:
 
 
 def server_tls(settings):
-    """Return the TLS context for the settings' certificate, or None; raise Failure if it cannot be used."""
-    if not settings.tls_cert:
-        return None
+    """Return the TLS context for the settings' certificate; raise Failure if it cannot be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
@@ -5467,11 +5324,9 @@ def server_tls(settings):
 
 
 def connections_that_fit(most):
-    """Raise the limit of open files for so many connections; return how many connections fit.
-
-    A connection has four descriptors at most: its socket, a spooled body, and the connection to Ollama or, while it
-    waits in the queue or for a name look-up, the two of its wakeup, which are closed before that connection is opened.
-    """
+    """Raise the limit of open files for so many connections, with four each; return how many connections fit."""
+    # Its socket, a spooled body, and the connection to Ollama or, while it waits in the queue or for a name look-up,
+    # the two of its wakeup, which are closed before that connection is opened.
     try:
         import resource
     except ImportError:
@@ -5490,12 +5345,11 @@ def connections_that_fit(most):
 
 def build_server(settings, store, log=LOG.info):
     """Return the gateway's server, bound and ready to serve; `log` takes the finished requests' lines, joined."""
-    tls = server_tls(settings)
-    upstream = Upstream(settings.ollama_url, settings.connect_timeout, settings.first_byte_timeout,
-                        settings.stall_timeout)
-    health = HealthProbe(upstream)
+    tls = server_tls(settings) if settings.tls_cert else None
+    timeouts = settings.connect_timeout, settings.first_byte_timeout, settings.stall_timeout
+    upstream = Upstream(settings.ollama_url, *timeouts)
+    health, tokens = HealthProbe(upstream), TokenCache(store)
     connections = ConnectionLimiter(connections_that_fit(settings.max_connections), settings.trusted_proxies)
-    tokens = TokenCache(store)
     ledger = UsageLedger(store, tokens)
     queue = FairQueue(settings.max_parallel, settings.max_queue, settings.queue_timeout)
     limiter = Limiter(queue, ledger)
@@ -5505,23 +5359,17 @@ def build_server(settings, store, log=LOG.info):
     metrics = Metrics(gauges)
     routes = served_routes(settings.metrics_open, settings.no_admin_api)
     gateway = Gateway(
-        trusted_proxies=settings.trusted_proxies,
+        trusted_proxies=settings.trusted_proxies, connections=connections, limiter=limiter, health=health,
         router=Router(routes, settings.base_path, settings.path_tokens, settings.cors_origins),
-        connections=connections,
-        authenticator=Authenticator(tokens, AuthThrottle()),
-        limiter=limiter,
+        authenticator=Authenticator(tokens, AuthThrottle()), upstream=upstream, ratios=TokenRatio(),
         endpoints=Pages(routes, settings.base_path, store, health, ledger, limiter, metrics, gauges),
-        upstream=upstream,
-        ratios=TokenRatio(),
-        health=health,
-        journal=Journal(ledger, metrics, log or LOG.info))
+        journal=Journal(ledger, metrics, log))
     try:
-        return GatewayServer(settings, Handler, gateway, connections, tls)
+        return GatewayServer(settings, gateway, tls)
     except (OSError, UnicodeError) as error:
         gateway.close()
-        reason = getattr(error, "strerror", None) or error
-        raise Failure(f"cannot listen on {settings.host} port {settings.port}: {reason}; "
-                      "choose another with --host and --port") from None
+        raise Failure(f"cannot listen on {settings.host} port {settings.port}: "
+                      f"{getattr(error, 'strerror', None) or error}; choose another with --host and --port") from None
 
 # == Commands =================================================================
 
@@ -5959,9 +5807,9 @@ def cmd_serve(args):
             threading.Thread(target=stay_on_one_core, name="cpu affinity", daemon=True).start()
             server.serve_forever()
         except KeyboardInterrupt:
-            server.stop(settings.drain_timeout)
+            pass
         finally:
-            server.server_close()
+            server.server_close(settings.drain_timeout)
 
 
 def option_keywords(option):

@@ -2987,7 +2987,7 @@ class Load(GatewayCase):
         public.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         public.send(request("GET", "/docs") * 500)
         self.assertStatus(public.head(), 200)
-        eventually(lambda: [connection.stalled for connection in server.connections._active] == [True, True], "the filling of all buffers")
+        eventually(lambda: [connection.waits_for_client for connection in server.connections._active] == [True, True], "the filling of all buffers")
         for _ in range(3):
             self.assertStatus(self.ask_until_there_is_room(server), 200)
         pieces = iter(lambda: valid.socket.recv(1 << 20)[-5:], b"")     # Client.read would take seconds
@@ -4022,14 +4022,9 @@ class FailedCredentials(GatewayCase):
                 self.assertStatus(self.ask("GET", "/api/tags", headers=[("X-Forwarded-For", said)], server=self.serve(trusted_proxies=trusted)), 200)
                 self.assertEqual(self.logged()["peer"], peer)
 
-    def test_a_delayed_client_that_leaves_is_missed(self):
-        with unittest.mock.patch.object(gateway, "FAILED_DELAY", 100), unittest.mock.patch.object(gateway, "FREE_FAILURES", -30):
-            client = self.begin("GET", "/api/tags", token="nonsense")
-            client.close()
-            self.assertEqual(self.logged()["outcome"], "left")
-
     def test_few_wait_at_a_time(self):
-        with unittest.mock.patch.object(gateway, "FAILED_DELAY", 100), unittest.mock.patch.object(gateway, "FREE_FAILURES", -30):
+        clock = unittest.mock.Mock(wraps=time, sleep=self.hold().wait)
+        with unittest.mock.patch.multiple(gateway, FAILED_DELAY=100, FREE_FAILURES=-30, time=clock):
             clients = [self.begin("GET", "/api/tags", token="nonsense") for _ in range(gateway.DELAYED_AT_ONCE + 2)]
             eventually(lambda: len(select.select(clients_sockets(clients), [], [], 0.01)[0]) == 2, "the refusal of the two that may not wait")
             ready = select.select(clients_sockets(clients), [], [], 0)[0]
@@ -5603,7 +5598,7 @@ class Relaying(GatewayCase):
                 self.assertStatus(self.again(client, method, path, body), 200)
 
     def test_idle_upstream_connections_older_than_60_s_are_not_reused(self):
-        pool, now = self.server.gateway._upstream.pool, [1000.0]
+        pool, now = self.server.gateway.upstream.pool, [1000.0]
         with unittest.mock.patch.object(pool, "_clock", lambda: now[0]):
             client = self.primed()
             now[0] += 60
@@ -5615,7 +5610,7 @@ class Relaying(GatewayCase):
             eventually(lambda: len(self.fake._open) == 1, "the old one's end")
 
     def test_idle_upstream_connections_of_a_burst_are_closed_though_a_newer_one_is_in_use(self):
-        pool, now = self.server.gateway._upstream.pool, [1000.0]
+        pool, now = self.server.gateway.upstream.pool, [1000.0]
         with unittest.mock.patch.object(pool, "_clock", lambda: now[0]):
             hold = self.hold()
             self.fake.replies["/api/chat"] = Reply.stream(hold, LINE)
@@ -5634,7 +5629,7 @@ class Relaying(GatewayCase):
     def test_tcp_keep_alive_of_clients_and_of_the_upstream(self):
         client = self.primed()
         client_side, = {**self.server.connections._idle, **self.server.connections._active}
-        upstream_side, = self.server.gateway._upstream.pool._idle
+        upstream_side, = self.server.gateway.upstream.pool._idle
         wanted = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
         there_are = {name: value for name, value in wanted.items() if hasattr(socket, name)}
         for side in client_side, upstream_side:
