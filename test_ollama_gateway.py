@@ -5492,7 +5492,7 @@ class Outage(GatewayCase):
 
     def test_a_probe_that_waits_ends_with_the_server(self):
         self.fake.replies["/api/version"] = Reply.stream(b"{", until_hangup, kind=JSON)
-        with unittest.mock.patch.object(gateway, "PROBE_SECONDS", 10 * GUARD), self.serving() as server:
+        with unittest.mock.patch.object(gateway, "PROBE_SECONDS", 0.5), self.serving() as server:
             server.gateway.health.start()
             eventually(lambda: self.fake.received, "the probe's request")
         self.assertEqual(self.fake.hangups.get(timeout=GUARD), "/api/version")
