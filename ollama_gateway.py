@@ -3418,9 +3418,7 @@ class Limiter:
 UPSTREAM_FAILURES = {   # kind of an UpstreamError: the code and the message of its refusal
     "not connected": ("upstream_failed", "Ollama cannot be reached: {}"),   # or lost before the response
     "no response": ("upstream_silent", "Ollama did not answer: {}"),        # in time
-    "bad response": ("upstream_failed", "Ollama {}"),                       # not HTTP, too large, or broken off
-}
-CANCEL_SECONDS = 0.2    # a client that leaves during a name look-up is noticed within this time
+    "bad response": ("upstream_failed", "Ollama {}")}                       # not HTTP, too large, or broken off
 
 
 class UpstreamError(Exception):
@@ -3439,11 +3437,10 @@ class EarlyResponse(Exception):
     """Ollama responded, or hung up, before it had the whole request."""
 
 
-class UpstreamConnection(Connection):
+class UpstreamConnection(Connection, contextlib.AbstractContextManager):
     """A connection to Ollama. A streamed request body watches it for an early response."""
 
     reused = False
-    idle_since = 0      # by the pool's clock
 
     def on_readable(self):
         """Raise EarlyResponse, unless TLS alone had something to read, a session ticket for example."""
@@ -3454,9 +3451,6 @@ class UpstreamConnection(Connection):
         """Wait to send more of a request; raise EarlyResponse."""
         self.wait(WRITABLE | READABLE, deadline, cancel_on)
         self.on_readable()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, kind, *_):
         if kind:
@@ -3480,122 +3474,21 @@ def port_of(url):
     return url.port or (443 if url.scheme == "https" else 80)
 
 
-class Pool:
-    """Kept-alive connections to a host; the last used is taken first. `clock` is for intervals."""
-
-    def __init__(self, url, connect_timeout, tls=None, clock=time.monotonic):
-        self._host, self._port = url.hostname, port_of(url)
-        self._tls = (tls or ssl.create_default_context()) if url.scheme == "https" else None
-        self._connect_timeout, self._clock, self._idle = connect_timeout, clock, deque()
-        self._lock, self._resolver = threading.Lock(), None
-        self._found = OSError("it met a fault of the gateway")  # addresses, or the error of the last look-up
-
-    def lease(self, request, fresh=False):
-        """Return a live connection, a kept-alive one unless `fresh`; raise OSError."""
-        with contextlib.suppress(IndexError):   # none is left; other threads take some, too
-            while not fresh:
-                connection = self._idle.pop()
-                fit = self._clock() - connection.idle_since <= IDLE_SECONDS and connection.alive()
-                if fit and not connection.buffer:   # no unrequested bytes came
-                    connection.reused = True
-                    return connection
-                connection.close()
-        return self._connect(request)
-
-    def _connect(self, request):
-        """Return a new connection to the first address that accepts; each has an equal share of the time left."""
-        deadline = request.deadline or Deadline(self._connect_timeout, "--connect-timeout")
-        failure = OSError("its name has no address")
-        found = self._addresses(deadline, request.cancel_on)
-        for number, (family, kind, protocol, _, address) in enumerate(found):
-            try:
-                with UpstreamConnection(socket.socket(family, kind, protocol)) as connection:
-                    self._establish(connection, address, deadline.share(len(found) - number), request.cancel_on)
-                    return connection
-            except OSError as error:
-                if error.errno in OUT_OF_DESCRIPTORS:
-                    raise
-                failure = error
-        raise ConnectionError(failure.strerror or str(failure))
-
-    def _addresses(self, deadline, cancel_on):
-        """Return the host's addresses, looked up in a thread: getaddrinfo cannot be cancelled and has no timeout.
-
-        One look-up runs at a time, however many requests wait for it: a resolver that hangs holds one thread.
-        """
-        if ":" in self._host or self._host.replace(".", "").isdigit():
-            return look_up(self._host, self._port)  # an IP address needs no resolver
-        with self._lock:
-            if not (self._resolver and self._resolver.is_alive()):
-                self._resolver = threading.Thread(target=self._resolve, name="resolver", daemon=True)
-                self._resolver.start()
-            resolver = self._resolver
-        try:
-            while resolver.is_alive():
-                resolver.join(min(deadline.left(), CANCEL_SECONDS))
-                if cancel_on and cancel_on.watched_events() & READABLE:
-                    cancel_on.on_readable()
-        except TimeoutError as error:
-            raise ConnectionError(f"the look-up of {self._host} has not ended: {error}") from None
-        found = self._found
-        if isinstance(found, Exception):
-            raise ConnectionError(f"the look-up of {self._host} failed: {getattr(found, 'strerror', None) or found}")
-        return found
-
-    def _resolve(self):
-        try:
-            self._found = look_up(self._host, self._port)
-        except (OSError, UnicodeError) as error:
-            self._found = error
-
-    def _establish(self, connection, address, deadline, cancel_on):
-        try:
-            connection.sock.connect(address)
-        except BlockingIOError:
-            connection.wait(WRITABLE, deadline, cancel_on)
-            error = connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if error:
-                raise OSError(error, os.strerror(error)) from None
-        if self._tls:
-            connection.start_tls(self._tls, deadline, cancel_on, server_hostname=self._host)
-
-    def release(self, connection):
-        """Keep a connection for the next request."""
-        connection.idle_since = self._clock()
-        if len(self._idle) < POOL_SIZE:
-            self._idle.append(connection)
-        else:
-            connection.close()
-
-    def close_idle(self, seconds=0):
-        """Close the connections that were idle for so many seconds."""
-        latest = self._clock() - seconds
-        with contextlib.suppress(IndexError):
-            while self._idle[0].idle_since <= latest:
-                self._idle.popleft().close()
-
-
-class Response:
+class Response(contextlib.AbstractContextManager):
     """A response of Ollama: its head at once, its body piece by piece. Leaving its with block frees the connection."""
 
-    def __init__(self, head, request, connection, pool, stall_timeout):
+    def __init__(self, head, request, connection, upstream):
         parse = parse_cached_response_head if len(head) <= CACHED_HEAD_BYTES else parse_response_head
         self.head = head = parse(head)
         self.status, self.reusable = head.status, head.keep_alive
         self.body = response_decoder(head, request.method)
-        self._connection, self._pool, self._request = connection, pool, request
-        self._stall_timeout = stall_timeout
-
-    @property
-    def waiting(self):
-        """Return whether `read` may have to wait."""
-        return not self._connection.buffer and not self.body.complete
+        self.connection, self._upstream, self._request = connection, upstream, request
 
     def read(self):
         """Return the next piece of the body as soon as it is there, b"" only at its end; raise UpstreamError."""
-        deadline = self._request.deadline or Deadline(self._stall_timeout, "--stall-timeout")
+        deadline = self._request.deadline or Deadline(self._upstream.stall_timeout, "--stall-timeout")
         try:
-            return self._connection.read_piece(self.body, deadline, self._request.cancel_on)
+            return self.connection.read_piece(self.body, deadline, self._request.cancel_on)
         except (OSError, Malformed) as error:
             raise UpstreamError("bad response", f"broke off its response: {error}") from None
 
@@ -3608,14 +3501,11 @@ class Response:
                 raise UpstreamError("bad response", f"sent more than {limit} bytes")
         return bytes(data)
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
-        if self.body.complete and self.reusable and not self._connection.buffer:   # unrequested bytes
-            self._pool.release(self._connection)
+        if self.body.complete and self.reusable and not self.connection.buffer:   # unrequested bytes
+            self._upstream.release(self.connection)
         else:
-            self._connection.close()
+            self.connection.close()
 
 
 def json_object(data):
@@ -3628,12 +3518,17 @@ def json_object(data):
 
 
 class Upstream(urllib.request.BaseHandler):
-    """An Ollama, below urllib's opener: pooled connections, no redirects, no proxies. `tls` replaces the system's."""
+    """A host with Ollama, below urllib's opener: kept-alive connections, no redirects, no proxies.
+
+    The timeouts are those of the settings; tls: an SSLContext in place of the system's.
+    """
 
     def __init__(self, url, connect_timeout, first_byte_timeout, stall_timeout, tls=None):
         self._url, self._connect_timeout = url, connect_timeout
-        self._first_byte_timeout, self._stall_timeout = first_byte_timeout, stall_timeout
-        self.pool = Pool(url, connect_timeout, tls)
+        self._first_byte_timeout, self.stall_timeout = first_byte_timeout, stall_timeout
+        self._tls = (tls or ssl.create_default_context()) if url.scheme == "https" else None
+        self._clock, self._idle = time.monotonic, deque()       # kept connections; the last used is taken first
+        self._lock, self._resolver, self._found = threading.Lock(), None, "it met a fault of the gateway"
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(self)
 
@@ -3661,7 +3556,7 @@ class Upstream(urllib.request.BaseHandler):
         the request is sent once more on a new connection; the other idle ones are as old, and are closed.
         """
         for fresh in not request.body.replayable, True:
-            connection = self.pool.lease(request, fresh)
+            connection = self._lease(request, fresh)
             try:
                 return self._exchange(connection, request)
             except OSError as error:
@@ -3670,35 +3565,109 @@ class Upstream(urllib.request.BaseHandler):
             self.close()
 
     def _exchange(self, connection, request):
+        """Send a request and return its Response; Ollama may respond, or hang up, before it has the whole request."""
+        head = (f"{request.method} {self._url.path}{request.target} HTTP/1.1\r\nHost: {self._url.netloc}\r\n"
+                f"Accept-Encoding: identity\r\n{request.fields}{request.body.framing}\r\n").encode("latin-1")
+        pieces, whole = request.body.pieces(connection), False
         with connection:
-            whole = self._send(connection, request)
+            with contextlib.suppress(EarlyResponse, ConnectionError, ssl.SSLError):
+                for piece in itertools.chain([head + next(pieces, b"")], pieces):
+                    connection.send(piece, Deadline(self.stall_timeout, "--stall-timeout"), request.cancel_on)
+                whole = True
             deadline = request.deadline or Deadline(request.timeout, "--first-byte-timeout")
             while True:
                 head = connection.read_piece(HeadDecoder(), deadline, request.cancel_on)
                 connection.reused = False   # it is alive: a later failure is not retried
-                response = Response(head, request, connection, self.pool, self._stall_timeout)
+                response = Response(head, request, connection, self)
                 if response.status >= 200:
                     response.reusable = response.reusable and whole
                     return response
                 if not whole:
                     raise Malformed("it interrupted the request with an interim response")
 
-    def _send(self, connection, request):
-        """Send head and body; return False if Ollama responded or stopped reading before the end."""
-        head = (f"{request.method} {self._url.path}{request.target} HTTP/1.1\r\nHost: {self._url.netloc}\r\n"
-                f"Accept-Encoding: identity\r\n{request.fields}{request.body.framing}\r\n").encode("latin-1")
-        pieces = request.body.pieces(connection)
-        try:
-            for piece in itertools.chain([head + next(pieces, b"")], pieces):
-                connection.send(piece, Deadline(self._stall_timeout, "--stall-timeout"), request.cancel_on)
-            return True
-        except TimeoutError:
-            raise
-        except (EarlyResponse, OSError):
-            return False
+    def _lease(self, request, fresh=False):
+        """Return a live connection, a kept-alive one unless `fresh`; raise OSError."""
+        with contextlib.suppress(IndexError):   # none is left; other threads take some, too
+            while not fresh:
+                connection = self._idle.pop()
+                fit = self._clock() - connection.idle_since <= IDLE_SECONDS and connection.alive()
+                if fit and not connection.buffer:   # no unrequested bytes came
+                    connection.reused = True
+                    return connection
+                connection.close()
+        return self._connect(request)
 
-    def close(self):
-        self.pool.close_idle()
+    def _connect(self, request):
+        """Return a new connection to the first address that accepts; each has an equal share of the time left."""
+        deadline = request.deadline or Deadline(self._connect_timeout, "--connect-timeout")
+        found = self._addresses(deadline, request.cancel_on)    # at least one
+        for number, (family, kind, protocol, _, address) in enumerate(found):
+            try:
+                with UpstreamConnection(socket.socket(family, kind, protocol)) as connection:
+                    self._establish(connection, address, deadline.share(len(found) - number), request.cancel_on)
+                    return connection
+            except OSError as error:
+                if error.errno in OUT_OF_DESCRIPTORS:
+                    raise
+                failure = ConnectionError(error.strerror or str(error))
+        raise failure
+
+    def _addresses(self, deadline, cancel_on):
+        """Return the host's addresses, looked up in a thread: getaddrinfo cannot be cancelled and has no timeout.
+
+        One look-up runs at a time, however many requests wait for it: a resolver that hangs holds one thread.
+        """
+        host = self._url.hostname
+        if ":" in host or host.replace(".", "").isdigit():
+            return look_up(host, port_of(self._url))    # an IP address needs no resolver
+        with self._lock:
+            if not (self._resolver and self._resolver.is_alive()):
+                self._resolver = threading.Thread(target=self._resolve, name="resolver", daemon=True)
+                self._resolver.start()
+            resolver = self._resolver
+        try:
+            while resolver.is_alive():
+                resolver.join(min(deadline.left(), 0.2))    # a client that leaves is noticed within 0.2 s
+                if cancel_on and cancel_on.watched_events() & READABLE:
+                    cancel_on.on_readable()
+        except TimeoutError as error:
+            raise ConnectionError(f"the look-up of {host} has not ended: {error}") from None
+        found = self._found
+        if isinstance(found, str):
+            raise ConnectionError(f"the look-up of {host} failed: {found}")
+        return found
+
+    def _resolve(self):
+        try:
+            self._found = look_up(self._url.hostname, port_of(self._url))
+        except (OSError, UnicodeError) as error:
+            self._found = getattr(error, "strerror", None) or str(error)    # for all that wait
+
+    def _establish(self, connection, address, deadline, cancel_on):
+        try:
+            connection.sock.connect(address)
+        except BlockingIOError:
+            connection.wait(WRITABLE, deadline, cancel_on)
+            error = connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error:
+                raise OSError(error, os.strerror(error)) from None
+        if self._tls:
+            connection.start_tls(self._tls, deadline, cancel_on, server_hostname=self._url.hostname)
+
+    def release(self, connection):
+        """Keep a connection for the next request."""
+        connection.idle_since = self._clock()
+        if len(self._idle) < POOL_SIZE:
+            self._idle.append(connection)
+        else:
+            connection.close()
+
+    def close(self, idle_seconds=0):
+        """Close the connections that were idle for so many seconds."""
+        latest = self._clock() - idle_seconds
+        with contextlib.suppress(IndexError):
+            while self._idle[0].idle_since <= latest:
+                self._idle.popleft().close()
 
 
 class HealthProbe:
@@ -3722,7 +3691,7 @@ class HealthProbe:
                     on_first()
             except Exception:  # a fault must not end the probing
                 LOG.exception("the health probe failed")
-            self._upstream.pool.close_idle(IDLE_SECONDS)
+            self._upstream.close(IDLE_SECONDS)
             first = False
 
     def _probe(self):
@@ -3741,7 +3710,6 @@ class HealthProbe:
         self._stop.set()
         if self._thread:
             self._thread.join(ABORT_SECONDS)    # it may hang in on_first, if nobody reads stderr
-
 
 # == Relay ====================================================================
 
@@ -3803,11 +3771,17 @@ def read_usage(data, whole=True):
 
 
 class UsageReader:
-    """Reads the usage in an answer that is passed on; this one reads none."""
+    """Reads the usage in an answer that is passed on as a whole; of a large one, its beginning and its end are kept."""
 
-    reported = None     # the Usage that Ollama reports
     ended = False       # the last line of a stream was read
-    pending = b""       # bytes for the client if the answer breaks off here
+
+    def __init__(self):
+        self._beginning = self._end = b""
+
+    @functools.cached_property
+    def reported(self):
+        """Return the Usage that Ollama reports, or None; it is read at the first access, mostly in the background."""
+        return read_usage(self._beginning + self._end, not self._end)
 
     @property
     def usage(self):
@@ -3816,27 +3790,10 @@ class UsageReader:
 
     def feed(self, piece, last):
         """Read a piece of the answer and return the bytes for the client."""
-        return piece
-
-
-class JsonUsageReader(UsageReader):
-    """Reads the usage in an answer that is one JSON object; of a large one, its beginning and its end are kept."""
-
-    def __init__(self):
-        self._beginning = self._end = b""
-        self._complete = False
-
-    @functools.cached_property
-    def reported(self):
-        """Return the Usage; it is read on the first access, after the end and mostly in the background."""
-        return read_usage(self._beginning + self._end, not self._end) if self._complete else None
-
-    def feed(self, piece, last):
         if len(self._beginning) < WHOLE_BYTES:
             self._beginning += piece
         else:
             self._end = (self._end + piece)[-ENDING_BYTES:]
-        self._complete = last
         return piece
 
 
@@ -3846,6 +3803,8 @@ class StreamUsageReader(UsageReader):
     markers: bytes in a line that may report the usage, bytes in each piece of text and, if another line is the last
     one, its possible beginnings. No text contains the quoted bytes, because its quotes are escaped.
     """
+
+    reported = None
 
     def __init__(self, markers):
         self._marker, self._piece_marker, *self._last_lines = markers
@@ -3866,42 +3825,36 @@ class StreamUsageReader(UsageReader):
 
     def _read_lines(self, lines, last):
         self._pieces += lines.count(self._piece_marker)
-        if lines:
-            self._recent.append(lines)
-        if self._marker in lines:
-            for line in lines.splitlines():
-                if self._marker in line and b'"choices":[{' not in line:   # there /v1/completions has zeros
-                    self._read_line(line)
         for start in self._last_lines:
             if lines.startswith(start) or b"\n" + start in lines:
                 self.ended = True
-        for line in b"".join(self._recent).splitlines() if last and self.reported is None else ():
-            self._read_line(line)       # its keys may be written with escapes
-
-    def _read_line(self, line):
-        usage = read_usage(line[max(line.find(b"{"), 0):])
-        if usage:
-            self.reported, self.ended = usage, self.ended or not self._last_lines
+        if lines:
+            self._recent.append(lines)
+        found = ()
+        if self._marker in lines:       # beside choices, /v1/completions has zeros
+            found = [line for line in lines.splitlines() if self._marker in line and b'"choices":[{' not in line]
+        if last and not found and self.reported is None:
+            found = b"".join(self._recent).splitlines()     # its keys may be written with escapes
+        for line in found:
+            usage = read_usage(line[line.find(b"{"):])
+            if usage:
+                self.reported, self.ended = usage, self.ended or not self._last_lines
 
 
 class UsageStripper(StreamUsageReader):
     """Removes the usage from a stream of events that reports it only because the gateway requested it."""
 
-    EVENT_ENDS = (b"\n\n", b"\n\r\n", b"\r\r")
     ADDED_EVENT = re.compile(rb'(?<![^\r\n])data:[^\r\n]*"choices"\s*:\s*\[\s*\],[^\r\n]*"usage"[^\r\n]*[\r\n]*')
-    USAGE = re.compile(rb',\s*"usage"\s*:\s*(?:null|\{(?:[^{}]|\{[^{}]*\})*\})(?=\s*\}\s*(?:[\r\n]|\Z))')
+    USAGE = re.compile(rb',\s*"usage"\s*:\s*(?:null|\{(?:[^{}]|\{[^{}]*\})*\})(?=\s*\}\s*(?:[\r\n]|\Z))'
+                       rb'|,\s*"usage"[^}\r\n]*\Z')     # where a response breaks off
 
     def feed(self, piece, last):
         data = self._line + piece
-        end = max((data.rfind(end) + len(end) for end in self.EVENT_ENDS if end in data), default=0)
+        end = max((data.rfind(end) + len(end) for end in (b"\n\n", b"\n\r\n", b"\r\r") if end in data), default=0)
         end = len(data) if last or len(data) > LINE_LIMIT else end
         events, self._line = data[:end], data[end:]
         self._read_lines(events, last)
         return self.USAGE.sub(b"", self.ADDED_EVENT.sub(b"", events)) if b'"usage"' in events else events
-
-    @property
-    def pending(self):
-        return re.split(rb',\s*"usage"', self._line)[0]
 
 
 STREAM_MARKERS = {    # by content type or path
@@ -3914,26 +3867,18 @@ REPORTS_NO_USAGE = ("/api/embeddings", "/v1/audio/transcriptions")
 
 
 def usage_reader_for(response, route, strip):
-    """Return the UsageReader for a response; None if the request cannot have cost tokens.
-
-    strip: the client did not request the usage that a stream of events reports.
-    """
+    """Return the UsageReader for a response, None if the request cannot have cost tokens; strip: see UsageStripper."""
     kind = response.head.media_type
     if route.category != "inference" or not 200 <= response.status < 300:
         return None
-    if route.path in REPORTS_NO_USAGE or kind not in ("application/json", *STREAM_MARKERS):
+    if kind not in STREAM_MARKERS or route.path in REPORTS_NO_USAGE:
         return UsageReader()
-    if kind == "application/json":
-        return JsonUsageReader()
     markers = STREAM_MARKERS.get(route.path, STREAM_MARKERS[kind])
     return UsageStripper(markers) if strip and kind == "text/event-stream" else StreamUsageReader(markers)
 
 
 class TokenRatio:
-    """Estimates the tokens of a text by its size, with a ratio for each model that is learnt from Ollama's counts.
-
-    The ratio is a moving average: with each new prompt, the weight of earlier ones falls by a tenth.
-    """
+    """Estimates the tokens of a text by its size; each model's ratio is a moving average of Ollama's counts."""
 
     DEFAULT = (400.0, 100.0)    # bytes and tokens of unknown models: 4 bytes a token
 
@@ -3941,7 +3886,7 @@ class TokenRatio:
         self._lock, self._sums = threading.Lock(), {}   # {model: (bytes, tokens)}, the least recently learnt first
 
     def learn(self, model, size, tokens):
-        """Add a prompt's size in bytes and its tokens, counted by Ollama."""
+        """Add a prompt's size in bytes and its tokens; the weight of earlier prompts falls by a tenth."""
         with self._lock:
             sizes, counts = self._sums.pop(model, self.DEFAULT)
             self._sums[model] = sizes * 0.9 + size, counts * 0.9 + tokens
@@ -3963,7 +3908,7 @@ class PromptCount(contextlib.AbstractContextManager):
     def __exit__(self, kind, *_):
         context, body = self._context, self._body
         reader, budget = context.usage_reader, context.token.tokens_per_day
-        whole = kind is None and isinstance(reader, JsonUsageReader)
+        whole = kind is None and type(reader) is UsageReader
         if context.route.path in REPORTS_NO_USAGE or whole and not budget:
             return      # the usage in a whole answer is read in the background if no budget depends on it
         usage = reader and reader.reported
@@ -3982,9 +3927,8 @@ def filter_models(response, key, globs):
     data = response.read_all(LIST_BYTES)
     if not 200 <= response.status < 300:
         return data
-    name = "id" if key == "data" else "model"
     try:
-        whole = json.loads(data)
+        whole, name = json.loads(data), "id" if key == "data" else "model"
         whole[key] = [model for model in whole[key] or () if model_allowed(model[name], globs)]
         return json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # or of another shape
@@ -3994,9 +3938,8 @@ def filter_models(response, key, globs):
 def relay(response, client, release_slot):
     """Send a response to the client piece by piece, and return its last piece unsent.
 
-    Nothing is read while the client does not read. A client may send its next request after a stream's last line,
-    without waiting for the end of the body: release_slot is called before that line is sent. Only UsageStripper holds
-    bytes back, until the end of an event.
+    A client may send its next request after a stream's last line, without waiting for the end of the body: release_slot
+    is called before that line is sent. Only UsageStripper holds bytes back, until the end of an event.
     """
     context, head = client.context, response.head
     route, lines, content_type = context.route, head.lines, head.fields.get("content-type", "")
@@ -4012,13 +3955,14 @@ def relay(response, client, release_slot):
     client.start(response.status, head.phrase, lines, content_type,
                  None if isinstance(usage_reader, UsageStripper) else head.length)
     while True:
-        if response.waiting:
+        if not (response.connection.buffer or response.body.complete):      # read may wait
             client.flush()
         try:
             piece = response.read()
         except (UpstreamError, Refusal):    # a Refusal: the server is stopping
-            if usage_reader and usage_reader.pending:
-                client.write(usage_reader.pending)
+            held = usage_reader.feed(b"", True) if usage_reader else b""
+            if held:
+                client.write(held)
             raise
         if usage_reader:
             piece = usage_reader.feed(piece, response.body.complete)
