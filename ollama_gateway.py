@@ -3274,52 +3274,32 @@ class Slot:
 
 # == Backends =================================================================
 
+UPSTREAM_FAILURES = {   # kind of an UpstreamError: the code and the message of its refusal
+    "not connected": ("upstream_failed", "Ollama cannot be reached: {}"),   # or lost before the response
+    "no response": ("upstream_silent", "Ollama did not answer: {}"),        # in time
+    "bad response": ("upstream_failed", "Ollama {}")}                       # not HTTP, too large, or broken off
+
 
 class UpstreamError(Exception):
-    """Ollama gave no complete response; the text is the cause."""
+    """Ollama gave no complete response: a kind of UPSTREAM_FAILURES, and the text that completes its message."""
 
-    code, message = "upstream_failed", "Ollama {}"
+    def __init__(self, kind, text):
+        super().__init__(text)
+        self.kind = kind
 
     def refusal(self):
-        return Refusal(self.code, self.message.format(self))
-
-
-class NotConnected(UpstreamError):
-    """There is no connection to Ollama, or it was lost before the response."""
-
-    message = "Ollama cannot be reached: {}"
-
-
-class NoResponse(UpstreamError):
-    """The response did not begin in time."""
-
-    code, message = "upstream_silent", "Ollama did not answer: {}"
-
-
-class BadResponse(UpstreamError):
-    """The response is not HTTP, too large, or broke off; the text is a predicate."""
+        code, message = UPSTREAM_FAILURES[self.kind]
+        return Refusal(code, message.format(self))
 
 
 class EarlyResponse(Exception):
     """Ollama responded, or hung up, before it had the whole request."""
 
 
-class UpstreamConnection(Connection):
+class UpstreamConnection(Connection, contextlib.AbstractContextManager):
     """A connection to Ollama. A streamed request body watches it for an early response."""
 
     reused = False
-    idle_since = 0      # by the pool's clock
-
-    def __init__(self, sock):
-        super().__init__(sock)
-        self._poll = new_poll()
-        self._poll.register(self.descriptor, READABLE)
-
-    def is_idle(self):
-        """Return whether nothing came since the last response: neither an end nor unrequested bytes."""
-        if self._poll.poll(0) or isinstance(self.sock, ssl.SSLSocket):  # poll costs a third of a read in vain
-            return self.alive() and not self.buffer
-        return True
 
     def on_readable(self):
         """Raise EarlyResponse, unless TLS alone had something to read, a session ticket for example."""
@@ -3331,122 +3311,196 @@ class UpstreamConnection(Connection):
         self.wait(WRITABLE | READABLE, deadline, cancel_on)
         self.on_readable()
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, kind, *_):
         if kind:
             self.close()
 
 
 class UpstreamRequest(urllib.request.Request):
-    """A request to Ollama. It knows no host until it is sent."""
+    """A request to Ollama. It knows no host until it is sent; a hang-up on cancel_on cancels it.
+
+    target: path and query; fields: lines of the head; deadline: for the whole exchange, None: the settings' timeouts.
+    """
 
     type, full_url, data, headers = "http", "", None, types.MappingProxyType({})    # for the OpenerDirector
 
     def __init__(self, method, target, fields, body, cancel_on=None, deadline=None):
-        """Take path and query (target) and the lines of the head (fields); a hang-up on cancel_on cancels the request.
-
-        deadline: for the whole exchange; None: the timeouts of the settings.
-        """
         self.method, self.target, self.fields, self.body = method, target, fields, body
         self.cancel_on, self.deadline = cancel_on, deadline
-
-    def head(self, url):
-        """Return the head in bytes for the host of a URL."""
-        return (f"{self.method} {url.path}{self.target} HTTP/1.1\r\nHost: {url.netloc}\r\n"
-                f"Accept-Encoding: identity\r\n{self.fields}{self.body.framing}\r\n").encode("latin-1")
 
 
 def port_of(url):
     return url.port or (443 if url.scheme == "https" else 80)
 
 
-class Resolver:
-    """Looks up the addresses of a host in a thread: getaddrinfo cannot be cancelled and has no timeout.
+class Response(contextlib.AbstractContextManager):
+    """A response of Ollama: its head at once, its body piece by piece. Leaving its with block frees the connection."""
 
-    One look-up runs at a time, however many requests wait for it: a resolver that hangs holds one thread.
+    def __init__(self, head, request, connection, upstream):
+        parse = parse_cached_response_head if len(head) <= CACHED_HEAD_BYTES else parse_response_head
+        self.head = head = parse(head)
+        self.status, self.reusable = head.status, head.keep_alive
+        self.body = response_decoder(head, request.method)
+        self.connection, self._upstream, self._request = connection, upstream, request
+
+    def read(self):
+        """Return the next piece of the body as soon as it is there, b"" only at its end; raise UpstreamError."""
+        deadline = self._request.deadline or Deadline(self._upstream.stall_timeout, "--stall-timeout")
+        try:
+            return self.connection.read_piece(self.body, deadline, self._request.cancel_on)
+        except (OSError, Malformed) as error:
+            raise UpstreamError("bad response", f"broke off its response: {error}") from None
+
+    def read_all(self, limit):
+        """Return the rest of the body; raise UpstreamError, also if it is larger than the limit."""
+        data = bytearray()
+        while not self.body.complete:
+            data += self.read()
+            if len(data) > limit:
+                raise UpstreamError("bad response", f"sent more than {limit} bytes")
+        return bytes(data)
+
+    def __exit__(self, *_):
+        if self.body.complete and self.reusable and not self.connection.buffer:   # unrequested bytes
+            self._upstream.release(self.connection)
+        else:
+            self.connection.close()
+
+
+def json_object(data):
+    """Return the JSON object in bytes, {} for anything else."""
+    try:
+        found = json.loads(data.decode())     # twice as fast as of bytes
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+class Upstream(urllib.request.BaseHandler):
+    """A host with Ollama, below urllib's opener: kept-alive connections, no redirects, no proxies.
+
+    The timeouts are those of the settings; tls: an SSLContext in place of the system's.
     """
 
-    def __init__(self, host, port):
-        self._host, self._port = host, port
-        self._lock, self._waiting, self._running = threading.Lock(), set(), False
-        self._found = None      # addresses, or the exception of the last look-up
-
-    def addresses(self, deadline, cancel_on):
-        """Return getaddrinfo's addresses; raise ConnectionError, or what the connection to cancel on raises."""
-        if ":" in self._host or self._host.replace(".", "").isdigit():
-            return look_up(self._host, self._port)  # an IP address needs no resolver
-        with contextlib.closing(Wakeup()) as wakeup:
-            with self._lock:
-                if not self._running:
-                    threading.Thread(target=self._run, name="resolver", daemon=True).start()
-                    self._running = True
-                self._waiting.add(wakeup)
-            try:
-                wakeup.wait(deadline, cancel_on)
-            except TimeoutError as error:
-                raise ConnectionError(f"the look-up of {self._host} has not ended: {error}") from None
-            finally:
-                with self._lock:
-                    self._waiting.discard(wakeup)
-        found = self._found
-        if isinstance(found, Exception):
-            raise ConnectionError(f"the look-up of {self._host} failed: {getattr(found, 'strerror', None) or found}")
-        return found
-
-    def _run(self):
-        found = OSError("it met a fault of the gateway")
-        try:
-            found = look_up(self._host, self._port)
-        except (OSError, UnicodeError) as error:
-            found = error   # for the threads that wait
-        finally:
-            with self._lock:
-                self._found, self._running = found, False
-                while self._waiting:
-                    self._waiting.pop().set()
-
-
-class Pool:
-    """Kept-alive connections to a host; the last used is taken first. `clock` is for intervals."""
-
-    def __init__(self, url, connect_timeout, tls=None, clock=time.monotonic):
-        self._host, self._resolver = url.hostname, Resolver(url.hostname, port_of(url))
+    def __init__(self, url, connect_timeout, first_byte_timeout, stall_timeout, tls=None):
+        self._url, self._connect_timeout = url, connect_timeout
+        self._first_byte_timeout, self.stall_timeout = first_byte_timeout, stall_timeout
         self._tls = (tls or ssl.create_default_context()) if url.scheme == "https" else None
-        self._connect_timeout, self._clock = connect_timeout, clock
-        self._idle = deque()
+        self._clock, self._idle = time.monotonic, deque()       # kept connections; the last used is taken first
+        self._lock, self._resolver, self._found = threading.Lock(), None, "it met a fault of the gateway"
+        self._opener = urllib.request.OpenerDirector()
+        self._opener.add_handler(self)
 
-    def lease(self, request, fresh=False):
-        """Return a live connection, a kept-alive one unless `fresh`; raise OSError."""
-        while self._idle and not fresh:
+    def send(self, request):
+        """Send an UpstreamRequest and return its Response; raise UpstreamError, or Refusal without descriptors."""
+        try:
+            return self._opener.open(request, timeout=self._first_byte_timeout)
+        except Malformed as error:
+            raise UpstreamError("bad response", f"does not speak HTTP: {error}") from None
+        except OSError as error:
+            if is_out_of_descriptors(error):
+                raise Refusal("no_descriptors") from None
+            raise UpstreamError("no response" if is_late(error) else "not connected", error) from None
+
+    def get_json(self, path, fields="", deadline=None):
+        """Return the status and the JSON object ({}: no object) of the response to GET path; raise as `send` does."""
+        deadline = deadline or Deadline(self._connect_timeout + PROBE_SECONDS, "--connect-timeout")
+        with self.send(UpstreamRequest("GET", path, fields, NO_BODY, deadline=deadline)) as response:
+            return response.status, json_object(response.read_all(PROBE_BYTES))
+
+    def default_open(self, request):
+        """Exchange a request for a Response, as urllib's opener calls it.
+
+        A kept-alive connection may fail when it is used. If no byte of a response came and the body can be sent again,
+        the request is sent once more on a new connection; the other idle ones are as old, and are closed.
+        """
+        for fresh in not request.body.replayable, True:
+            connection = self._lease(request, fresh)
             try:
+                return self._exchange(connection, request)
+            except OSError as error:
+                if is_late(error) or not connection.reused or connection.buffer:
+                    raise
+            self.close()
+
+    def _exchange(self, connection, request):
+        """Send a request and return its Response; Ollama may respond, or hang up, before it has the whole request."""
+        head = (f"{request.method} {self._url.path}{request.target} HTTP/1.1\r\nHost: {self._url.netloc}\r\n"
+                f"Accept-Encoding: identity\r\n{request.fields}{request.body.framing}\r\n").encode("latin-1")
+        pieces, whole = request.body.pieces(connection), False
+        with connection:
+            with contextlib.suppress(EarlyResponse, ConnectionError, ssl.SSLError):
+                for piece in itertools.chain([head + next(pieces, b"")], pieces):
+                    connection.send(piece, Deadline(self.stall_timeout, "--stall-timeout"), request.cancel_on)
+                whole = True
+            deadline = request.deadline or Deadline(request.timeout, "--first-byte-timeout")
+            while True:
+                head = connection.read_piece(HeadDecoder(), deadline, request.cancel_on)
+                connection.reused = False   # it is alive: a later failure is not retried
+                response = Response(head, request, connection, self)
+                if response.status >= 200:
+                    response.reusable = response.reusable and whole
+                    return response
+                if not whole:
+                    raise Malformed("it interrupted the request with an interim response")
+
+    def _lease(self, request, fresh=False):
+        """Return a live connection, a kept-alive one unless `fresh`; raise OSError."""
+        with contextlib.suppress(IndexError):   # none is left; other threads take some, too
+            while not fresh:
                 connection = self._idle.pop()
-            except IndexError:  # another thread took it
-                break
-            if self._clock() - connection.idle_since <= IDLE_SECONDS and connection.is_idle():
-                connection.reused = True
-                return connection
-            connection.close()
+                fit = self._clock() - connection.idle_since <= IDLE_SECONDS and connection.alive()
+                if fit and not connection.buffer:   # no unrequested bytes came
+                    connection.reused = True
+                    return connection
+                connection.close()
         return self._connect(request)
 
     def _connect(self, request):
         """Return a new connection to the first address that accepts; each has an equal share of the time left."""
-        deadline = Deadline(self._connect_timeout, "--connect-timeout")
-        if request.deadline and request.deadline.left() < self._connect_timeout:
-            deadline = request.deadline
-        failure = OSError("its name has no address")
-        found = self._resolver.addresses(deadline, request.cancel_on)
+        deadline = request.deadline or Deadline(self._connect_timeout, "--connect-timeout")
+        found = self._addresses(deadline, request.cancel_on)    # at least one
         for number, (family, kind, protocol, _, address) in enumerate(found):
             try:
                 with UpstreamConnection(socket.socket(family, kind, protocol)) as connection:
-                    share = deadline.share(len(found) - number)
-                    return self._establish(connection, address, share, request.cancel_on)
+                    self._establish(connection, address, deadline.share(len(found) - number), request.cancel_on)
+                    return connection
             except OSError as error:
                 if error.errno in OUT_OF_DESCRIPTORS:
                     raise
-                failure = error
-        raise ConnectionError(failure.strerror or str(failure))
+                failure = ConnectionError(error.strerror or str(error))
+        raise failure
+
+    def _addresses(self, deadline, cancel_on):
+        """Return the host's addresses, looked up in a thread: getaddrinfo cannot be cancelled and has no timeout.
+
+        One look-up runs at a time, however many requests wait for it: a resolver that hangs holds one thread.
+        """
+        host = self._url.hostname
+        if ":" in host or host.replace(".", "").isdigit():
+            return look_up(host, port_of(self._url))    # an IP address needs no resolver
+        with self._lock:
+            if not (self._resolver and self._resolver.is_alive()):
+                self._resolver = threading.Thread(target=self._resolve, name="resolver", daemon=True)
+                self._resolver.start()
+            resolver = self._resolver
+        try:
+            while resolver.is_alive():
+                resolver.join(min(deadline.left(), 0.2))    # a client that leaves is noticed within 0.2 s
+                if cancel_on and cancel_on.watched_events() & READABLE:
+                    cancel_on.on_readable()
+        except TimeoutError as error:
+            raise ConnectionError(f"the look-up of {host} has not ended: {error}") from None
+        found = self._found
+        if isinstance(found, str):
+            raise ConnectionError(f"the look-up of {host} failed: {found}")
+        return found
+
+    def _resolve(self):
+        try:
+            self._found = look_up(self._url.hostname, port_of(self._url))
+        except (OSError, UnicodeError) as error:
+            self._found = getattr(error, "strerror", None) or str(error)    # for all that wait
 
     def _establish(self, connection, address, deadline, cancel_on):
         try:
@@ -3457,8 +3511,7 @@ class Pool:
             if error:
                 raise OSError(error, os.strerror(error)) from None
         if self._tls:
-            connection.start_tls(self._tls, deadline, cancel_on, server_hostname=self._host)
-        return connection
+            connection.start_tls(self._tls, deadline, cancel_on, server_hostname=self._url.hostname)
 
     def release(self, connection):
         """Keep a connection for the next request."""
@@ -3468,167 +3521,12 @@ class Pool:
         else:
             connection.close()
 
-    def close_idle(self, seconds=0):
+    def close(self, idle_seconds=0):
         """Close the connections that were idle for so many seconds."""
-        latest = self._clock() - seconds
-        with contextlib.suppress(IndexError):   # none is left; other threads take some, too
+        latest = self._clock() - idle_seconds
+        with contextlib.suppress(IndexError):
             while self._idle[0].idle_since <= latest:
                 self._idle.popleft().close()
-
-
-class Response:
-    """A response of Ollama: its head at once, its body piece by piece. Leaving its with block frees the connection."""
-
-    def __init__(self, head, request, connection, pool, stall_timeout):
-        parse = parse_cached_response_head if len(head) <= CACHED_HEAD_BYTES else parse_response_head
-        self.head = head = parse(head)
-        self.status, self.length, self.reusable = head.status, head.length, head.keep_alive
-        self._body = response_decoder(head, request.method)
-        self._connection, self._pool, self._request = connection, pool, request
-        self._stall_timeout = stall_timeout
-
-    def field(self, name):
-        """Return the value of a field, by its name in lower case, "" if there is none."""
-        return self.head.fields.get(name, "")
-
-    @property
-    def complete(self):
-        return self._body.complete
-
-    @property
-    def waiting(self):
-        """Return whether `read` may have to wait."""
-        return not self._connection.buffer and not self._body.complete
-
-    def read(self):
-        """Return the next piece of the body as soon as it is there, b"" only at its end; raise BadResponse."""
-        deadline = self._request.deadline or Deadline(self._stall_timeout, "--stall-timeout")
-        try:
-            return self._connection.read_piece(self._body, deadline, self._request.cancel_on)
-        except (OSError, Malformed) as error:
-            raise BadResponse(f"broke off its response: {error}") from None
-
-    def read_all(self, limit):
-        """Return the rest of the body; raise BadResponse if it is larger than the limit."""
-        data = bytearray()
-        while not self.complete:
-            data += self.read()
-            if len(data) > limit:
-                raise BadResponse(f"sent more than {limit} bytes")
-        return bytes(data)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self._body.complete and self.reusable and not self._connection.buffer:   # unrequested bytes
-            self._pool.release(self._connection)
-        else:
-            self._connection.close()
-
-
-class Upstream(urllib.request.BaseHandler):
-    """An Ollama, below urllib's opener: pooled connections, no redirects, no proxies.
-
-    tls: an SSLContext in place of the system's.
-    """
-
-    def __init__(self, url, connect_timeout, first_byte_timeout, stall_timeout, tls=None):
-        self._url, self._connect_timeout = url, connect_timeout
-        self._first_byte_timeout, self._stall_timeout = first_byte_timeout, stall_timeout
-        self.pool = Pool(url, connect_timeout, tls)
-        self._opener = urllib.request.OpenerDirector()
-        self._opener.add_handler(self)
-
-    def send(self, request):
-        """Send an UpstreamRequest and return its Response; raise UpstreamError, or Refusal without descriptors."""
-        try:
-            return self._opener.open(request, timeout=self._first_byte_timeout)
-        except Malformed as error:
-            raise BadResponse(f"does not speak HTTP: {error}") from None
-        except OSError as error:
-            if is_out_of_descriptors(error):
-                raise Refusal("no_descriptors") from None
-            raise (NoResponse if is_late(error) else NotConnected)(error) from None
-
-    def get_json(self, path, fields="", cancel_on=None, deadline=None):
-        """Return the status and the JSON object (None: no object) of the response to GET path; raise as `send` does.
-
-        deadline: for the whole exchange; None: --connect-timeout and PROBE_SECONDS.
-        """
-        deadline = deadline or Deadline(self._connect_timeout + PROBE_SECONDS)
-        with self.send(UpstreamRequest("GET", path, fields, NO_BODY, cancel_on, deadline)) as response:
-            data = response.read_all(PROBE_BYTES)
-        try:
-            found = json.loads(data)
-        except (ValueError, RecursionError):
-            found = None
-        return response.status, found if isinstance(found, dict) else None
-
-    def default_open(self, request):
-        """Exchange a request for a Response, as urllib's opener calls it.
-
-        A kept-alive connection may fail when it is used. If no byte of a response came and the body can be sent again,
-        the request is sent once more on a new connection; the other idle ones are as old, and are closed.
-        """
-        connection = self.pool.lease(request, fresh=not request.body.replayable)
-        try:
-            return self._exchange(connection, request)
-        except OSError as error:
-            if is_late(error) or not connection.reused or connection.buffer:
-                raise
-        self.pool.close_idle()
-        return self._exchange(self.pool.lease(request, fresh=True), request)
-
-    def _exchange(self, connection, request):
-        with connection:
-            whole = self._send(connection, request)
-            deadline = request.deadline or Deadline(request.timeout, "--first-byte-timeout")
-            while True:
-                head = connection.read_piece(HeadDecoder(), deadline, request.cancel_on)
-                connection.reused = False   # it is alive: a later failure is not retried
-                response = Response(head, request, connection, self.pool, self._stall_timeout)
-                if response.status >= 200:
-                    response.reusable = response.reusable and whole
-                    return response
-                if not whole:
-                    raise Malformed("it interrupted the request with an interim response")
-
-    def _send(self, connection, request):
-        """Send head and body; return False if Ollama responded or stopped reading before the end."""
-        head = request.head(self._url)
-        try:
-            for piece in request.body.pieces(connection):
-                connection.send(head + piece, Deadline(self._stall_timeout, "--stall-timeout"), request.cancel_on)
-                head = b""
-            if head:
-                connection.send(head, Deadline(self._stall_timeout, "--stall-timeout"), request.cancel_on)
-            return True
-        except TimeoutError:
-            raise
-        except (EarlyResponse, OSError):
-            return False
-
-    def close(self):
-        self.pool.close_idle()
-
-
-class Stopped(Exception):
-    """The health probe has to end."""
-
-
-class StopSignal(Wakeup):
-    """Cancels a wait by Stopped as soon as it is set."""
-
-    @property
-    def descriptor(self):
-        return self._read_end.fileno()
-
-    def watched_events(self):
-        return READABLE
-
-    def on_readable(self):
-        raise Stopped
 
 
 class HealthProbe:
@@ -3636,50 +3534,41 @@ class HealthProbe:
 
     def __init__(self, upstream):
         self.up, self.version, self.models, self.loaded = False, None, [], []
-        self._upstream, self._stop, self._thread = upstream, None, None
+        self._upstream, self._stop, self._thread = upstream, threading.Event(), None
 
     def start(self, on_first=lambda: None):
         """Start the thread; it calls on_first after the first probe, which takes PROBE_SECONDS at most."""
-        self._stop = StopSignal()
         self._thread = threading.Thread(target=self._run, args=(on_first,), name="health", daemon=True)
         self._thread.start()
 
     def _run(self, on_first):
-        with contextlib.closing(self._stop), contextlib.suppress(Stopped):
-            for number in itertools.count():
-                try:
-                    self._probe()
-                    if not number:
-                        on_first()
-                except Stopped:
-                    raise
-                except Exception:  # a fault must not end the probing
-                    LOG.exception("the health probe failed")
-                self._upstream.pool.close_idle(IDLE_SECONDS)
-                with contextlib.suppress(TimeoutError):
-                    return self._stop.wait(Deadline(HEALTH_SECONDS), None)
+        first = True
+        while first or not self._stop.wait(HEALTH_SECONDS):
+            try:
+                self._probe()
+                if first:
+                    on_first()
+            except Exception:  # a fault must not end the probing
+                LOG.exception("the health probe failed")
+            self._upstream.close(IDLE_SECONDS)
+            first = False
 
     def _probe(self):
-        deadline = Deadline(PROBE_SECONDS)
-        version, tags, ps = (self._get(path, deadline) for path in ("/api/version", "/api/tags", "/api/ps"))
-        self.up, self.version = bool(version), version.get("version")
-        self.models, self.loaded = (found if isinstance(found, list) else []
-                                    for found in (tags.get("models"), ps.get("models")))
-
-    def _get(self, path, deadline):
-        """Return the JSON object in the response to GET path, {} if there is none."""
-        try:
-            status, found = self._upstream.get_json(path, cancel_on=self._stop, deadline=deadline)
-        except (UpstreamError, Refusal, RuntimeError):  # RuntimeError: no thread could be started for the look-up
-            return {}
-        return found or {} if status == 200 else {}
+        deadline, answers = Deadline(PROBE_SECONDS), []
+        for path in "/api/version", "/api/tags", "/api/ps":
+            try:
+                status, answer = self._upstream.get_json(path, deadline=deadline)
+                answers.append(answer if status == 200 else {})
+            except (UpstreamError, Refusal, RuntimeError):  # RuntimeError: no thread could be started for the look-up
+                answers.append({})
+        self.up, self.version = bool(answers[0]), answers[0].get("version")
+        self.models, self.loaded = (models if isinstance(models, list) else []
+                                    for models in (answer.get("models") for answer in answers[1:]))
 
     def close(self):
+        self._stop.set()
         if self._thread:
-            with contextlib.suppress(OSError):      # the thread has ended
-                self._stop.set()
-            self._thread.join(ABORT_SECONDS)        # it may hang in on_first, if nobody reads stderr
-
+            self._thread.join(ABORT_SECONDS)    # it may hang in on_first, if nobody reads stderr
 
 # == Relay ====================================================================
 
@@ -3737,19 +3626,21 @@ def read_usage(data, whole=True):
     if not whole or len(data) > WHOLE_BYTES:    # only texts follow these keys, and the quotes in texts are escaped
         counts = COUNT.findall(data, max(data.rfind(b'"total_duration"'), data.rfind(b'"usage"'), 0))
         return parse_usage({key.decode(): int(number) for key, number in counts})
-    try:
-        answer = json.loads(data.decode())     # twice as fast as of bytes
-    except (ValueError, RecursionError):
-        return None
-    return parse_usage(answer) if isinstance(answer, dict) else None
+    return parse_usage(json_object(data))
 
 
 class UsageReader:
-    """Reads the usage in an answer that is passed on; this one reads none."""
+    """Reads the usage in an answer that is passed on as a whole; of a large one, its beginning and its end are kept."""
 
-    reported = None     # the Usage that Ollama reports
     ended = False       # the last line of a stream was read
-    pending = b""       # bytes for the client if the answer breaks off here
+
+    def __init__(self):
+        self._beginning = self._end = b""
+
+    @functools.cached_property
+    def reported(self):
+        """Return the Usage that Ollama reports, or None; it is read at the first access, mostly in the background."""
+        return read_usage(self._beginning + self._end, not self._end)
 
     @property
     def usage(self):
@@ -3758,29 +3649,10 @@ class UsageReader:
 
     def feed(self, piece, last):
         """Read a piece of the answer and return the bytes for the client."""
-        return piece
-
-
-class JsonUsageReader(UsageReader):
-    """Reads the usage in an answer that is one JSON object; of a large one, its beginning and its end are kept."""
-
-    def __init__(self):
-        self._beginning = self._end = b""
-        self._unread, self._reported = False, None
-
-    @property
-    def reported(self):
-        """Return the Usage; it is read on the first access, mostly in the background."""
-        if self._unread:
-            self._unread, self._reported = False, read_usage(self._beginning + self._end, not self._end)
-        return self._reported
-
-    def feed(self, piece, last):
         if len(self._beginning) < WHOLE_BYTES:
             self._beginning += piece
         else:
             self._end = (self._end + piece)[-ENDING_BYTES:]
-        self._unread = last
         return piece
 
 
@@ -3790,6 +3662,8 @@ class StreamUsageReader(UsageReader):
     markers: bytes in a line that may report the usage, bytes in each piece of text and, if another line is the last
     one, its possible beginnings. No text contains the quoted bytes, because its quotes are escaped.
     """
+
+    reported = None
 
     def __init__(self, markers):
         self._marker, self._piece_marker, *self._last_lines = markers
@@ -3810,52 +3684,36 @@ class StreamUsageReader(UsageReader):
 
     def _read_lines(self, lines, last):
         self._pieces += lines.count(self._piece_marker)
-        if lines:
-            self._recent.append(lines)
-        if self._marker in lines:
-            for line in lines.splitlines():
-                if self._marker in line and b'"choices":[{' not in line:   # there /v1/completions has zeros
-                    self._read_line(line)
         for start in self._last_lines:
             if lines.startswith(start) or b"\n" + start in lines:
                 self.ended = True
-        for line in b"".join(self._recent).splitlines() if last and self.reported is None else ():
-            self._read_line(line)       # its keys may be written with escapes
-
-    def _read_line(self, line):
-        usage = read_usage(line[max(line.find(b"{"), 0):])
-        if usage:
-            self.reported, self.ended = usage, self.ended or not self._last_lines
+        if lines:
+            self._recent.append(lines)
+        found = ()
+        if self._marker in lines:       # beside choices, /v1/completions has zeros
+            found = [line for line in lines.splitlines() if self._marker in line and b'"choices":[{' not in line]
+        if last and not found and self.reported is None:
+            found = b"".join(self._recent).splitlines()     # its keys may be written with escapes
+        for line in found:
+            usage = read_usage(line[line.find(b"{"):])
+            if usage:
+                self.reported, self.ended = usage, self.ended or not self._last_lines
 
 
 class UsageStripper(StreamUsageReader):
     """Removes the usage from a stream of events that reports it only because the gateway requested it."""
 
-    _event = b""        # an event that has not ended yet
-    EVENT_END = re.compile(rb"(\n\r?\n|\r\r)")
-    USAGE = re.compile(rb',\s*"usage"\s*:\s*(?:null|\{(?:[^{}]|\{[^{}]*\})*\})(?=\s*\}\s*\Z)')
-    NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+    ADDED_EVENT = re.compile(rb'(?<![^\r\n])data:[^\r\n]*"choices"\s*:\s*\[\s*\],[^\r\n]*"usage"[^\r\n]*[\r\n]*')
+    USAGE = re.compile(rb',\s*"usage"\s*:\s*(?:null|\{(?:[^{}]|\{[^{}]*\})*\})(?=\s*\}\s*(?:[\r\n]|\Z))'
+                       rb'|,\s*"usage"[^}\r\n]*\Z')     # where a response breaks off
 
     def feed(self, piece, last):
-        data = self._event + piece
-        end = max(data.rfind(b"\n\n") + 2, data.rfind(b"\n\r\n") + 3, data.rfind(b"\r\r") + 2)
-        end = len(data) if last or len(data) > LINE_LIMIT else end if end > 2 else 0    # 2: not found
-        events, self._event = data[:end], data[end:]
+        data = self._line + piece
+        end = max((data.rfind(end) + len(end) for end in (b"\n\n", b"\n\r\n", b"\r\r") if end in data), default=0)
+        end = len(data) if last or len(data) > LINE_LIMIT else end
+        events, self._line = data[:end], data[end:]
         self._read_lines(events, last)
-        if b'"usage"' not in events:
-            return events
-        parts = self.EVENT_END.split(events)    # alternately events and their ends
-        return b"".join(map(self._without_usage, parts[::2], parts[1::2] + [b""]))
-
-    @property
-    def pending(self):
-        return re.split(rb',\s*"usage"', self._event)[0]
-
-    def _without_usage(self, event, end):
-        usage = self.USAGE.search(event)
-        if usage and self.NO_CHOICES.search(event):     # the additional event
-            return b""
-        return event[:usage.start()] + event[usage.end():] + end if usage else event + end
+        return self.USAGE.sub(b"", self.ADDED_EVENT.sub(b"", events)) if b'"usage"' in events else events
 
 
 STREAM_MARKERS = {    # by content type or path
@@ -3868,15 +3726,10 @@ REPORTS_NO_USAGE = ("/api/embeddings", "/v1/audio/transcriptions")
 
 
 def usage_reader_for(response, route, strip):
-    """Return the UsageReader for a response; None if the request cannot have cost tokens.
-
-    strip: the client did not request the usage that a stream of events reports.
-    """
+    """Return the UsageReader for a response, None if the request cannot have cost tokens; strip: see UsageStripper."""
     kind = response.head.media_type
     if route.category != "inference" or not 200 <= response.status < 300:
         return None
-    if kind == "application/json" and route.path not in REPORTS_NO_USAGE:
-        return JsonUsageReader()
     if kind not in STREAM_MARKERS or route.path in REPORTS_NO_USAGE:
         return UsageReader()
     markers = STREAM_MARKERS.get(route.path, STREAM_MARKERS[kind])
@@ -3884,10 +3737,7 @@ def usage_reader_for(response, route, strip):
 
 
 class TokenRatio:
-    """Estimates the tokens of a text by its size, with a ratio for each model that is learnt from Ollama's counts.
-
-    The ratio is a moving average: with each new prompt, the weight of earlier ones falls by a tenth.
-    """
+    """Estimates the tokens of a text by its size; each model's ratio is a moving average of Ollama's counts."""
 
     DEFAULT = (400.0, 100.0)    # bytes and tokens of unknown models: 4 bytes a token
 
@@ -3895,7 +3745,7 @@ class TokenRatio:
         self._lock, self._sums = threading.Lock(), {}   # {model: (bytes, tokens)}, the least recently learnt first
 
     def learn(self, model, size, tokens):
-        """Add a prompt's size in bytes and its tokens, counted by Ollama."""
+        """Add a prompt's size in bytes and its tokens; the weight of earlier prompts falls by a tenth."""
         with self._lock:
             sizes, counts = self._sums.pop(model, self.DEFAULT)
             self._sums[model] = sizes * 0.9 + size, counts * 0.9 + tokens
@@ -3917,7 +3767,7 @@ class PromptCount(contextlib.AbstractContextManager):
     def __exit__(self, kind, *_):
         context, body = self._context, self._body
         reader, budget = context.usage_reader, context.token.tokens_per_day
-        whole = kind is None and isinstance(reader, JsonUsageReader)
+        whole = kind is None and type(reader) is UsageReader
         if context.route.path in REPORTS_NO_USAGE or whole and not budget:
             return      # the usage in a whole answer is read in the background if no budget depends on it
         usage = reader and reader.reported
@@ -3936,9 +3786,8 @@ def filter_models(response, key, globs):
     data = response.read_all(LIST_BYTES)
     if not 200 <= response.status < 300:
         return data
-    name = "id" if key == "data" else "model"
     try:
-        whole = json.loads(data)
+        whole, name = json.loads(data), "id" if key == "data" else "model"
         whole[key] = [model for model in whole[key] or () if model_allowed(model[name], globs)]
         return json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # or of another shape
@@ -3948,37 +3797,37 @@ def filter_models(response, key, globs):
 def relay(response, client, release_slot):
     """Send a response to the client piece by piece, and return its last piece unsent.
 
-    Nothing is read while the client does not read. A client may send its next request after a stream's last line,
-    without waiting for the end of the body: release_slot is called before that line is sent. Only UsageStripper holds
-    bytes back, until the end of an event.
+    A client may send its next request after a stream's last line, without waiting for the end of the body: release_slot
+    is called before that line is sent. Only UsageStripper holds bytes back, until the end of an event.
     """
-    context, lines = client.context, response.head.lines
-    route, token = context.route, context.token
-    if response.status == 503 and not response.field("retry-after"):  # Ollama's queue is full
+    context, head = client.context, response.head
+    route, lines, content_type = context.route, head.lines, head.fields.get("content-type", "")
+    if response.status == 503 and "retry-after" not in head.fields:     # Ollama's queue is full
         lines += f"Retry-After: {RETRY_SECONDS}\r\n"
-    if route.model_list_key and token.models:
-        listed = filter_models(response, route.model_list_key, token.models)
-        client.start(response.status, response.head.phrase, lines, response.field("content-type"), len(listed))
+    if route.model_list_key and context.token.models:
+        listed = filter_models(response, route.model_list_key, context.token.models)
+        client.start(response.status, head.phrase, lines, content_type, len(listed))
         return listed
-    if route.category == "inference" and 200 <= response.status < 300:
-        context.model_label = normalize_model(context.model)
     usage_reader = context.usage_reader = usage_reader_for(response, route, context.insert_at)
-    client.start(response.status, response.head.phrase, lines, response.field("content-type"),
-                 None if isinstance(usage_reader, UsageStripper) else response.length)
+    if usage_reader:
+        context.model_label = normalize_model(context.model)
+    client.start(response.status, head.phrase, lines, content_type,
+                 None if isinstance(usage_reader, UsageStripper) else head.length)
     while True:
-        if response.waiting and client.pending:
+        if client.pending and not (response.connection.buffer or response.body.complete):   # read() may wait
             client.write(b"")
         try:
             piece = response.read()
         except (UpstreamError, Refusal):    # a Refusal: the server is stopping
-            if usage_reader and usage_reader.pending:
-                client.write(usage_reader.pending)
+            held = usage_reader.feed(b"", True) if usage_reader else b""
+            if held:
+                client.write(held)
             raise
         if usage_reader:
-            piece = usage_reader.feed(piece, response.complete)
+            piece = usage_reader.feed(piece, response.body.complete)
             if usage_reader.ended:
                 release_slot()
-        if response.complete:
+        if response.body.complete:
             return piece
         client.write(piece)
 
@@ -6490,7 +6339,7 @@ def time_stream(where, gateway, base, fields, model):
     arrivals, data = [], b""
     request = UpstreamRequest("POST", f"{base}/generate", fields, BufferedBody(json.dumps(body).encode()))
     with gateway.send(request) as response:
-        while not response.complete:
+        while not response.body.complete:
             data += response.read()
             arrivals.append(time.monotonic())
         if response.status == 400:
