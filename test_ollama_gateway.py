@@ -7232,6 +7232,7 @@ class Commands(CommandCase):
                     with self.subTest(flag, value=value, command=command[0]):
                         told = self.fails("token", *command, f"{flag}={value}", status=2)
                         self.assertIn(f'{flag}: "{value}"', told)
+        self.assertIn('--rpm: "?[2J"', self.fails("token", "create", "bob", "box", "--rpm", "\x1b[2J", status=2))
         self.assertIn("models", self.fails("token", "create", "bob", "box", "--admin", "--models", "x", status=2))
         self.assertIn("models", self.fails("token", "update", "ada", "laptop", "--admin", "--models", "x", status=2))
         self.assertEqual([(token["user"], token["admin"]) for token in self.tokens()], [("ada", False)])
