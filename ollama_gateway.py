@@ -5224,16 +5224,11 @@ def build_server(settings, store, log=LOG.info):
 
 PROGRAM = "python3 ollama_gateway.py"
 DEFAULT_ARGS = dict(env_file=None, json=False, quiet=False, format=None)  # of every command
-MIN_BAR_COLUMNS, MAX_BAR_COLUMNS = 10, 60
-MIN_COLUMNS = 8             # of a table's column that was narrowed
+MIN_COLUMNS = 11            # of a table's column that was narrowed: a date and an ellipsis
 TOKEN_VARIABLE = "GATEWAY_TOKEN"
 EXPORT_VERSION = 2          # version 1 has no limits
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "'")  # a spreadsheet takes such a cell for a formula or a quote
-
-
-def print_line(text):
-    """Print to stdout; raise OSError if it cannot be written."""
-    print(text, flush=True)
+print_line = functools.partial(print, flush=True)   # to stdout; raises OSError if it cannot be written
 
 
 def print_error(text):
@@ -5244,17 +5239,6 @@ def print_error(text):
 
 def format_minute(seconds, otherwise=""):
     return otherwise if seconds is None else format_instant(seconds)[:16].replace("T", " ")
-
-
-def terminal_width():
-    """Return the terminal's columns; 0 if stdout is not a terminal."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
-
-
-def can_show(text):
-    """Report whether stdout's encoding has these characters."""
-    encoding = sys.stdout.encoding or "ascii"
-    return text.encode(encoding, "ignore").decode(encoding) == text
 
 
 def text_width(text):
@@ -5270,37 +5254,29 @@ def fit_width(text, columns):
     return text + " " * (columns - text_width(text))
 
 
-def format_table(rows, width, elastic, dispensable):
-    """Return rows as aligned lines that fit a width (0: any width); the first row has the names of the columns.
-
-    Elastic columns get narrower, down to MIN_COLUMNS; then dispensable columns are left out, in the given order.
-    """
-    names = [name.strip() for name in rows[0]]
+def format_table(rows, margin=0):
+    """Return rows as aligned lines; to fit a terminal, less a margin, the widest columns shrink to MIN_COLUMNS."""
+    width = shutil.get_terminal_size().columns - margin if sys.stdout.isatty() else math.inf
     widths = [max(map(text_width, column)) for column in zip(*rows)]
-    narrowing = range(max(*widths, MIN_COLUMNS), MIN_COLUMNS - 1, -1)
-    for left_out, most in itertools.product(range(len(dispensable) + 1), narrowing):
-        fitted = {at: min(widths[at], most) if name in elastic else widths[at]
-                  for at, name in enumerate(names) if name not in dispensable[:left_out]}
-        if not width or sum(fitted.values()) + 2 * len(fitted) - 2 <= width:
-            break
-    return ["  ".join(fit_width(row[at], columns) for at, columns in fitted.items()).rstrip() for row in rows]
-
-
-def format_bar(share, columns):
-    """Return a bar for a share from 0 to 1; the bar for 1 has this many columns."""
-    if not can_show("█▏"):
-        return "#" * round(share * columns)
-    full, eighths = divmod(round(share * columns * 8), 8)
-    return "█" * full + "▏▎▍▌▋▊▉"[:eighths][-1:]
+    while sum(widths) + 2 * len(widths) - 2 > width and max(widths) > MIN_COLUMNS:
+        widths[widths.index(max(widths))] -= 1
+    return ["  ".join(map(fit_width, row, widths)).rstrip() for row in rows]
 
 
 def describe(token):
     """Return a token's names, expiry and limits as a part of a sentence."""
-    facts = [f"expires {format_instant(token.expires_at)}" if token.expires_at else "does not expire"]
-    for limit in LIMITS:
-        if getattr(token, limit.column):
-            facts.append(limit.phrase.format(getattr(token, limit.column)))
+    limits = ((limit.phrase, getattr(token, limit.column)) for limit in LIMITS)
+    facts = [f"expires {format_instant(token.expires_at)}" if token.expires_at else "does not expire",
+             *(phrase.format(value) for phrase, value in limits if value)]
     return f'the {"admin " if token.admin else ""}token "{token.user}/{token.name}" ({"; ".join(facts)})'
+
+
+def read_value(name, text, read):
+    """Return the value that a reader finds in the text of a flag or a column; raise UsageError."""
+    try:
+        return read(text)
+    except ValueError as error:
+        raise UsageError(f'{name}: "{_printable(text)[:100]}" {error}') from None
 
 
 def columns_in_flags(args):
@@ -5308,18 +5284,15 @@ def columns_in_flags(args):
     found = {"admin": args.admin} if hasattr(args, "admin") else {}
     for column in SETTABLE:
         if hasattr(args, column):
-            try:
-                found[column] = read_column(column, getattr(args, column))
-            except ValueError as error:
-                flag = LIMIT_BY_COLUMN[column].flag if column in LIMIT_BY_COLUMN else "--expires"
-                raise UsageError(f'{flag}: "{getattr(args, column)}" {error}') from None
+            flag = LIMIT_BY_COLUMN[column].flag if column in LIMIT_BY_COLUMN else "--expires"
+            found[column] = read_value(flag, getattr(args, column), functools.partial(read_column, column))
     return found
 
 
 def command_settings(args, *flags):
     """Return the settings of some flags for a command that does not serve; of the flags, only --db is read."""
-    typed = {"db": getattr(args, "db", None)}
-    return load_settings(typed, os.environ, args.env_file, [option for option in OPTIONS if option.flag in flags])
+    return load_settings({"db": getattr(args, "db", None)}, os.environ, args.env_file,
+                         [option for option in OPTIONS if option.flag in flags])
 
 
 def open_command_store(args, create=False):
@@ -5334,47 +5307,32 @@ def url_of(settings):
     return f"{'https' if settings.tls_cert else 'http'}://{host}:{settings.port}"
 
 
-def framed(text):
-    """Return a line indented; on a terminal framed, or on a narrow one between rules, so that it can be selected."""
-    width = terminal_width()
-    if not width:
-        return "    " + text
-    across, down, *corners = "─│╭╮╰╯" if can_show("─│╭╮╰╯") else "-|++++"
-    rule = across * (len(text) + 4)
-    if width < len(rule) + 2:
-        return f"{across * (width - 1)}\n{text}\n{across * (width - 1)}"
-    return f"{corners[0]}{rule}{corners[1]}\n{down}  {text}  {down}\n{corners[2]}{rule}{corners[3]}"
-
-
 def show_secret(args, store, done, token, secret):
-    """Print a new secret: alone, as JSON, or with the command that uses it."""
+    """Print a new secret: alone, as JSON, or framed, with the command that uses it."""
     if args.quiet:
         return print_line(secret)
     if args.json:
         return print_line(json.dumps(dict(token_json(token), token=secret), indent=2))
     settings = command_settings(args, "--host", "--port", "--tls-cert", "--base-path")
-    print_line(f"{done} {describe(token)} in {store.path}\n\n{framed(secret)}\n\n"
+    rule = "-" * min(len(secret), shutil.get_terminal_size().columns - 1)
+    print_line(f"{done} {describe(token)} in {store.path}\n\n{rule}\n{secret}\n{rule}\n\n"
                "The secret is shown only now; keep it like a password. To use it:\n\n"
                f'    curl -H "Authorization: Bearer {secret}" {url_of(settings)}{settings.base_path}/tags')
 
 
 def cmd_token_create(args):
     with open_command_store(args, create=True) as store:
-        token, secret = store.create(args.user, args.name, **columns_in_flags(args))
-        show_secret(args, store, "Created", token, secret)
+        show_secret(args, store, "Created", *store.create(args.user, args.name, **columns_in_flags(args)))
 
 
 def cmd_token_rotate(args):
     with open_command_store(args) as store:
-        token, secret = store.rotate(args.user, args.name)
-        show_secret(args, store, "Gave a new secret to", token, secret)
+        show_secret(args, store, "Gave a new secret to", *store.rotate(args.user, args.name))
 
 
 TOKEN_COLUMNS = (
-    ("USER", lambda token: token.user),
-    ("NAME", lambda token: token.name),
-    ("SECRET", lambda token: token.hint + "…"),
-    ("CREATED", lambda token: format_minute(token.created_at)[:10]),
+    ("USER", operator.attrgetter("user")), ("NAME", operator.attrgetter("name")),
+    ("SECRET", lambda token: token.hint + "…"), ("CREATED", lambda token: format_minute(token.created_at)[:10]),
     ("EXPIRES", lambda token: "expired" if is_expired(token) else format_minute(token.expires_at, "never")[:10]),
     ("LAST USED", lambda token: format_minute(token.last_used_at, "never")),
     ("ADMIN", lambda token: "admin" if token.admin else ""),
@@ -5387,14 +5345,9 @@ def cmd_token_list(args):
         tokens = store.list(getattr(args, "user", None))
     if args.json:
         return print_line(json.dumps([token_json(token) for token in tokens], indent=2))
-    if not tokens:
-        of_user = f' of "{args.user}"' if hasattr(args, "user") else ""
-        return print_line(f"No tokens{of_user} in {store.path}.")
     columns = [(heading, *(str(value(token) or "") for token in tokens)) for heading, value in TOKEN_COLUMNS]
     rows = list(zip(*(column for column in columns if any(column[1:]))))
-    lines = format_table(rows, terminal_width(), ("USER", "NAME", "MODELS"),
-                         ("CREATED", "EXPIRES", "SECRET", "LAST USED"))
-    print_line("\n".join([*lines, f"{plural(len(tokens), 'token')} in {store.path}"]))
+    print_line("\n".join([*format_table(rows), f"{plural(len(tokens), 'token')} in {store.path}"]))
 
 
 def cmd_token_update(args):
@@ -5414,21 +5367,18 @@ def cmd_token_delete(args):
 def as_csv(columns, rows):
     """Return rows, which are dictionaries, as CSV in which a spreadsheet finds no formula."""
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        cells = ["" if row[column] is None else str(row[column]) for column in columns]
-        writer.writerow(["'" + cell if cell.startswith(FORMULA_STARTS) else cell for cell in cells])
+    texts = [["" if row[column] is None else str(row[column]) for column in columns] for row in rows]
+    csv.writer(file, lineterminator="\n").writerows(
+        ["'" + cell if cell.startswith(FORMULA_STARTS) else cell for cell in line] for line in (columns, *texts))
     return file.getvalue().rstrip("\n")
 
 
 def replace_file(path, text):
-    """Replace a file atomically; only its owner can read the new one."""
+    """Replace a file by lines of text, atomically; only its owner can read the new one."""
     temporary = f"{path}.{os.getpid()}.new"
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+            print(text, file=file, flush=True)
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
@@ -5437,33 +5387,20 @@ def replace_file(path, text):
         raise Failure(f"cannot write {path}: {error.strerror}") from None
 
 
-EXPORT_COLUMNS = {  # of TokenStore.EXPORTED: what writes a value, the type in JSON besides text, what reads the text
-    "user": (str, str, functools.partial(check_name, "user")),
-    "name": (str, str, functools.partial(check_name, "name")),
-    "digest": (str, str, str),
-    "hint": (str, str, str),
-    "created_at": (format_instant, str, parse_instant),
-    "expires_at": (format_instant, str, parse_instant),
-    "last_used_at": (format_instant, str, parse_instant),
-    "admin": (bool, bool, boolean),
-    **{limit.column: (lambda value: value, int, limit.read) for limit in LIMITS},
-}
-OPTIONAL_COLUMNS = ("hint", "expires_at", "last_used_at")   # an imported row need not have them
-
-
 def cmd_token_export(args):
     form = args.format or ("json" if args.file == "-" else args.file.rpartition(".")[2].lower())
     if form not in ("csv", "json"):
         raise UsageError(f'token export: "{args.file}" ends neither in .csv nor in .json: add --format csv or json')
     with open_command_store(args) as store:
-        rows = [{column: write(row[column]) for column, (write, _, _) in EXPORT_COLUMNS.items()}
-                for row in store.export_rows()]
+        rows = store.export_rows()
+    for row in rows:
+        row.update({name: format_instant(row[name]) for name in row if name.endswith("_at")}, admin=bool(row["admin"]))
     text = json.dumps({"version": EXPORT_VERSION, "tokens": rows}, indent=2)
     if form == "csv":
-        text = as_csv(("version", *EXPORT_COLUMNS), [dict(row, version=EXPORT_VERSION) for row in rows])
+        text = as_csv(("version", *store.EXPORTED), [dict(row, version=EXPORT_VERSION) for row in rows])
     if args.file == "-":
         return print_line(text)
-    replace_file(args.file, text + "\n")
+    replace_file(args.file, text)
     print_line(f"Exported {plural(len(rows), 'token')} from {store.path} to {args.file}")
 
 
@@ -5471,42 +5408,34 @@ def parse_export(text):
     """Return the rows of an export in either format, as dictionaries of its values; raise ValueError or csv.Error."""
     if text.lstrip().startswith("{"):
         export = json.loads(text)
-        rows, versions = export.get("tokens"), {str(export.get("version"))}
+        rows = export.get("tokens")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError("it has no list of tokens")
-    else:
-        lines = list(csv.reader(io.StringIO(text, newline="")))
-        if not lines or "version" not in lines[0]:
-            raise ValueError("its first line does not name the columns")
-        rows = [dict(zip(lines[0], [cell[1:] if cell.startswith("'") else cell for cell in line]))
-                for line in lines[1:] if line]
-        versions = {str(row.get("version")) for row in rows}
-    if not versions <= set(map(str, range(1, EXPORT_VERSION + 1))):
-        found = ascii(" and ".join(sorted(versions)))[:80]
-        raise ValueError(f"its version is {found}; this program reads up to {EXPORT_VERSION}")
-    missing = dict.fromkeys([*OPTIONAL_COLUMNS, *(LIMIT_BY_COLUMN if versions == {"1"} else ())])
-    return [{**missing, **row} for row in rows]
+        return [dict(row, version=export.get("version")) for row in rows]
+    lines = [[cell[1:] if cell.startswith("'") else cell for cell in line] for line in csv.reader(io.StringIO(text))]
+    if not lines or "version" not in lines[0]:
+        raise ValueError("its first line does not name the columns")
+    return [dict(zip(lines[0], line)) for line in lines[1:] if line]
+
+
+REQUIRED = {"user": functools.partial(check_name, "user"), "name": functools.partial(check_name, "name"),
+            "digest": str, "hint": str, "created_at": parse_instant, "admin": boolean}     # readers of a row's texts
+NULLABLE = {**SETTABLE, "expires_at": parse_instant, "last_used_at": parse_instant}
 
 
 def read_export_row(row):
     """Return an exported row as TokenStore.import_rows takes it; raise ValueError or UsageError."""
-    values = {}
-    for column, (_, json_type, read) in EXPORT_COLUMNS.items():
-        if column not in row:
-            raise ValueError(f"it has no {column}")
-        value = "" if row[column] is None else row[column]
-        is_null = value == "" and column in (*OPTIONAL_COLUMNS, *LIMIT_BY_COLUMN)
-        try:
-            if not isinstance(value, (str, json_type)):
-                raise ValueError("has the wrong type")
-            values[column] = None if is_null else read(str(value))
-        except ValueError as error:
-            raise ValueError(f"{column}: {json.dumps(value)[:100]} {error}") from None
-    if not re.fullmatch("[0-9a-f]{64}", values["digest"]):
-        raise ValueError("its digest is not a SHA-256")
-    values["hint"] = values["hint"] or ""
-    if len(values["hint"]) > HINT_LENGTH or not values["hint"].isprintable():
-        raise ValueError(f"its hint is not up to {HINT_LENGTH} printable characters")
+    version, values = str(row.get("version")), {}
+    if version not in map(str, range(1, EXPORT_VERSION + 1)):
+        raise ValueError(f"its version is {ascii(version)[:80]}; this program reads up to {EXPORT_VERSION}")
+    row = {**dict.fromkeys(LIMIT_BY_COLUMN if version == "1" else ()), **row}
+    for column, read in {**REQUIRED, **NULLABLE}.items():
+        if isinstance(row.get(column, []), (list, dict)):
+            raise ValueError(f"it has no {column}, or none that is a text or a number")
+        text = "" if row[column] is None else str(row[column])
+        values[column] = None if column in NULLABLE and not text else read_value(column, text, read)
+    if not re.fullmatch("[0-9a-f]{64}", values["digest"]) or values["hint"] != _printable(values["hint"])[:HINT_LENGTH]:
+        raise ValueError(f"its digest is not a SHA-256, or its hint is not up to {HINT_LENGTH} printable characters")
     check_rights(values["user"], values["name"], values["admin"], values["models"])
     return values
 
@@ -5519,72 +5448,47 @@ def cmd_token_import(args):
         for number, row in enumerate(parse_export(text), 1):
             where = f"row {number}: "
             rows.append(read_export_row(row))
-    except (OSError, UnicodeDecodeError) as error:
-        raise Failure(f"cannot read {args.file}: {getattr(error, 'strerror', None) or error}") from None
-    except (ValueError, RecursionError, UsageError, csv.Error) as error:
-        raise Failure(f'{args.file} is not a file written by "token export": {where}{error}; '
-                      "nothing was imported") from None
+    except (OSError, ValueError, RecursionError, UsageError, csv.Error) as error:
+        raise Failure(f'cannot import {args.file}, which must be a file written by "token export": {where}'
+                      f"{getattr(error, 'strerror', None) or error}; nothing was imported") from None
     with open_command_store(args, create=True) as store:
         added = store.import_rows(rows)
         print_line(f"Imported {plural(added, 'token')} into {store.path}; already there: {len(rows) - added}")
 
 
-def tokens_in(row):
-    return UsageRow(*(row[column] for column in MEASURED)).tokens_used
-
-
-def usage_table(rows, keys, width):
-    """Return usage rows as lines of a table, with a bar for each row if the width (0: not a terminal) has room."""
-    columns = [[key.upper(), *(row[key] or "-" for row in rows)] for key in keys]
-    for column in MEASURED:
-        if column not in ("cached_tokens", "estimated_tokens") or any(row[column] for row in rows):
-            form = "{:.1f}" if column == "seconds" else "{}"
-            cells = ["unknown" if row[column] is None else form.format(row[column]) for row in rows]
-            cells.insert(0, column.replace("_tokens", "").upper())
-            longest = max(map(len, cells))
-            columns.append([cell.rjust(longest) for cell in cells])
-    room = min(width - sum(max(map(text_width, column)) + 2 for column in columns), MAX_BAR_COLUMNS)
-    if room >= MIN_BAR_COLUMNS:
-        most = max(map(tokens_in, rows)) or 1
-        columns.append(["TOKENS", *(format_bar(tokens_in(row) / most, room) for row in rows)])
-    return format_table(list(zip(*columns)), width, [key.upper() for key in keys],
-                        ("ESTIMATED", "SECONDS", "CANCELLED", "ERRORS", "CACHED", "REQUESTS"))
-
-
 def cmd_usage(args):
-    by, typed = getattr(args, "by", "user"), getattr(args, "since", "7d")
-    try:
-        since = usage_start(typed)
-    except ValueError as error:
-        raise UsageError(f'--since: "{typed}" {error}') from None
+    by, since = getattr(args, "by", "user"), read_value("--since", getattr(args, "since", "7d"), usage_start)
     with open_command_store(args) as store:
         rows = store.usage(by, since)
     if args.json:
         return print_line(json.dumps(rows, indent=2))
     if args.format == "csv":
         return print_line(as_csv(USAGE_BY[by] + MEASURED, rows))
-    lines = usage_table(rows, USAGE_BY[by], terminal_width()) if rows else []
-    requests, tokens = sum(row["requests"] for row in rows), sum(map(tokens_in, rows))
-    total = f"{plural(requests, 'request')}, {plural(tokens, 'token')} since {format_minute(since)} UTC"
-    print_line("\n".join([*lines, f"{total} in {store.path}"]))
+    columns = [[key.upper(), *(row[key] or "-" for row in rows)] for key in USAGE_BY[by]]
+    for column in MEASURED:
+        if column not in ("cached_tokens", "estimated_tokens") or any(row[column] for row in rows):
+            cells = ["unknown" if row[column] is None else str(round(row[column], 1)) for row in rows]
+            cells.insert(0, column.replace("_tokens", "").upper())
+            columns.append([cell.rjust(max(map(len, cells))) for cell in cells])
+    lines = format_table(list(zip(*columns))) if rows else []
+    requests = plural(sum(row["requests"] for row in rows), "request")
+    tokens = plural(sum(UsageRow(*(row[column] for column in MEASURED)).tokens_used for row in rows), "token")
+    print_line("\n".join([*lines, f"{requests}, {tokens} since {format_minute(since)} UTC in {store.path}"]))
 
 
 @contextlib.contextmanager
 def configure_logging(settings):
     """Log to stderr and to the settings' log file within the with block; yield the LogFile, or None without one."""
-    file, writers = None, []
+    file, writers = None, [LogWriter("stderr", functools.partial(write_all, sys.stderr.fileno()), settings.log_level)]
     if settings.log_file:
         try:
             file = LogFile(settings.log_file)
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", error)
-            raise Failure(f"cannot write the log file {settings.log_file!a}: {reason}") from None
+            raise Failure(f"cannot write the log {settings.log_file!a}: {getattr(error, 'strerror', error)}") from None
         writers.append(LogWriter(settings.log_file, file.write, settings.log_file_level))
-    writers.append(LogWriter("stderr", functools.partial(write_all, sys.stderr.fileno()), settings.log_level))
-    LOG.propagate = False
     LOG.setLevel(min(writer.level for writer in writers))
     with contextlib.ExitStack() as stack:
-        for writer in reversed(writers):    # the file's is finished first: stderr reports its errors
+        for writer in writers:  # the file's is finished first: stderr reports its errors
             LOG.addHandler(writer)
             stack.callback(LOG.removeHandler, writer)
             stack.callback(writer.finish)
@@ -5612,24 +5516,22 @@ def is_loopback(host):
 
 def announce(settings, server, store):
     """Print to stderr where the gateway listens, the state of Ollama and the database, and warnings for the owner."""
-    host, health, tokens = server.server_address[0], server.gateway.health, len(store.list())
-    state = plural(len(health.models), "model") if health.up else "DOES NOT ANSWER yet"
-    held = f"{plural(tokens, 'token')} in {store.path}"
-    if not tokens:
-        held = f"no tokens yet, so no access: create one with {PROGRAM} token create USER NAME --db {store.path}"
-    print_error(f"ollama_gateway {VERSION} listening on {server.url}, "
-                f"upstream {settings.ollama_url.geturl()} ({state}), {held}")
-    if server.connections.most < settings.max_connections:
-        print_error(f"Only {server.connections.most} connections fit the limit of open files, "
-                    f"not {settings.max_connections}: raise it (ulimit -n) or lower --max-connections.")
-    if not store.writable:
-        print_error("The database is read-only: a change of tokens takes effect at the next start.")
-    if remote_file_system(store.path):
-        LOG.warning("the database %s is on a network or FUSE file system (%s): its changes may be lost, "
-                    "move it to a local disk (--db)", store.path, remote_file_system(store.path))
-    if not server.tls and not is_loopback(host):
-        print_error(f"Warning: {host} can be reached from the network, and without TLS tokens are sent in clear: "
-                    "use --tls-cert, or a proxy that speaks HTTPS, and --host 127.0.0.1.")
+    health, tokens, kind = server.gateway.health, len(store.list()), remote_file_system(store.path)
+    held = f"{plural(tokens, 'token')} in {store.path}" if tokens else (
+        f"no tokens yet, so no access: create one with {PROGRAM} token create USER NAME --db {store.path}")
+    print_error(f"ollama_gateway {VERSION} listening on {server.url}, upstream {settings.ollama_url.geturl()} "
+                f"({plural(len(health.models), 'model') if health.up else 'DOES NOT ANSWER yet'}), {held}")
+    for wrong, text in (
+            (server.connections.most < settings.max_connections, f"Only {server.connections.most} connections fit: "
+             f"raise the limit of open files (ulimit -n), or lower --max-connections from {settings.max_connections}."),
+            (not store.writable, "The database is read-only: a change of tokens takes effect at the next start."),
+            (kind, f"Warning: the database is on a network or FUSE file system ({kind}), which may lose its changes: "
+             "move it to a local disk (--db)."),
+            (not server.tls and not is_loopback(server.server_address[0]),
+             "Warning: it can be reached from the network, and without TLS tokens are sent in clear: "
+             "use --tls-cert, or a proxy that speaks HTTPS, and --host 127.0.0.1.")):
+        if wrong:
+            print_error(text)
 
 
 def cmd_serve(args):
@@ -5664,29 +5566,24 @@ def cmd_serve(args):
 def option_keywords(option):
     """Return argparse's keywords for a setting."""
     how = dict(action="store_const", const="on") if option.convert is boolean else dict(metavar=option.metavar)
-    default = f", default {option.default}" if option.default else ""
-    return dict(how, help=f"{option.help} ({option.variable}{default})")
+    return dict(how, help=f"{option.help} ({', default '.join(filter(None, (option.variable, option.default)))})")
 
 
-ONE_OF = "only one of these"
-ARGUMENTS = {   # name, after "serve" if it is a setting: heading in the help, or ONE_OF; keywords of argparse
+ARGUMENTS = {   # name, after "serve" if it is a setting: heading in the help, None for only one of these; keywords
     "user": ("", dict(metavar="USER", help="owner of the token: a person")),
     "name": ("", dict(metavar="NAME", help="label of the token: a device, a program")),
     "file": ("", dict(metavar="FILE", help='a .csv or .json file of tokens; "-" is stdout (as JSON) or stdin')),
-    "--expires": ("", dict(dest="expires_at", metavar="WHEN",
-                           help='30d, 2027-01-31 (00:00 UTC), 2027-01-31T18:00:00Z, or "none": never')),
-    "--admin": ("", dict(action="store_true",
-                         help="may manage tokens and models, and act as the owner's ollama.com account")),
+    "--expires": ("", dict(dest="expires_at", metavar="WHEN", help='30d, 2027-01-31, 2027-01-31T18:00:00Z, or "none"')),
+    "--admin": ("", dict(action="store_true", help="may manage tokens and models, and act as the owner at ollama.com")),
     "--no-admin": ("", dict(dest="admin", action="store_false", help="take the admin rights away")),
     "--user": ("", dict(metavar="USER", help="only the tokens of this user")),
     "--format": ("", dict(choices=("csv", "json"), help="format, whatever the name of the file")),
     "--by": ("", dict(choices=tuple(USAGE_BY), help="what each row stands for (default: user)")),
     "--since": ("", dict(metavar="WHEN", help="7d (UTC days with today), 12h or 2027-01-31 (default: 7d)")),
-    "--url": ("", dict(metavar="URL", help="the public URL of the gateway, behind any proxy; streams are tested with "
-                                           f"the token in {TOKEN_VARIABLE}, or one that is typed in")),
-    "--quiet": (ONE_OF, dict(action="store_true", help="print the secret alone")),
-    "--json": (ONE_OF, dict(action="store_true", help="print JSON")),
-    "--csv": (ONE_OF, dict(dest="format", action="store_const", const="csv", help="print CSV")),
+    "--url": ("", dict(metavar="URL", help=f"the gateway's public URL; a token in {TOKEN_VARIABLE} tests its streams")),
+    "--quiet": (None, dict(action="store_true", help="print the secret alone")),
+    "--json": (None, dict(action="store_true", help="print JSON")),
+    "--csv": (None, dict(dest="format", action="store_const", const="csv", help="print CSV")),
     **{limit.flag: ('limits ("none" removes one)', dict(metavar=limit.metavar, help=limit.help)) for limit in LIMITS},
     **{f"serve {option.flag}": (title, option_keywords(option))
        for title, options in OPTION_GROUPS.items() for option in options if option is not DATABASE_OPTION},
@@ -5698,21 +5595,16 @@ SERVE_FLAGS = tuple(name for name in ARGUMENTS if name.startswith("serve"))
 RIGHTS_FLAGS = ("--expires", "--admin", *(limit.flag for limit in LIMITS))
 COMMANDS = (    # words, function, help, the rest of its examples, arguments
     ("serve", cmd_serve, "run the gateway", ("", "--host 0.0.0.0 --tls-cert box.pem"), SERVE_FLAGS),
-    ("usage", cmd_usage, "show usage by user, token, model or day", ("", "--by model --since 30d --csv"),
-     ("--by", "--since", "--json", "--csv")),
+    ("usage", cmd_usage, "show usage: requests and tokens", ("", "--by model"), ("--by", "--since", "--json", "--csv")),
     ("token", None, "create and manage tokens", ("create ada laptop --expires 90d", "list"), ()),
     ("token create", cmd_token_create, "create a token and show its secret, once",
-     ("ada laptop --expires 90d", "kim school --models 'llama3*' --rpm 60"),
-     ("user", "name", *RIGHTS_FLAGS, "--quiet", "--json")),
+     ("ada laptop --expires 90d", "kim pc --models 'llama3*'"), ("user", "name", *RIGHTS_FLAGS, "--quiet", "--json")),
     ("token list", cmd_token_list, "list the tokens", ("--user ada",), ("--user", "--json")),
     ("token update", cmd_token_update, "change a token, from its next request on",
      ("ada laptop --expires none --rpm 30",), ("user", "name", *RIGHTS_FLAGS, "--no-admin")),
-    ("token rotate", cmd_token_rotate, "replace the secret of a token", ("ada laptop",),
-     ("user", "name", "--quiet", "--json")),
-    ("token delete", cmd_token_delete, "delete a token; it stops at its next request", ("ada laptop",),
-     ("user", "name")),
-    ("token export", cmd_token_export, "write all tokens to a file, without secrets", ("tokens.csv",),
-     ("file", "--format")),
+    ("token rotate", cmd_token_rotate, "replace the secret", ("ada laptop",), ("user", "name", "--quiet", "--json")),
+    ("token delete", cmd_token_delete, "delete a token: its next request fails", ("ada laptop",), ("user", "name")),
+    ("token export", cmd_token_export, "write all tokens without secrets", ("tokens.csv",), ("file", "--format")),
     ("token import", cmd_token_import, "add the tokens of an exported file, all or none", ("tokens.csv",), ("file",)),
 )
 
@@ -5732,23 +5624,11 @@ class Parser(argparse.ArgumentParser):
         for name in ("--db", "--env-file", "--version", *arguments):
             title, keywords = ARGUMENTS[name]
             if title not in groups:
-                groups[title] = (self.add_mutually_exclusive_group() if title == ONE_OF
-                                 else self.add_argument_group(title))
+                groups[title] = self.add_argument_group(title) if title else self.add_mutually_exclusive_group()
             groups[title].add_argument(name.split()[-1], **keywords)
 
     def _print_message(self, message, file=None):
-        """Print help or an error; argparse itself ignores that stdout cannot be written."""
-        (print_line if file is sys.stdout else print_error)(message.rstrip("\n"))
-
-    def error(self, message):
-        """Exit with the message and a suggestion for the wrong word."""
-        import difflib  # only errors need it
-        wrong = re.search(r"(invalid choice|unrecognized arguments): '?([^\s'=]+)", message)
-        if wrong:
-            flags = ["--help", *(name.split()[-1] for name in ARGUMENTS if "--" in name)]
-            known = flags if wrong[1][0] == "u" else re.findall(r"[\w-]+", message[wrong.end():])
-            message += "".join(f'; did you mean "{near}"?' for near in difflib.get_close_matches(wrong[2], known, 1))
-        super().error(message)
+        (print_line if file is sys.stdout else print_error)(message.rstrip("\n"))   # argparse would ignore an OSError
 
 # == Menu =====================================================================
 
@@ -5888,7 +5768,7 @@ class ArrowPrompt(LinePrompt):
     def _list_lines(labels, at, rows):
         """Yield as many lines of a list as there are rows, with the selected one in the middle where possible."""
         start, digits = max(min(at - rows // 2, len(labels) - rows), 0), len(str(len(labels)))
-        pointer = "❯" if can_show("❯") else ">"
+        pointer = "❯" if printable_text("❯") == "❯" else ">"
         for here in range(start, start + rows):
             selected = here == at
             yield f"{pointer if selected else ' '} {here + 1:{digits}}  {labels[here]}", CYAN if selected else ""
@@ -6054,8 +5934,7 @@ class Menu:
     def _ask_name(self, answers):
         tokens, heads, cells = self._tokens(answers["user"]), ("NAME", "SECRET", "EXPIRES"), dict(TOKEN_COLUMNS)
         rows = [heads, *([cells[head](token) for head in heads] for token in tokens)]
-        width = max(terminal_width() - 8, 0)    # 8: the pointer, the number, and one column
-        lines = format_table(rows, width, ("NAME",), ("EXPIRES",))[1:]
+        lines = format_table(rows, 8)[1:]   # 8: the pointer, the number, and one column
         return self._choose("Which token?", list(zip(lines, (token.name for token in tokens))))
 
     def _ask_changes(self, answers):
@@ -6067,7 +5946,7 @@ class Menu:
                 return None
             present = {column: str(getattr(token, column) or "none") for column in QUESTIONS}
             present.update(expires_at=format_instant(token.expires_at) or "none", admin="Yes" if token.admin else "No")
-            lines = format_table([(QUESTIONS[key].partition(" (")[0], present[key]) for key in QUESTIONS], 0, (), ())
+            lines = format_table([(QUESTIONS[key].partition(" (")[0], present[key]) for key in QUESTIONS])
             column = self._choose(f'Change "{token.user}/{token.name}"', list(zip(lines, QUESTIONS)), column)
             if column is None:
                 return None
@@ -6424,7 +6303,8 @@ def cmd_doctor(args):
         results = check_all(settings, url, secret, local_addresses())
     except UsageError as error:
         results = [CheckResult(False, f"settings: {error}", "the other checks need valid settings"), *check_versions()]
-    markers = dict(zip((True, False, None), ("✓", "✗", "-") if can_show("✓✗") else ("ok  ", "FAIL", "--  ")))
+    markers = dict(zip((True, False, None),
+                       ("✓", "✗", "-") if printable_text("✓✗") == "✓✗" else ("ok  ", "FAIL", "--  ")))
     counts = Counter()
     for result in results:
         counts[result.ok] += 1
@@ -6456,40 +6336,31 @@ def build_parser():
     return parser
 
 
-def run_command(argv):
-    """Run a command; return its exit status."""
+def main(argv=None):
+    """Return the exit status of a command: 1 for a failure, 2 for a wrong value; raise SystemExit for a wrong flag."""
+    for name in "stdout", "stderr":
+        stream = getattr(sys, name) or open(os.open(os.devnull, os.O_RDONLY), "w")  # printing to a closed one must fail
+        setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
     try:
         args = build_parser().parse_args(argv, argparse.Namespace(**DEFAULT_ARGS))
         return args.run(args) or 0
-    except SystemExit as stop:  # argparse has printed its message
-        return stop.code or 0
     except (UsageError, Failure) as error:
         print_error(f"ollama_gateway: {error}")
         return 2 if isinstance(error, UsageError) else 1
-    except BrokenPipeError:
-        return 1
     except OSError as error:
-        print_error(f"ollama_gateway: cannot write the output: {error}")
+        if not isinstance(error, BrokenPipeError):
+            print_error(f"ollama_gateway: cannot write the output: {error}")
         return 1
     except KeyboardInterrupt:
         return 130
-
-
-def main(argv=None):
-    """Run a command; return 0 for success, 1 for a failure, 2 for a wrong flag, value or setting."""
-    for name in "stdout", "stderr":
-        if getattr(sys, name) is None:  # closed: printing must fail, and no other file may get the descriptor
-            setattr(sys, name, open(os.open(os.devnull, os.O_RDONLY), "w"))
-        stream = getattr(sys, name)
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
-    status = run_command(argv)
-    for stream in sys.stdout, sys.stderr:
-        try:
-            stream.flush()
-        except OSError:  # Python would try again at exit, complain, and exit with status 120
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return status
+    finally:
+        for stream in sys.stdout, sys.stderr:
+            try:
+                stream.flush()
+            except OSError:  # Python would try again at exit, complain, and exit with status 120
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

@@ -7186,6 +7186,7 @@ class Commands(CommandCase):
                     with self.subTest(flag, value=value, command=command[0]):
                         told = self.fails("token", *command, f"{flag}={value}", status=2)
                         self.assertIn(f'{flag}: "{value}"', told)
+        self.assertIn('--rpm: "?[2J"', self.fails("token", "create", "bob", "box", "--rpm", "\x1b[2J", status=2))
         self.assertIn("models", self.fails("token", "create", "bob", "box", "--admin", "--models", "x", status=2))
         self.assertIn("models", self.fails("token", "update", "ada", "laptop", "--admin", "--models", "x", status=2))
         self.assertEqual([(token["user"], token["admin"]) for token in self.tokens()], [("ada", False)])
@@ -7399,16 +7400,6 @@ class Commands(CommandCase):
                 self.assertEqual([line for line in self.succeeds(*argv, "-h").splitlines() if len(line) > 80], [])
                 self.assertEqual(self.succeeds(*argv, "--version"), f"ollama_gateway {gateway.VERSION}\n")
 
-    def test_what_is_mistyped_is_told_what_was_probably_meant(self):
-        for argv, near in ((("serv",), "serve"), (("token", "creat"), "create"), (("token", "dele", "ada", "x"), "delete"),
-                           (("usage", "--by", "modl"), "model"), (("serve", "--prot", "1"), "--port"),
-                           (("token", "create", "ada", "x", "--rpn=4"), "--rpm")):
-            with self.subTest(argv):
-                self.assertIn(f'did you mean "{near}"?', self.fails(*argv, status=2))
-        for argv in (("frobnicate",), ("token", "xyz"), ("serve", "--zzz")):
-            with self.subTest(argv):
-                self.assertNotIn("did you mean", self.fails(*argv, status=2))
-
     def test_examples_in_the_help_are_commands(self):
         for argv in COMMANDS:
             for line in re.findall(r"python3 (ollama_gateway\.py .*)", self.succeeds(*argv, "-h")):
@@ -7587,17 +7578,25 @@ OLD_SECRETS = sorted({row[2] for row in OLD_ROWS if row[2]})
 
 class Table(unittest.TestCase):
 
-    ROWS = [("USER", "NAME", "SECRET", "CREATED", "EXPIRES", "LAST USED", "RIGHT"),
-            ("a" * 30, "b" * 30, "ogw_1234…", "2026-11-23", "2027-01-31", "2026-11-23 11:56", "admin"),
-            ("日本語", "é", "ogw_1234…", "2026-11-23", "expired", "never", "")]
+    ROWS = [("USER", "NAME", "SECRET", "EXPIRES", "LAST USED"),
+            ("a" * 30, "b" * 40, "ogw_1234…", "2027-01-31", "2026-11-23 11:56"), ("日本語", "é", "ogw_1234…", "expired", "never")]
 
-    def test_it_fits_the_terminal_and_elsewhere_nothing_is_cut(self):
-        for width, kept in ((0, "CREATED"), (200, "CREATED"), (80, "CREATED"), (70, "LAST USED"), (54, "SECRET"), (43, "LAST USED")):
-            with self.subTest(width):
-                lines = gateway.format_table(self.ROWS, width, ("USER", "NAME"), ("CREATED", "EXPIRES", "SECRET"))
-                self.assertIn(kept, lines[0])
-                self.assertTrue(all(gateway.text_width(line) <= (width or 200) for line in lines), lines)
-                self.assertEqual("a" * 30 in lines[1], width in (0, 200))
+    def table(self, columns, terminal=True, margin=0):
+        with unittest.mock.patch("shutil.get_terminal_size", lambda: os.terminal_size((columns, 24))), \
+                unittest.mock.patch("sys.stdout.isatty", lambda: terminal, create=True):
+            return gateway.format_table(self.ROWS, margin)
+
+    def test_the_widest_columns_shrink_to_fit_a_terminal(self):
+        for columns, margin, user in ((200, 0, "a" * 30), (100, 0, "a" * 27 + "…"), (100, 10, "a" * 22 + "…"), (80, 8, "a" * 14 + "…")):
+            with self.subTest(columns, margin=margin):
+                lines = self.table(columns, margin=margin)
+                self.assertLessEqual(max(map(gateway.text_width, lines)), columns - margin, lines)
+                self.assertEqual(lines[1].split()[0], user)
+                self.assertIn("2027-01-31  2026-11-23", lines[1])
+        self.assertIn("ogw_1234…  2027-01-31  2026-11-23…", self.table(10)[1], "a date stays whole, and the line wraps")
+
+    def test_elsewhere_nothing_is_cut(self):
+        self.assertIn(f"{'a' * 30}  {'b' * 40}  ogw_1234…", self.table(40, terminal=False)[1])
 
 
 class UsageCommand(CommandCase):
@@ -7656,21 +7655,9 @@ class UsageCommand(CommandCase):
         self.assertIn(self.db, out)
         self.assertRegex(out, r"=bob +2 +0 +1 +unknown +unknown +unknown +1\.0")
         self.assertRegex(out, r"6 requests, 80 tokens since 20\d\d-\d\d-\d\d \d\d:00 UTC")
-        self.assertNotIn("█", out)
         self.assertRegex(self.succeeds("usage", "--by", "model"), "(?m)^- ")
         self.assertRegex(out, r"PROMPT +CACHED +COMPLETION +SECONDS\n")
         self.assertRegex(self.succeeds("usage", "--since", "30d"), r"SECONDS +ESTIMATED\n=bob .* 500\n")
-
-    def test_a_terminal_that_is_wide_enough_shows_a_bar_a_row(self):
-        rows = self.rows("--since", "30d", "--by", "token")
-        for width, encoding, bar in ((120, "utf-8", "█"), (120, "ascii", "#"), (70, "utf-8", ""), (40, "utf-8", "")):
-            with self.subTest(width, encoding=encoding), unittest.mock.patch("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding)):
-                lines = gateway.usage_table(rows, ("user", "name"), width)
-                self.assertEqual(len(lines), 4)
-                self.assertTrue(all(gateway.text_width(line) <= width for line in lines), lines)
-                self.assertEqual([bool(re.search("[█▏▎▍▌▋▊▉#]", line)) for line in lines], [False, bool(bar), bool(bar), False])
-                if bar:
-                    self.assertGreater(lines[1].count(bar), 3 * lines[2].count(bar))
 
     def test_a_wrong_time_is_told_and_no_database_is_made(self):
         for since in ("soon", "7", "2999-01-01", "-1d"):
@@ -7961,7 +7948,7 @@ class Menu(CommandCase):
             menu.shows(question)
             menu.press(keys)
         out = menu.shows(MAIN_MENU)
-        box = re.search("╭(─+)╮\n│  (\\S+)  │\n╰─+╯\n", out)
+        box = re.search("\n(-+)\n(\\S+)\n\\1\n", out)
         self.assertTrue(box, out)
         self.assertIn(f"Bearer {box[2]}", out)
         token, = self.find(box[2])
@@ -8001,7 +7988,7 @@ class Menu(CommandCase):
         self.assertEqual([token["admin"] for token in self.tokens()], [False, False, True])
         hints = [token["hint"] for token in self.tokens()]
         for keys, told in (("6\r", "Whose"), ("2\r", "Which"), ("1\r", "old secret stops"), ("\r", MAIN_MENU), ("6\r", "Whose"), ("\r", "Which"),
-                           ("\r", "old secret stops"), (DOWN + "\r", "╯"), ("", MAIN_MENU), ("3\r", "Whose"), ("2\r", "Which"), ("1\r", "stops at"),
+                           ("\r", "old secret stops"), (DOWN + "\r", "---"), ("", MAIN_MENU), ("3\r", "Whose"), ("2\r", "Which"), ("1\r", "stops at"),
                            ("\r", MAIN_MENU), ("3\r", "Whose"), ("2\r", "Which"), ("2\r", 'Delete "bob/phone"?'), (UP + "\r", "Deleted the token"),
                            ("8\r", "")):
             menu.press(keys)
@@ -8207,17 +8194,16 @@ class Menu(CommandCase):
 
     def test_a_terminal_of_few_characters_is_spared_others(self):
         menu = self.menu("日本/laptop", PYTHONIOENCODING="ascii")
-        for keys, told in (("6\r", r"> 1  \u65e5\u672c (1 token)"), ("\r\r\x1b[B\r", "+---")):
+        for keys, told in (("6\r", r"> 1  \u65e5\u672c (1 token)"), ("\r\r\x1b[B\r", "----")):
             menu.press(keys)
             menu.shows(told)
         self.assertTrue(menu.raw.isascii())
 
     def test_create_frames_the_secret_on_a_terminal_so_that_it_can_be_selected(self):
-        box = r"\n╭─{51}╮\n│  SECRET  │\n╰─{51}╯\n"
-        for columns, frame in ((80, box), (53, box), (40, r"\n─{39}\nSECRET\n─{39}\n")):
+        for columns, width in ((80, 47), (40, 39)):
             terminal = self.enter(Terminal("token", "create", "ada", str(columns), "--db", self.db, columns=columns))
             terminal.shows("ended with 0")
-            self.assertRegex(terminal.text, frame.replace("SECRET", SECRET.pattern))
+            self.assertRegex(terminal.text, rf"\n-{{{width}}}\n{SECRET.pattern}\n-{{{width}}}\n")
 
     def test_what_fails_is_told_and_the_menu_goes_on(self):
         menu = self.menu("ada/laptop")
@@ -8299,7 +8285,7 @@ class Doctor(GatewayCase, CommandCase):
         """Run it before the stand-in, and return its exit status and its lines."""
         port = str(self.server.server_address[1])
         with unittest.mock.patch("ollama_gateway.local_addresses", lambda: list(addresses)), \
-                unittest.mock.patch("ollama_gateway.can_show", lambda text: True), \
+                unittest.mock.patch("ollama_gateway.printable_text", lambda text: text), \
                 unittest.mock.patch.dict(os.environ, {"GATEWAY_TOKEN": token}):
             status, out, err = self.run_command("doctor", "--ollama-url", self.fake.url, "--port", port, *flags)
         self.assertEqual(err, "")
@@ -8369,9 +8355,9 @@ class Doctor(GatewayCase, CommandCase):
             with self.subTest(kind), unittest.mock.patch("ollama_gateway.MOUNTS", mounts):
                 self.assertIn("local disk", self.told(f"({kind})", mark="✗")[1])
                 settings = gateway.load_settings({"ollama_url": self.fake.url}, {})
-                with contextlib.redirect_stderr(io.StringIO()), self.assertLogs("ollama_gateway", "WARNING") as logs:
+                with contextlib.redirect_stderr(io.StringIO()) as err:
                     gateway.announce(settings, self.server, self.store)
-                self.assertIn(kind, logs.output[0])
+                self.assertIn(kind, err.getvalue())
         with unittest.mock.patch("ollama_gateway.MOUNTS", self.write("mounts", line % "ext4")):
             self.assertEqual(gateway.remote_file_system(self.db), "")
         with unittest.mock.patch("ollama_gateway.MOUNTS", self.path("missing")):
