@@ -4592,7 +4592,7 @@ def openapi_operation(route):
 
 
 @functools.lru_cache(maxsize=8)     # 5 ms for a document that anyone may request
-def openapi_page(routes, base):
+def openapi_response(routes, base):
     """Return the response with the OpenAPI 3.1 document of a gateway with these routes, with /api at the base."""
     paths = {}
     for route in routes:
@@ -4857,7 +4857,7 @@ for (const place of document.querySelectorAll(".address")) place.textContent = l
 for (const pre of document.querySelectorAll("#examples pre")) pre.after(copyButton(pre.firstChild));
 signIn(async () => {
   await loadMe();
-  showModels().catch(error => show("problem", error.message));
+  attempt(byId("send"), byId("problem"), showModels);
 });
 """
 
@@ -4865,17 +4865,15 @@ ADMIN_SCRIPT = r"""
 const FIELDS = {user: {label: "User", example: "a person"}, name: {label: "Name", example: "a device"},
   expires_at: {label: "Expires", example: "30d, 2027-01-31"}, ...LIMITS};
 
-// Opens a form for an action. An error is shown beside the field that caused it; if the action returns a token, its
-// secret is shown.
-function openDialog(title, content, label, action, style = false) {
-  const heading = element("h2", {id: "dialog-title"}, title), problem = element("p", {class: "problem", role: "alert"});
+// Opens a form that calls action() when it is submitted, and shows an error beside the field that caused it.
+function openDialog(title, content, label, action, {style = false, copy} = {}) {
+  const problem = element("p", {class: "problem", role: "alert"});
   const submitter = element("button", {type: "submit", class: style}, label);
   const submit = async event => {
     event.preventDefault();
     await attempt(submitter, problem, async () => {
-      const made = await action();
-      if (made) showSecret(box, heading, made);
-      else box.close();
+      await action();
+      box.close();
       await loadTokens();
     });
     const field = form.elements[problem.textContent.split(":")[0]];
@@ -4883,20 +4881,19 @@ function openDialog(title, content, label, action, style = false) {
     (field || form.lastChild.previousSibling).after(problem);
   };
   const form = element("form", {submit}, content, problem,
-    element("div", {class: "row"}, button("Cancel", () => box.close()), submitter));
-  const box = element("dialog", {"aria-labelledby": "dialog-title", close: () => box.remove()}, heading, form);
+    element("div", {class: "row"}, copy || button("Cancel", () => box.close()), submitter));
+  const box = element("dialog", {"aria-labelledby": "dialog-title", close: () => box.remove(),
+    cancel: event => { if (copy) event.preventDefault(); }}, element("h2", {id: "dialog-title"}, title), form);
   document.body.append(box);
   box.showModal();
 }
 
-function showSecret(box, heading, made) {
+function showSecret(made) {
   const secret = element("code", {}, made.token);
-  heading.textContent = `Secret of ${nameOf(made)}`;
-  box.addEventListener("cancel", event => event.preventDefault());
-  box.replaceChildren(heading, element("p", {}, "It is shown only once. Keep it like a password."),
-    element("pre", {id: "secret"}, secret),
-    element("p", {}, "How to use it: ", element("a", {href: "docs", target: "_blank"}, "examples for each client")),
-    element("div", {class: "row"}, copyButton(secret, {autofocus: ""}), button("I have saved it", () => box.close())));
+  openDialog(`Secret of ${nameOf(made)}`, [
+    element("p", {}, "The secret is shown only once. Keep it like a password."), element("pre", {id: "secret"}, secret),
+    element("p", {}, "How to use it: ", element("a", {href: "docs", target: "_blank"}, "examples for each client"))],
+  "I have saved it", async () => {}, {copy: copyButton(secret, {autofocus: ""})});
 }
 
 function editToken(known) {
@@ -4911,8 +4908,8 @@ function editToken(known) {
       if (value !== defaultValue) changes[name] = value.trim() || null;
     }
     if (admin.checked !== known.admin) changes.admin = admin.checked;
-    if (!known.id) return askJSON("POST", "/admin/tokens", changes);
-    await ask("PATCH", `/admin/tokens/${known.id}`, changes);
+    if (known.id) await ask("PATCH", `/admin/tokens/${known.id}`, changes);
+    else showSecret(await askJSON("POST", "/admin/tokens", changes));
   };
   openDialog(known.id ? `Limits of ${nameOf(known)}` : "New token", [inputs.map(labelled),
     element("label", {}, admin, " Admin ", element("small", {}, "may manage models and tokens")),
@@ -4924,14 +4921,14 @@ function rotateToken(known) {
   openDialog("Create a new secret?", element("p", {}, warning), "New secret", async () => {
     const made = await askJSON("POST", `/admin/tokens/${known.id}/rotate`);
     if (token.startsWith(known.hint)) keep(made.token);     // the page's own token
-    return made;
+    showSecret(made);
   });
 }
 
 function deleteToken(known) {
   const warning = `${nameOf(known)} stops working at its next request. This cannot be undone.`;
-  const remove = async () => { await ask("DELETE", `/admin/tokens/${known.id}`); };
-  openDialog("Delete this token?", element("p", {}, warning), "Delete", remove, "danger");
+  openDialog("Delete this token?", element("p", {}, warning), "Delete",
+    () => ask("DELETE", `/admin/tokens/${known.id}`), {style: "danger"});
 }
 
 function tokenRow(row) {
@@ -5007,11 +5004,9 @@ SIGN_IN = """<section id="yours" aria-labelledby="yours-title"><h2 id="yours-tit
 DOCS = """<p>Every Ollama, OpenAI and Anthropic client works here, streaming. Ask the administrator for a token.</p>
 <nav class="row"><a href="#yours">Your token</a><a href="#examples">Examples</a><a href="#routes">Routes</a>
 <a href="#errors">Errors</a><a href="#settings">Settings</a><a href="openapi.json">OpenAPI</a>{admin}</nav></header>
-<main>{sign_in}
-<div id="me" class="private"></div></section>
+<main>{sign_in}<div id="me" class="private"></div></section>
 <section class="private" aria-labelledby="console-title"><h2 id="console-title">Console</h2>
-<form id="console-form">
-<div class="row"><label>Model<select id="model"></select></label></div>
+<form id="console-form"><div class="row"><label>Model<select id="model" required></select></label></div>
 <div class="row"><label>Prompt<textarea id="prompt" rows="4" required>Why is the sky blue?</textarea></label></div>
 <div class="row"><button id="send" type="submit">Send</button>
 <button id="stop" type="button" disabled>Stop</button></div></form>
@@ -5025,8 +5020,7 @@ DOCS = """<p>Every Ollama, OpenAI and Anthropic client works here, streaming. As
 <p>Send the token as <code>Authorization: Bearer …</code> or <code>x-api-key: …</code>. Other paths are refused.</p>
 {routes}</section>
 <section id="errors" aria-labelledby="errors-title"><h2 id="errors-title">Errors</h2>
-<p>An error has the format of the route's API. Ollama's own errors are passed on unchanged. Every response has an
-<code>X-Request-Id</code>: name it when you report a problem.</p>
+<p>An error has the format of the route's API. Name its <code>X-Request-Id</code> when you report one.</p>
 {errors}</section>
 <section id="settings" aria-labelledby="settings-title"><h2 id="settings-title">Settings</h2>
 <details><summary>For administrators: the flags of <code>serve</code> and their variables</summary>
@@ -5034,11 +5028,9 @@ DOCS = """<p>Every Ollama, OpenAI and Anthropic client works here, streaming. As
 <footer>This page loads nothing from other servers, and sends your input to this gateway only.</footer>"""
 ADMIN = """<p>Tokens, running requests and usage.</p>
 <nav><a href="docs">Documentation</a></nav></header>
-<main>{sign_in}</section>
-<div id="panel" class="private">
+<main>{sign_in}</section><div id="panel" class="private">
 <section aria-labelledby="now-title"><h2 id="now-title">Now</h2>
-<p id="status-problem" class="problem" role="alert"></p>
-<div id="status"></div></section>
+<p id="status-problem" class="problem" role="alert"></p><div id="status"></div></section>
 <section aria-labelledby="tokens-title">
 <div class="row head"><h2 id="tokens-title">Tokens</h2><button id="create" type="button">New token</button></div>
 <div id="tokens"></div></section>
@@ -5046,8 +5038,7 @@ ADMIN = """<p>Tokens, running requests and usage.</p>
 <div class="row head"><h2 id="usage-title">Usage</h2><div class="row">
 <select id="period" aria-label="Period"><option>7 days</option><option>30 days</option><option>90 days</option></select>
 <button id="refresh" type="button">Refresh</button></div></div>
-<p id="usage-problem" class="problem" role="alert"></p>
-<div id="usage"></div></section></div></main>
+<p id="usage-problem" class="problem" role="alert"></p><div id="usage"></div></section></div></main>
 <footer>The token is sent in a header, never in a cookie: pages of other sites cannot use it.</footer>"""
 EXAMPLES = r"""
 == curl
@@ -5250,7 +5241,7 @@ class Endpoints:
             raise UsageError(f'since: "{since[:40]}" {error}') from None
 
     def openapi(self, _):
-        return openapi_page(self._routes, self._base)
+        return openapi_response(self._routes, self._base)
 
     def docs(self, _):
         return docs_page(self._routes, self._base)

@@ -6664,6 +6664,29 @@ class Browser(GatewayCase):
         tab.shows("5 tokens", "#figures")
         self.assertEqual(tab.text("#said"), "blüte")
 
+    def test_a_prompt_is_sent_only_when_the_models_are_known(self):
+        rest = self.hold()
+        self.fake.replies["/api/tags"] = Reply.stream(b'{"models": ', rest, json.dumps([MODEL]).encode() + b"}")
+        tab = self.docs()
+        self.assertTrue(tab.evaluate("byId('send').disabled"))
+        rest.set()
+        tab.press("Send")
+        tab.shows("The sky is blue.", "#said")
+
+    def test_a_secret_is_shown_though_its_form_was_cancelled(self):
+        tab = self.panel()
+        tab.evaluate("""(() => {
+            const ask = window.fetch;
+            window.fetch = (url, how) => how.method === "POST"
+                ? new Promise(released => { window.release = () => released(ask(url, how)); }) : ask(url, how);
+        })()""")
+        tab.press("New secret: ada/laptop")
+        tab.press("New secret")
+        tab.press("Cancel")
+        eventually(lambda: tab.evaluate("!document.querySelector('dialog')"), "the dialog's end")
+        tab.evaluate("release()")
+        tab.shows("shown only once", "dialog")
+
     def test_an_answer_can_be_stopped(self):
         self.chat(chat_line("The"), until_hangup)
         tab = self.docs()
@@ -6747,6 +6770,10 @@ class Browser(GatewayCase):
         tab.shows("The sky is blue.", "#said")
         self.assertEqual(tab.evaluate("sessionStorage.length"), 0)
         self.assertFalse(tab.holds(self.token))
+        with tab.reloading():
+            tab.press("Sign out")
+        self.assertEqual(tab.evaluate("location.pathname"), "/docs")
+        tab.shows("Sign in", "#sign-in")
 
     def test_it_works_below_a_proxys_prefix(self):
         proxy = self.enter(running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Prefixed)))
@@ -6772,6 +6799,7 @@ class Browser(GatewayCase):
         tab.type("Requests a minute", "7")
         tab.press("Create")
         tab.shows("shown only once", "dialog")
+        self.assertEqual(tab.evaluate("document.activeElement.textContent"), "Copy")
         secret = tab.text("#secret").strip()
         self.assertStatus(self.ask("GET", "/api/tags", token=secret), 200)
         tab.press("I have saved it")
