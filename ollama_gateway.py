@@ -4853,6 +4853,9 @@ byId("console-form").addEventListener("submit", async event => {
   loadMe().catch(() => {});
 });
 byId("stop").addEventListener("click", () => running.abort());
+byId("prompt").addEventListener("keydown", event => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("send").click();
+});
 for (const place of document.querySelectorAll(".address")) place.textContent = location.origin + ROOT;
 for (const pre of document.querySelectorAll("#examples pre")) pre.after(copyButton(pre.firstChild));
 signIn(async () => {
@@ -5001,13 +5004,14 @@ SIGN_IN = """<section id="yours" aria-labelledby="yours-title"><h2 id="yours-tit
 <p id="sign-in-problem" class="problem" role="alert"></p></form>
 <div id="signed-in" class="row head private"><span id="who">Signed in.</span>
 <button id="sign-out" type="button">Sign out</button></div>"""
-DOCS = """<p>Every Ollama, OpenAI and Anthropic client works here, streaming. Ask the administrator for a token.</p>
+DOCS = """<p>Ollama, OpenAI and Anthropic clients work here, with streaming. Ask the administrator for a token.</p>
 <nav class="row"><a href="#yours">Your token</a><a href="#examples">Examples</a><a href="#routes">Routes</a>
 <a href="#errors">Errors</a><a href="#settings">Settings</a><a href="openapi.json">OpenAPI</a>{admin}</nav></header>
 <main>{sign_in}<div id="me" class="private"></div></section>
 <section class="private" aria-labelledby="console-title"><h2 id="console-title">Console</h2>
 <form id="console-form"><div class="row"><label>Model<select id="model" required></select></label></div>
-<div class="row"><label>Prompt<textarea id="prompt" rows="4" required>Why is the sky blue?</textarea></label></div>
+<div class="row"><label>Prompt <small>Ctrl+Enter sends it</small>
+<textarea id="prompt" rows="4" required>Why is the sky blue?</textarea></label></div>
 <div class="row"><button id="send" type="submit">Send</button>
 <button id="stop" type="button" disabled>Stop</button></div></form>
 <p id="problem" class="problem" role="alert"></p>
