@@ -4197,235 +4197,173 @@ class Gateway(types.SimpleNamespace):
 
 # == OpenAPI ==================================================================
 
-# A shape is a type, a schema's name, a media type, [shape], {member: shape} ("?": optional) or (shape, None): nullable.
+# A shape is one of JSON_TYPES or a tuple of them, object for any value, the name of a schema, [shape], or
+# {member: shape}, where "?" marks an optional member.
+JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object",
+              None: "null"}
 TOKEN_SHAPE = {
     "id": int, "user": str, "name": str, "hint": str, "created_at": str, "expires_at": (str, None), "admin": bool,
-    **{limit.column: ([str] if limit.json_type == "string[]" else int, None) for limit in LIMITS}}
-LISTED_SHAPE = {**TOKEN_SHAPE, "last_used_at": (str, None), "expired": bool}
+    **{limit.column: (list if limit.json_type == "string[]" else int, None) for limit in LIMITS}}
 CHANGES_SHAPE = {"admin?": bool, "expires_at?": (str, None), **{f"{column}?": object for column in LIMIT_BY_COLUMN}}
 USAGE_SHAPE = {
     "requests": int, "errors": int, "cancelled": int, "seconds": float, "estimated_tokens": int,
     "prompt_tokens": (int, None), "cached_tokens": (int, None), "completion_tokens": (int, None)}
-RUNNING_SHAPE = {"user": str, "name": str, "model": (str, None), "path": str, "waiting": bool, "seconds": float}
 SCHEMAS = {
     "Health": {"status": str, "upstream": str, "version": str},
     "TokenChanges": CHANGES_SHAPE,
     "NewToken": {"user": str, "name": str, **CHANGES_SHAPE},
-    "Token": LISTED_SHAPE,
-    "TokenWithSecret": {**LISTED_SHAPE, "token": str},
-    "Me": {**TOKEN_SHAPE, "left": {}, "usage": [{"day": str, **USAGE_SHAPE}]},
+    "Token": {**TOKEN_SHAPE, "last_used_at": (str, None), "expired": bool, "token?": str},    # a new secret
+    "Me": {**TOKEN_SHAPE, "left": dict, "usage": [{"day": str, **USAGE_SHAPE}]},
     "Usage": {"user?": str, "name?": str, "model?": str, "day?": str, **USAGE_SHAPE},
+    "Running": {"user": str, "name": str, "model": (str, None), "path": str, "waiting": bool, "seconds": float},
     "Status": {"version": str, "in_flight_requests": int, "queued_requests": int, "connections": int,
-               "requests": [RUNNING_SHAPE], "upstream": {}},
+               "requests": ["Running"], "upstream": dict},
+    "OllamaError": {"error": str},
+    "OpenaiError": {"error": {"message": str, "type": str, "param": (str, None), "code": (str, None)}},
+    "AnthropicError": {"type": str, "error": {"type": str, "message": str}},
 }
-REQUEST_SHAPES = {"create_token": "NewToken", "update_token": "TokenChanges"}     # by Route.handler
-RESPONSE_SHAPES = {
-    "banner": "text/plain", "health": "Health", "me": "Me", "metrics": "text/plain", "docs": "text/html",
-    "openapi": {}, "admin": "text/html", "status": "Status", "usage": ["Usage"], "list_tokens": ["Token"],
-    "create_token": "TokenWithSecret", "show_token": "Token", "update_token": "Token", "delete_token": "Token",
-    "rotate_token": "TokenWithSecret"}
-PATH_PARAMETERS = {"id": {"type": "integer", "minimum": 1}, "model": {"type": "string"},
-                   "key": {"type": "string", "pattern": f"^{SEGMENTS['key']}$"},
-                   "digest": {"type": "string", "pattern": f"^{SEGMENTS['digest']}$"}}
-QUERY_PARAMETERS = {"list_tokens": {"user": {"type": "string"}},
-                    "usage": {"by": {"enum": list(USAGE_BY), "default": "user"},
-                              "since": {"type": "string", "default": "7d"}}}
+RESPONSE_SHAPES = {     # by Route.handler
+    "health": "Health", "me": "Me", "openapi": dict, "status": "Status", "usage": ["Usage"], "list_tokens": ["Token"],
+    "create_token": "Token", "show_token": "Token", "update_token": "Token", "delete_token": "Token",
+    "rotate_token": "Token"}
+REQUEST_SHAPES = {"create_token": "NewToken", "update_token": "TokenChanges"}
+QUERY_PARAMETERS = {"list_tokens": {"user": {"type": "string"}}, "usage": {
+    "by": {"enum": list(USAGE_BY), "default": "user"}, "since": {"type": "string", "default": "7d"}}}
+
+
+def json_response(value, status=200):
+    return status, "application/json", json.dumps(value).encode() + b"\n", [("Cache-Control", "no-store")]
 
 
 def json_schema(shape):
     """Return the JSON Schema of a shape."""
-    if isinstance(shape, str):
-        return {"$ref": f"#/components/schemas/{shape}"}
-    if isinstance(shape, list):
-        return {"type": "array", "items": json_schema(shape[0])}
-    if isinstance(shape, tuple):
-        schema = json_schema(shape[0])
-        return {**schema, "type": [schema["type"], "null"]}
     if isinstance(shape, dict):
         return {"type": "object", "required": [name for name in shape if not name.endswith("?")],
                 "properties": {name.rstrip("?"): json_schema(member) for name, member in shape.items()}}
-    kind = {str: "string", int: "integer", float: "number", bool: "boolean"}.get(shape)
-    return {"type": kind} if kind else {}
+    if isinstance(shape, list):
+        return {"type": "array", "items": json_schema(shape[0])}
+    if isinstance(shape, tuple):
+        return {"type": [JSON_TYPES[kind] for kind in shape]}
+    if isinstance(shape, str):
+        return {"$ref": f"#/components/schemas/{shape}"}
+    return {} if shape is object else {"type": JSON_TYPES[shape]}
 
 
 def openapi_content(shape):
-    """Return the content of an OpenAPI body, {} without a shape."""
-    if shape is None:
-        return {}
-    if isinstance(shape, str) and "/" in shape:
-        return {"content": {shape: {"schema": {"type": "string"}}}}
-    return {"content": {"application/json": {"schema": json_schema(shape)}}}
-
-
-def openapi_body(route):
-    """Return the OpenAPI request body of a route, None for none. Ollama documents the bodies of its own routes."""
-    if route.handler in REQUEST_SHAPES:
-        return {"required": True, **openapi_content(REQUEST_SHAPES[route.handler])}
-    if route.category == "page" or route.method in ("GET", "HEAD") or "{key}" in route.path:
-        return None
-    if route.streamed:
-        return {"content": {"application/octet-stream": {}}}
-    media_type = "multipart/form-data" if route.model_in == "form" else "application/json"
-    return {"content": {media_type: {"schema": {"type": "object"}}}}
-
-
-def possible_refusals(route):
-    """Return the statuses by which the gateway may refuse a well-formed request."""
-    found = {400, 500, 503}
-    if route.access != "public":
-        found |= {401, 403, 429}
-    if route.method in ("POST", "PATCH", "DELETE"):
-        found |= {408, 413, 415}
-    if "{id}" in route.path:
-        found.add(404)
-    if route.handler == "create_token":
-        found.add(409)
-    return sorted(found if route.category == "page" else found | {502, 504})
+    """Return the content of a JSON body, {} for None: Ollama documents the bodies of its own routes."""
+    return {"content": {"application/json": {"schema": json_schema(shape)}}} if shape else {}
 
 
 def openapi_operation(route):
     """Return the OpenAPI operation of a route."""
-    dialect, body = dialect_of(route.path), openapi_body(route)
-    tag = "Gateway" if route.category == "page" else dialect.capitalize()
-    if route.path.startswith("/admin"):
-        tag = "Admin"
-    parameters = [{"name": name, "in": "path", "required": True, "schema": PATH_PARAMETERS[name]}
+    dialect, request = dialect_of(route.path), REQUEST_SHAPES.get(route.handler)
+    tag = "Admin" if route.path.startswith("/admin") else "Gateway" if route.handler else dialect.capitalize()
+    parameters = [{"name": name, "in": "path", "required": True,
+                   "schema": {"type": "integer" if name == "id" else "string"}}
                   for name in re.findall(r"\{(\w+)\}", route.path)]
     parameters += [{"name": name, "in": "query", "schema": schema}
                    for name, schema in QUERY_PARAMETERS.get(route.handler, {}).items()]
     done = {"description": "done", **openapi_content(RESPONSE_SHAPES.get(route.handler))}
-    refusals = {str(status): {"$ref": f"#/components/responses/{dialect}-{status}"}
-                for status in possible_refusals(route)}
     return {"operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"), "tags": [tag],
-            "summary": route.summary, "parameters": parameters, **({"requestBody": body} if body else {}),
-            "responses": {"201" if route.handler == "create_token" else "200": done, **refusals,
-                          "default": {"$ref": f"#/components/responses/{dialect}"}},
+            "summary": route.summary, "parameters": parameters,
+            "responses": {"201" if route.handler == "create_token" else "200": done,
+                          "default": {"description": "error", **openapi_content(f"{dialect.capitalize()}Error")}},
+            **({"requestBody": {"required": True, **openapi_content(request)}} if request else {}),
             **({"security": []} if route.access == "public" else {}),
             **({"description": "Requires an admin token."} if route.access == "admin" else {})}
 
 
-def error_shape(value):
-    """Return the shape of an error object: its values are objects, or strings that may be null."""
-    return {key: error_shape(member) for key, member in value.items()} if isinstance(value, dict) else (str, None)
-
-
-def openapi_refusals():
-    """Return the OpenAPI responses for the statuses of refusals, in each dialect."""
-    found = {}
-    for dialect in "ollama", "openai", "anthropic":
-        content = openapi_content(error_shape(Refusal("malformed").body_for(dialect)))
-        found[dialect] = {"description": "another refusal, or an error from Ollama"}
-        for status in sorted({reason.status for reason in REFUSALS.values()}):
-            meanings = [reason.meaning for reason in REFUSALS.values() if reason.status == status]
-            found[f"{dialect}-{status}"] = {"description": "; or ".join(meanings), **content}
-    return found
-
-
-def openapi_document(routes, base):
-    """Return the OpenAPI 3.1 document of a gateway with these routes, with /api at the base."""
+@functools.lru_cache(maxsize=8)     # 5 ms for a document that anyone may request
+def openapi_response(routes, base):
+    """Return the response with the OpenAPI 3.1 document of a gateway with these routes, with /api at the base."""
     paths = {}
     for route in routes:
         paths.setdefault(at_base(route.path, base), {})[route.method.lower()] = openapi_operation(route)
-    return {
+    refusals = "; ".join(f"{status}: {meaning}" for status, meaning in sorted(REFUSALS.values()))
+    return json_response({
         "openapi": "3.1.0",
-        "info": {"title": "ollama_gateway", "version": VERSION,
-                 "description": "Ollama and its OpenAI and Anthropic APIs, for holders of a token."},
+        "info": {"title": "ollama_gateway", "version": VERSION, "description": "Ollama and its OpenAI and Anthropic "
+                 f"APIs, for holders of a token. The errors of the gateway: {refusals}."},
         "externalDocs": {"description": "The bodies of Ollama's own routes", "url": "https://docs.ollama.com/api"},
         "security": [{"bearer": []}, {"key": []}],
         "paths": paths,
         "components": {
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"},
                                 "key": {"type": "apiKey", "in": "header", "name": "x-api-key"}},
-            "schemas": {name: json_schema(shape) for name, shape in SCHEMAS.items()},
-            "responses": openapi_refusals()}}
+            "schemas": {name: json_schema(shape) for name, shape in SCHEMAS.items()}}})
 
 # == Web pages ================================================================
 
 STYLE = r"""
-:root { color-scheme: light dark; --paper: #faf9f6; --card: #fff; --ink: #1e2422; --dim: #59625d; --line: #dfdcd4;
-  --edge: #868e89; --soft: #e4efec; --mild: #64a195; --accent: #0a695c; --on-accent: #fff; --bad: #a2261e;
-  --good: #1b6a35; }
+:root { color-scheme: light dark; accent-color: var(--accent); --paper: #faf9f6; --card: #fff; --ink: #1e2422;
+  --dim: #59625d; --line: #dfdcd4; --edge: #868e89; --soft: #e4efec; --mild: #64a195; --accent: #0a695c;
+  --on-accent: #fff; --bad: #a2261e; --good: #1b6a35; }
 @media (prefers-color-scheme: dark) { :root { --paper: #141716; --card: #1c201f; --ink: #e6eae8; --dim: #a4ada8;
   --line: #343a37; --edge: #78817c; --soft: #21332f; --mild: #3f8073; --accent: #63cdbb; --on-accent: #07241f;
   --bad: #ff9c91; --good: #80d69a; } }
 * { box-sizing: border-box; }
-[hidden] { display: none !important; }
 body { max-width: 66.5rem; margin: 0 auto; padding: 2.5rem clamp(.9rem, 4vw, 1.25rem) 3rem; background: var(--paper);
   color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: break-word; -webkit-text-size-adjust: 100%; }
+body:not(.signed-in) .private, .signed-in #sign-in, p:empty { display: none; }
 h1 { margin: 0 0 .5rem; font-size: 1.9rem; line-height: 1.3; }
 h2 { margin: 0 0 .75rem; font-size: 1.2rem; }
 h3 { margin: 1.25rem 0 .5rem; font-size: 1rem; }
 p { margin: 0 0 .75rem; max-width: 44rem; }
 a { color: var(--accent); }
-nav { display: flex; flex-wrap: wrap; gap: .35rem 1.1rem; }
-small, summary, footer, figcaption, dt, .axis, .dim { color: var(--dim); font-size: .875rem; font-weight: 400; }
+small, summary, footer, figcaption, dt, .dim { color: var(--dim); font-size: .875rem; font-weight: 400; }
 section { margin: 1.5rem 0; }
 section, dialog { padding: 1.35rem clamp(1rem, 4vw, 1.5rem) 1.5rem; background: var(--card); color: inherit;
   border: 1px solid var(--line); border-radius: .75rem; overflow-wrap: anywhere; }
-section > :last-child, .row .row, .head > *, td .row, dialog .row { margin-bottom: 0; }
 code, pre { font: .875rem/1.55 ui-monospace, Menlo, Consolas, monospace; }
 pre, #answer { margin: 0; padding: .9rem 1rem; background: var(--paper); border: 1px solid var(--line);
   border-radius: .5rem; overflow-x: auto; }
-#answer, dialog pre { white-space: pre-wrap; }
-#answer { min-height: 4.5rem; }
-#figures { margin-top: .75rem; }
-#thought { color: var(--dim); font-style: italic; }
+#answer, dialog pre { min-height: 3.2rem; margin-bottom: .75rem; white-space: pre-wrap; }
 label { display: block; font-size: .9rem; font-weight: 600; }
 input, select, textarea, button { padding: .45rem .75rem; background: var(--paper); border: 1px solid var(--edge);
   border-radius: .45rem; font: inherit; color: inherit; }
-label > input, label > select, textarea { display: block; width: 100%; margin-top: .25rem; font-weight: 400; }
-label > input[type=checkbox] { display: inline; width: auto; accent-color: var(--accent); }
-textarea { margin-bottom: .75rem; resize: vertical; }
+label > :is(select, textarea, input:not([type=checkbox])) { display: block; width: 100%; margin-top: .25rem;
+  font-weight: 400; resize: vertical; }
 button { background: var(--card); cursor: pointer; white-space: nowrap; }
 button:hover { background: var(--soft); }
 button[type=submit] { background: var(--accent); border-color: transparent; color: var(--on-accent); font-weight: 600; }
 button.danger { background: var(--bad); color: var(--card); }
 details button, td button { padding: .15rem .55rem; font-size: .85rem; }
 :disabled { opacity: .55; }
-fieldset { min-width: 0; margin: 0; padding: 0; border: 0; }
 .row { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; margin-bottom: .75rem; }
 .row > label { flex: 1 1 14rem; }
-.head { justify-content: space-between; }
-.head, .head .row { align-items: center; }
-#filter { width: 11rem; }
+.head, .head .row { justify-content: space-between; align-items: center; }
+section > :last-child, .row .row, .head > *, td .row, figure .row { margin-bottom: 0; }
 .problem, .bad { color: var(--bad); font-weight: 600; }
-p:empty { display: none; }
 .good { color: var(--good); }
 .tag { padding: .05rem .4rem; border-radius: .35rem; background: var(--soft); color: var(--accent); font-size: .8rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1rem; margin: 0 0 1rem; }
-dd { margin: 0; font-size: 1.3rem; line-height: 1.35; }
-dd small { display: block; }
+dd { display: grid; font-size: 1.3rem; line-height: 1.35; }
+dd, figure { margin: 0; }
 table { width: 100%; border-collapse: collapse; font-size: .925rem; }
-th, td { padding: .45rem .9rem .45rem 0; border-top: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { font-weight: 400; }
-td { overflow-wrap: break-word; }
-thead th, th[scope=rowgroup] { border-top: 0; color: var(--dim); font-size: .85rem; font-weight: 600; }
-thead th, th code, td button { white-space: nowrap; }
-th[scope=rowgroup] { padding-top: 1.2rem; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
+th, td { padding: .45rem .9rem .45rem 0; border-top: 1px solid var(--line); font-weight: 400; text-align: left;
+  vertical-align: top; overflow-wrap: break-word; }
+thead th { border-top: 0; color: var(--dim); font-size: .85rem; font-weight: 600; }
+thead th, th code { white-space: nowrap; }
 td:last-child, th:last-child { padding-right: 0; }
 td .row { flex-wrap: nowrap; gap: .35rem; }
-progress { display: block; width: 100%; min-width: 5rem; height: .55rem; margin: .4rem 0; accent-color: var(--accent); }
-svg { display: block; width: 100%; height: 9rem; border-bottom: 1px solid var(--edge); fill: var(--accent); }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+progress { display: block; width: 100%; min-width: 5rem; height: .55rem; margin: .4rem 0; }
+svg { display: block; width: 100%; height: 9rem; border-bottom: 1px solid var(--edge); }
 .prompt { color: var(--mild); fill: var(--mild); }
-.answer { color: var(--accent); }
-figure { margin: 0; }
-figcaption, .axis { display: flex; justify-content: space-between; gap: 1rem; }
-details { margin-top: .6rem; }
-pre + button { margin-top: .5rem; }
+.answer { color: var(--accent); fill: var(--accent); }
+details, pre + button { margin-top: .6rem; }
 dialog { width: min(34rem, calc(100vw - 2rem)); }
 dialog::backdrop { background: rgb(0 0 0 / 50%); }
 dialog form { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: .75rem 1rem; }
 dialog form > :not(label) { grid-column: 1 / -1; margin: 0; }
-dialog .row { justify-content: end; }
-dialog pre { margin-bottom: .75rem; }
+dialog .row { justify-content: end; margin-bottom: 0; }
 @media (max-width: 40rem) {
   .stack thead, .stack td:empty { display: none; }
-  .stack :is(tbody, tr, th, td) { display: block; padding: .1rem 0; border: 0; text-align: left; }
-  .stack td { overflow-wrap: anywhere; }
+  .stack :is(tbody, tr, th, td) { display: block; padding: .1rem 0; border: 0; text-align: left;
+    overflow-wrap: anywhere; }
   .stack tr { padding: .6rem 0; border-top: 1px solid var(--line); }
   .stack td[data-label]::before { content: attr(data-label) ": "; color: var(--dim); }
-  #panel .stack th { font-weight: 600; }
+  .stack th { font-weight: 600; }
   .stack code { white-space: normal; }
 }
 """
@@ -4433,21 +4371,17 @@ dialog pre { margin-bottom: .75rem; }
 SCRIPT = r"""
 const KEY = "ollama_gateway.token";
 // Requests go to where the page was found, also behind a proxy's prefix. A secret in that path is sent as a header.
-const [, ROOT, PATH_SECRET] = location.pathname.match(/^(.*?)(?:\/t\/([^/]+))?\/[^/]*$/);
-const ADDRESS = location.origin + ROOT;
+const [, ROOT, PATH_SECRET, PAGE] = location.pathname.match(/^(.*?)(?:\/t\/([^/]+))?(\/[^/]*)$/);
+let token = sessionStorage.getItem(KEY) || PATH_SECRET;
+let now = Date.now();   // by the gateway's clock, once it has responded
 
 const byId = id => document.getElementById(id);
 const show = (id, ...content) => byId(id).replaceChildren(...content);
-const clear = (...ids) => ids.forEach(id => show(id));
-const token = () => sessionStorage.getItem(KEY) || PATH_SECRET;
-const keep = secret => secret === PATH_SECRET || sessionStorage.setItem(KEY, secret);
 const number = value => value === null ? "unknown" : value.toLocaleString("en");
 const minute = time => time.slice(0, 16).replace("T", " ");
 const nameOf = row => `${row.user}/${row.name}`;
 const tokensOf = ({prompt_tokens, cached_tokens, completion_tokens}) =>
   prompt_tokens === null ? null : prompt_tokens - cached_tokens + completion_tokens;
-let now = Date.now();   // by the gateway's clock, once it has answered
-const dayAgo = days => new Date(now - days * 86400000).toISOString().slice(0, 10);
 
 const builder = namespace => (name, attributes, ...children) => {
   const node = document.createElementNS(namespace, name);
@@ -4463,11 +4397,11 @@ const button = (text, click, attributes = {}) => element("button", {type: "butto
 const tile = (name, ...content) => element("div", {}, element("dt", {}, name), element("dd", {}, content));
 const bar = share => element("progress", {value: share || 0, "aria-hidden": "true"});
 
-async function ask(method, path, {body, secret = token(), signal} = {}) {
-  if (!/^[\x21-\x7e]+$/.test(secret)) throw new Error("A token is one word of ASCII letters, digits and signs");
-  const headers = {Authorization: `Bearer ${secret}`, "Content-Type": "application/json"};
+async function ask(method, path, body, signal) {
+  if (!/^[\x21-\x7e]+$/.test(token)) throw new Error("A token is one word of ASCII letters, digits and signs");
+  const headers = {Authorization: `Bearer ${token}`, "Content-Type": "application/json"};
   const response = await fetch(ROOT + path, {method, headers, signal, cache: "no-store", body: JSON.stringify(body)})
-    .catch(error => { throw error.name === "AbortError" ? error : new Error("The gateway cannot be reached"); });
+    .catch(() => { throw new Error("The gateway cannot be reached"); });
   now = Date.parse(response.headers.get("Date")) || now;
   if (response.ok) return response;
   const {status, statusText} = response, retry = response.headers.get("Retry-After");
@@ -4484,31 +4418,24 @@ async function attempt(pressed, problem, action) {
   pressed.disabled = false;
 }
 
-// Signs in with the token that is kept, or that is typed: enter(JSON at path) shows the page, leave() clears it.
-function signIn(path, enter, leave) {
-  const form = byId("sign-in"), problem = byId("sign-in-problem"), field = byId("token");
-  const setSignedIn = signedIn => { form.hidden = signedIn; byId("signed-in").hidden = !signedIn; };
-  const use = secret => attempt(form.querySelector("button"), problem, async () => {
-    const content = await askJSON("GET", path, {secret}).catch(error => {
-      if (error.status === 401 && secret === token()) sessionStorage.removeItem(KEY);
-      throw error;
-    });
+function keep(secret) {
+  token = secret;
+  if (secret !== PATH_SECRET) sessionStorage.setItem(KEY, secret);
+}
+
+// Signs in with the token that is kept, or that is typed; load() fills the page, or fails if the token may not.
+function signIn(load) {
+  const form = byId("sign-in");
+  const use = secret => attempt(form.querySelector("button"), byId("sign-in-problem"), async () => {
+    token = secret;
+    await load();
     keep(secret);
-    field.value = "";
-    setSignedIn(true);
-    enter(content);
+    form.reset();
+    document.body.classList.add("signed-in");
   });
-  const signOut = reason => {
-    sessionStorage.removeItem(KEY);
-    problem.textContent = reason;
-    setSignedIn(false);
-    leave();
-    field.focus();
-  };
-  form.addEventListener("submit", event => { event.preventDefault(); use(field.value.trim()); });
-  byId("sign-out").addEventListener("click", () => signOut(""));
-  if (token()) use(token());
-  return signOut;
+  form.addEventListener("submit", event => { event.preventDefault(); use(byId("token").value.trim()); });
+  byId("sign-out").addEventListener("click", () => { sessionStorage.removeItem(KEY); location.replace(ROOT + PAGE); });
+  if (token) use(token);
 }
 
 const copyButton = (source, attributes) => button("Copy", ({target}) => {
@@ -4516,50 +4443,52 @@ const copyButton = (source, attributes) => button("Copy", ({target}) => {
   target.textContent = document.execCommand("copy") ? "Copied" : "Selected";   // navigator.clipboard requires TLS
 }, attributes);
 
-// A row is a list of cells: the first names the row, those in `numbers` are aligned as numbers.
-function table(name, headings, rows, numbers = []) {
-  const style = at => numbers.includes(at) && "number";
+// A row is a list of cells, of which the first names the row.
+function table(name, headings, rows) {
+  const isNumber = value => value === null || typeof value === "number";
+  const style = at => rows.some(cells => isNumber(cells[at])) && "number";
   const head = (heading, at) => element("th", {scope: "col", class: style(at)}, heading);
-  const cell = (content, at) => at ? element("td", {class: style(at), "data-label": headings[at] || false}, content)
-    : element("th", {scope: "row"}, content);
+  const cell = (content, at) => element(at ? "td" : "th", at ? {class: style(at), "data-label": headings[at] || false}
+    : {scope: "row"}, isNumber(content) ? number(content) : content);
   return element("table", {class: "stack", "aria-label": name},
     element("thead", {}, element("tr", {}, headings.map(head))),
     element("tbody", {}, rows.map(cells => element("tr", {}, cells.map(cell)))));
 }
 
-function dayColumn(row, at, most) {
-  const answers = row.completion_tokens / most * 100, prompts = (row.prompt_tokens - row.cached_tokens) / most * 100;
-  const part = (y, height, style) => drawing("rect", {class: style, x: at + 0.12, width: 0.76, y, height});
-  return drawing("g", {},
-    drawing("title", {}, `${row.day}: ${number(tokensOf(row))} tokens, ${number(row.requests)} requests`),
-    part(100 - answers, answers, "answer"), part(100 - answers - prompts, prompts, "prompt"));
+function usageTable(heading, rows) {
+  const key = heading.toLowerCase(), most = Math.max(1, ...rows.map(tokensOf));
+  return table(`Usage by ${key}`, [heading, "", "Tokens", "Cached", "Requests"], rows.map(row =>
+    [row[key] || "-", bar(tokensOf(row) / most), tokensOf(row), row.cached_tokens || 0, row.requests]));
 }
 
-function dayChart(used, days) {
-  const unused = {requests: 0, prompt_tokens: 0, cached_tokens: 0, completion_tokens: 0};
-  const rows = Array.from({length: days}, (_, at) => dayAgo(days - 1 - at))
-    .map(day => used.find(row => row.day === day) || {day, ...unused});
-  const most = Math.max(1, ...rows.map(tokensOf)), total = rows.reduce((sum, row) => sum + tokensOf(row), 0);
+function dayChart(usage, days) {
+  const first = Math.floor(now / 86400000) - days + 1, most = Math.max(1, ...usage.map(tokensOf));
+  const total = usage.reduce((sum, row) => sum + tokensOf(row), 0);
+  const part = (row, name, tokens) => drawing("rect", {class: name, x: Date.parse(row.day) / 86400000 - first + 0.12,
+    width: 0.76, y: 100 - tokens / most * 100, height: tokens / most * 100});
+  const column = row => drawing("g", {},
+    drawing("title", {}, `${row.day}: ${number(tokensOf(row))} tokens, ${number(row.requests)} requests`),
+    part(row, "prompt", tokensOf(row)), part(row, "answer", row.completion_tokens));
   const key = name => [element("span", {class: name}, " ■"), ` ${name}s`];
   return element("figure", {},
-    element("figcaption", {}, element("span", {}, `most in a day: ${number(most)}`),
+    element("figcaption", {class: "row head"}, element("span", {}, `most in a day: ${number(most)}`),
       element("span", {}, key("prompt"), key("answer"))),
     drawing("svg", {viewBox: `0 0 ${days} 100`, preserveAspectRatio: "none", role: "img",
-      "aria-label": `Tokens of each of the last ${days} days, ${number(total)} in all`},
-    rows.map((row, at) => dayColumn(row, at, most))),
-    element("div", {class: "axis"}, element("span", {}, rows[0].day), element("span", {}, "today, in UTC")),
-    element("details", {}, element("summary", {}, "As a table"), table("Usage by day", ["Day", "Tokens", "Requests"],
-      rows.filter(row => row.requests).map(row => [row.day, number(tokensOf(row)), number(row.requests)]), [1, 2])));
+      "aria-label": `Tokens of each of the last ${days} days, ${number(total)} in all`}, usage.map(column)),
+    element("small", {class: "row head"}, element("span", {}, new Date(first * 86400000).toISOString().slice(0, 10)),
+      element("span", {}, "today, in UTC")),
+    element("details", {}, element("summary", {}, "As a table"), usageTable("Day", usage)));
 }
 """
 
 DOCS_SCRIPT = r"""
-let running = null;     // the AbortController of the request that is running
+let running = new AbortController();
 
-function showMe(me) {
-  show("who", nameOf(me));
+async function loadMe() {
+  const me = await askJSON("GET", "/me");
   const limits = Object.entries(me.left).map(([name, {limit, remaining}]) => tile(LIMITS[name].label,
     number(remaining), bar(remaining / limit), element("small", {}, `left of ${number(limit)}`)));
+  show("who", nameOf(me));
   show("me", element("dl", {class: "tiles"},
     tile("Valid", me.expires_at ? `until ${minute(me.expires_at)}` : "until deleted"),
     tile("Models", me.models ? me.models.join(", ") : "all"), limits),
@@ -4567,289 +4496,208 @@ function showMe(me) {
 }
 
 async function showModels() {
-  const {models} = await askJSON("GET", `${BASE}/tags`);
-  show("model", ...(models || []).map(({name}) => element("option", {}, name)));
-  byId("talk").disabled = false;
-  nameModel();
+  const {models} = await askJSON("GET", `${BASE}/tags`), names = (models || []).map(({name}) => name);
+  show("model", ...names.map(name => element("option", {}, name)));
+  const example = names.find(name => /^[\w.:\/-]+$/.test(name));    // a shell could read others as more than a name
+  if (example) document.querySelectorAll(".model").forEach(place => { place.textContent = example; });
 }
 
-// Puts the model's name into the examples, unless a shell could read it as more than a name.
-function nameModel() {
-  const name = byId("model").value;
-  if (/^[\w.:\/-]+$/.test(name)) for (const place of document.querySelectorAll(".model")) place.textContent = name;
-}
-
-async function* linesOf(body) {
-  const reader = body.getReader(), decoder = new TextDecoder();
-  for (let rest = "", ended = false; !ended;) {
-    const {value, done} = await reader.read().catch(() => { throw new Error("The response broke off"); });
-    const lines = (rest + decoder.decode(value, {stream: !done})).split("\n");
-    rest = done ? "" : lines.pop();
-    ended = done;
-    yield* lines;
-  }
-}
-
-async function chat(signal) {
-  const start = performance.now(), seconds = () => (performance.now() - start) / 1000;
+async function chat() {
   const body = {model: byId("model").value, messages: [{role: "user", content: byId("prompt").value}]};
-  let first = 0;
-  for await (const line of linesOf((await ask("POST", `${BASE}/chat`, {body, signal})).body)) {
-    const {message = {}, error, done, eval_count: count, eval_duration: duration} = JSON.parse(line.trim() || "{}");
-    if (error) throw new Error(error);
-    byId("thought").append(message.thinking || "");
-    byId("said").append(message.content || "");
-    if (!first && (message.thinking || message.content)) {
-      first = seconds();
-      show("figures", `first token after ${first.toFixed(2)} s`);
-    }
-    if (done && count) {
-      const rate = count / (duration / 1e9 || seconds() - first);
-      byId("figures").append(`, ${number(count)} tokens, ${rate.toFixed(1)} a second`);
+  const response = await ask("POST", `${BASE}/chat`, body, running.signal);
+  const reader = response.body.getReader(), decoder = new TextDecoder();
+  for (let rest = "";;) {
+    const {value, done} = await reader.read().catch(() => { throw new Error("The response broke off"); });
+    if (done) return;
+    const lines = (rest + decoder.decode(value, {stream: true})).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      const {message = {}, error, eval_count: count, eval_duration: duration} = JSON.parse(line);
+      if (error) throw new Error(error);
+      byId("thought").append(message.thinking || "");
+      byId("said").append(message.content || "");
+      if (count) show("figures", `${number(count)} tokens, ${(count / duration * 1e9).toFixed(1)} a second`);
     }
   }
 }
 
-async function send(event) {
+const setBusy = busy => { byId("stop").disabled = !busy; byId("answer").setAttribute("aria-busy", busy); };
+byId("console-form").addEventListener("submit", async event => {
   event.preventDefault();
-  if (running) return;
-  const setBusy = busy => { byId("stop").disabled = !busy; byId("answer").setAttribute("aria-busy", busy); };
-  const {signal} = running = new AbortController();
-  clear("thought", "said", "figures");
+  running = new AbortController();
+  ["thought", "said", "figures"].forEach(id => show(id));
   setBusy(true);
-  await attempt(byId("send"), byId("problem"), () => chat(signal).catch(error => {
-    if (!signal.aborted) throw error;
-    byId("figures").append(" (stopped)");
+  await attempt(byId("send"), byId("problem"), () => chat().catch(error => {
+    if (!running.signal.aborted) throw error;
+    show("figures", "(stopped)");
   }));
-  running = null;
   setBusy(false);
-  if (token()) askJSON("GET", "/me").then(me => token() && showMe(me), () => {});
-}
-
-for (const place of document.querySelectorAll(".address")) place.textContent = ADDRESS;
-for (const pre of document.querySelectorAll("#examples pre")) pre.after(copyButton(pre.firstChild));
-byId("console").hidden = false;
-byId("console-form").addEventListener("submit", send);
-byId("stop").addEventListener("click", () => running && running.abort());
-byId("model").addEventListener("change", nameModel);
-byId("prompt").addEventListener("keydown", event => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("console-form").requestSubmit();
+  loadMe().catch(() => {});
 });
-signIn("/me", me => {
-  showMe(me);
-  showModels().catch(error => show("problem", error.message));
-}, () => {
-  if (running) running.abort();
-  byId("talk").disabled = true;
-  clear("me", "who", "model", "thought", "said", "figures", "problem");
+byId("stop").addEventListener("click", () => running.abort());
+byId("prompt").addEventListener("keydown", event => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("send").click();
+});
+for (const place of document.querySelectorAll(".address")) place.textContent = location.origin + ROOT;
+for (const pre of document.querySelectorAll("#examples pre")) pre.after(copyButton(pre.firstChild));
+signIn(async () => {
+  await loadMe();
+  attempt(byId("send"), byId("problem"), showModels);
 });
 """
 
 ADMIN_SCRIPT = r"""
-const FIELDS = {user: ["User", "a person"], name: ["Name", "a device"], expires_at: ["Expires", "30d, 2027-01-31"]};
-for (const [name, {label, example}] of Object.entries(LIMITS)) FIELDS[name] = [label, example];
-let tokens = [], timer = 0, renewing = false;
+const FIELDS = {user: {label: "User", example: "a person"}, name: {label: "Name", example: "a device"},
+  expires_at: {label: "Expires", example: "30d, 2027-01-31"}, ...LIMITS};
 
-const asText = value => [value ?? ""].flat().join(",");
-
-function dialog(title, ...content) {
-  const box = element("dialog", {"aria-labelledby": "dialog-title", close: () => box.remove()},
-    element("h2", {id: "dialog-title"}, title), content);
-  document.body.append(box);
-  box.showModal();
-  return box;
-}
-
-// Opens a form that calls action(form) when it is submitted, and shows an error beside the field that caused it.
-function formDialog(title, content, label, action, style = false) {
+// Opens a form that calls action() when it is submitted, and shows an error beside the field that caused it.
+function openDialog(title, content, label, action, {style = false, copy} = {}) {
   const problem = element("p", {class: "problem", role: "alert"});
   const submitter = element("button", {type: "submit", class: style}, label);
   const submit = async event => {
     event.preventDefault();
-    await attempt(submitter, problem, async () => { await action(form); await loadTokens(); box.close(); });
+    await attempt(submitter, problem, async () => {
+      await action();
+      box.close();
+      await loadTokens();
+    });
     const field = form.elements[problem.textContent.split(":")[0]];
     if (field) field.focus();
-    if (field) field.after(problem);
-    else form.lastChild.before(problem);
+    (field || form.lastChild.previousSibling).after(problem);
   };
   const form = element("form", {submit}, content, problem,
-    element("div", {class: "row"}, button("Cancel", () => box.close()), submitter));
-  const box = dialog(title, form);
+    element("div", {class: "row"}, copy || button("Cancel", () => box.close()), submitter));
+  const box = element("dialog", {"aria-labelledby": "dialog-title", close: () => box.remove(),
+    cancel: event => { if (copy) event.preventDefault(); }}, element("h2", {id: "dialog-title"}, title), form);
+  document.body.append(box);
+  box.showModal();
 }
 
 function showSecret(made) {
   const secret = element("code", {}, made.token);
-  const example = element("code", {}, `curl -H "Authorization: Bearer ${made.token}" ${ADDRESS}${BASE}/tags`);
-  const box = dialog(`Secret of ${nameOf(made)}`,
+  openDialog(`Secret of ${nameOf(made)}`, [
     element("p", {}, "The secret is shown only once. Keep it like a password."), element("pre", {id: "secret"}, secret),
-    element("p", {}, "To use it:"), element("pre", {}, example),
-    element("p", {}, element("a", {href: "docs", target: "_blank"}, "Examples for each client")),
-    element("div", {class: "row"}, copyButton(secret, {autofocus: ""}), button("I have saved it", () => box.close())));
-  box.addEventListener("cancel", event => event.preventDefault());
-}
-
-async function saveToken(known, names, {elements}) {
-  const changes = known.id ? {} : {user: "", name: ""};
-  for (const name of names) {
-    const typed = elements[name].value.trim();
-    if (typed !== asText(known[name])) changes[name] = typed || null;
-  }
-  if (elements.admin.checked !== known.admin) changes.admin = elements.admin.checked;
-  if (known.id) await ask("PATCH", `/admin/tokens/${known.id}`, {body: changes});
-  else showSecret(await askJSON("POST", "/admin/tokens", {body: changes}));
+    element("p", {}, "How to use it: ", element("a", {href: "docs", target: "_blank"}, "examples for each client"))],
+  "I have saved it", async () => {}, {copy: copyButton(secret, {autofocus: ""})});
 }
 
 function editToken(known) {
-  const names = Object.keys(FIELDS).slice(known.id ? 2 : 0);
-  const fields = names.map(name => element("label", {}, `${FIELDS[name][0]} `, element("small", {}, FIELDS[name][1]),
-    element("input", {name, value: asText(known[name]), autocomplete: "off", spellcheck: "false"})));
-  const admin = element("label", {}, element("input", {type: "checkbox", name: "admin", checked: known.admin}),
-    " Admin ", element("small", {}, "may manage models and tokens"));
-  formDialog(known.id ? `Limits of ${nameOf(known)}` : "New token",
-    [fields, admin, element("p", {class: "dim"}, "An empty field sets no limit.")],
-    known.id ? "Save" : "Create", form => saveToken(known, names, form));
+  const inputs = Object.keys(FIELDS).slice(known.id ? 2 : 0).map(name => element("input",
+    {name, value: [known[name] ?? ""].flat().join(","), autocomplete: "off", spellcheck: "false"}));
+  const admin = element("input", {type: "checkbox", name: "admin", checked: known.admin});
+  const labelled = input => element("label", {}, `${FIELDS[input.name].label} `,
+    element("small", {}, FIELDS[input.name].example), input);
+  const save = async () => {
+    const changes = known.id ? {} : {user: "", name: ""};
+    for (const {name, value, defaultValue} of inputs) {
+      if (value !== defaultValue) changes[name] = value.trim() || null;
+    }
+    if (admin.checked !== known.admin) changes.admin = admin.checked;
+    if (known.id) await ask("PATCH", `/admin/tokens/${known.id}`, changes);
+    else showSecret(await askJSON("POST", "/admin/tokens", changes));
+  };
+  openDialog(known.id ? `Limits of ${nameOf(known)}` : "New token", [inputs.map(labelled),
+    element("label", {}, admin, " Admin ", element("small", {}, "may manage models and tokens")),
+    element("p", {class: "dim"}, "An empty field sets no limit.")], known.id ? "Save" : "Create", save);
 }
 
 function rotateToken(known) {
-  const text = `The current secret of ${nameOf(known)} stops working at its next request.`;
-  formDialog("Create a new secret?", element("p", {}, text), "New secret", async () => {
-    renewing = token().startsWith(known.hint);      // the page's own token: from here on its old secret is refused
-    try {
-      const made = await askJSON("POST", `/admin/tokens/${known.id}/rotate`);
-      if (renewing) keep(made.token);
-      showSecret(made);
-    } finally {
-      renewing = false;
-    }
+  const warning = `The current secret of ${nameOf(known)} stops working at its next request.`;
+  openDialog("Create a new secret?", element("p", {}, warning), "New secret", async () => {
+    const made = await askJSON("POST", `/admin/tokens/${known.id}/rotate`);
+    if (token.startsWith(known.hint)) keep(made.token);     // the page's own token
+    showSecret(made);
   });
 }
 
 function deleteToken(known) {
-  const text = `${nameOf(known)} stops working at its next request. This cannot be undone.`;
-  formDialog("Delete this token?", element("p", {}, text), "Delete",
-    () => ask("DELETE", `/admin/tokens/${known.id}`), "danger");
-}
-
-function limitsOf(row) {
-  const shown = value => Array.isArray(value) ? value.join(", ") : number(value);
-  return Object.entries(LIMITS).filter(([name]) => row[name])
-    .map(([name, {phrase}]) => phrase.replace("{}", shown(row[name]))).join("; ");
+  const warning = `${nameOf(known)} stops working at its next request. This cannot be undone.`;
+  openDialog("Delete this token?", element("p", {}, warning), "Delete",
+    () => ask("DELETE", `/admin/tokens/${known.id}`), {style: "danger"});
 }
 
 function tokenRow(row) {
   const actions = Object.entries({Edit: editToken, "New secret": rotateToken, Delete: deleteToken}).map(
     ([text, act]) => button(text, () => act(row), {"aria-label": `${text}: ${nameOf(row)}`}));
+  const limits = Object.entries(LIMITS).filter(([name]) => row[name]).map(
+    ([name, {phrase}]) => phrase.replace("{}", () => [row[name]].flat().map(number).join(", ")));
   return [[nameOf(row), row.admin ? [" ", element("span", {class: "tag"}, "admin")] : ""],
     element("code", {}, `${row.hint}…`),
     row.expired ? element("span", {class: "bad"}, "expired") : row.expires_at ? minute(row.expires_at) : "never",
-    row.last_used_at ? minute(row.last_used_at) : "never", limitsOf(row), element("div", {class: "row"}, actions)];
-}
-
-function showTokens() {
-  const words = byId("filter").value.toLowerCase().split(/\s+/);
-  const text = row => `${nameOf(row)} ${row.hint} ${row.admin ? "admin" : ""} ${limitsOf(row)}`.toLowerCase();
-  const shown = tokens.filter(row => words.every(word => text(row).includes(word)));
-  show("token-count", `${shown.length} of ${tokens.length}`);
-  show("tokens", table("Tokens", ["Token", "Secret", "Expires", "Last used", "Limits", ""], shown.map(tokenRow)));
+    row.last_used_at ? minute(row.last_used_at) : "never", limits.join("; "), element("div", {class: "row"}, actions)];
 }
 
 async function loadTokens() {
-  tokens = await askJSON("GET", "/admin/tokens");
-  showTokens();
+  const tokens = await askJSON("GET", "/admin/tokens");
+  show("tokens", table("Tokens", ["Token", "Secret", "Expires", "Last used", "Limits", ""], tokens.map(tokenRow)));
 }
 
 function showStatus({upstream, requests, ...gauges}) {
   const up = upstream.status === "up";
   const rows = requests.map(row => [nameOf(row), row.model || "", element("code", {}, row.path),
-    row.waiting ? "queued" : "running", row.seconds.toFixed(1)]);
+    row.waiting ? "queued" : "running", Math.round(row.seconds)]);
   show("status", element("dl", {class: "tiles"},
     tile("Running", number(gauges.in_flight_requests)), tile("Queued", number(gauges.queued_requests)),
     tile("Connections", number(gauges.connections)),
     tile("Ollama", element("span", {class: up ? "good" : "bad"}, up ? `up, ${upstream.version}` : "down")),
     tile("Loaded models", upstream.loaded.map(({name}) => name).join(", ") || "none")),
-  rows.length ? table("Requests", ["Token", "Model", "Path", "State", "Seconds"], rows, [4])
+  rows.length ? table("Requests", ["Token", "Model", "Path", "State", "Seconds"], rows)
     : element("p", {class: "dim"}, "No requests are running or queued."));
 }
 
 async function watch() {
-  const secret = token(), hidden = () => byId("panel").hidden;
-  if (hidden()) return;     // signed out
-  await askJSON("GET", "/admin/status", {secret}).then(status => {
-    if (!hidden()) showStatus(status);
+  try {
+    if (!document.hidden) showStatus(await askJSON("GET", "/admin/status"));
     show("status-problem");
-  }, error => {
-    if (renewing || secret !== token()) return;     // the secret was replaced meanwhile
-    if (error.status === 401 || error.status === 403) signOut(error.message);
+  } catch (error) {
+    // A dialog may be about to replace the page's own secret. If not, the page signs in again, and shows why it cannot.
+    if ([401, 403].includes(error.status) && !document.querySelector("dialog")) location.reload();
     show("status-problem", error.message);
-  });
-  clearTimeout(timer);
-  if (!document.hidden && !hidden()) timer = setTimeout(watch, 2000);
-}
-
-function usageTable(name, heading, rows) {
-  const most = Math.max(1, ...rows.map(tokensOf));
-  return table(name, [heading, "", "Tokens", "Cached", "Requests"],
-    rows.map(row => [row[heading.toLowerCase()] || "-", bar(tokensOf(row) / most), number(tokensOf(row)),
-      number(row.cached_tokens || 0), number(row.requests)]), [2, 3, 4]);
+  }
+  setTimeout(watch, 2000);
 }
 
 async function loadUsage() {
-  const days = byId("period").value;
+  const period = byId("period").value, days = parseInt(period);
   const [byDay, byUser, byModel] = await Promise.all(
     ["day", "user", "model"].map(by => askJSON("GET", `/admin/usage?by=${by}&since=${days}d`)));
-  if (days !== byId("period").value || byId("panel").hidden) return;    // out of date
-  show("by-day", dayChart(byDay, Number(days)));
-  show("by-user", usageTable("Usage by user", "User", byUser));
-  show("by-model", usageTable("Usage by model", "Model", byModel));
+  if (period !== byId("period").value) return;  // out of date
+  show("usage", dayChart(byDay, days), element("h3", {}, "By user"), usageTable("User", byUser),
+    element("h3", {}, "By model"), usageTable("Model", byModel));
 }
 const showUsage = () => attempt(byId("refresh"), byId("usage-problem"), loadUsage);
 
 byId("create").addEventListener("click", () => editToken({admin: false}));
-byId("filter").addEventListener("input", showTokens);
 byId("period").addEventListener("change", showUsage);
 byId("refresh").addEventListener("click", showUsage);
-document.addEventListener("visibilitychange", () => { if (!document.hidden && !byId("panel").hidden) watch(); });
-const signOut = signIn("/admin/tokens", list => {
-  tokens = list;
-  byId("panel").hidden = false;
-  showTokens();
+signIn(async () => {
+  await loadTokens();
   showUsage();
   watch();
-}, () => {
-  clearTimeout(timer);
-  tokens = [];
-  byId("panel").hidden = true;
-  clear("status", "tokens", "by-day", "by-user", "by-model");
 });
 """
 
 SIGN_IN = """<section id="yours" aria-labelledby="yours-title"><h2 id="yours-title">Your token</h2>
-<noscript><p>{noscript}</p></noscript>
+<noscript><p>Signing in requires JavaScript.</p></noscript>
 <form id="sign-in">
-<div class="row"><label>{label}<input id="token" type="password" autocomplete="off" spellcheck="false" required></label>
+<div class="row"><label>{}<input id="token" type="password" autocomplete="off" spellcheck="false" required></label>
 <button type="submit">Sign in</button></div>
 <p class="dim">The token is kept in this tab only, until it is closed.</p>
-<p id="sign-in-problem" class="problem" role="alert"></p>
-</form>
-<div id="signed-in" class="row head" hidden><span id="who">Signed in.</span>
+<p id="sign-in-problem" class="problem" role="alert"></p></form>
+<div id="signed-in" class="row head private"><span id="who">Signed in.</span>
 <button id="sign-out" type="button">Sign out</button></div>"""
-DOCS = """
-<header><small>ollama_gateway {version}</small><h1>A shared Ollama server</h1>
-<p>Every Ollama, OpenAI and Anthropic client works here, with streaming. You need a token: ask the administrator.</p>
-<nav><a href="#yours">Your token</a><a href="#examples">Examples</a><a href="#routes">Routes</a>
-<a href="#errors">Errors</a><a href="#settings">Settings</a>{links}</nav></header>
-<main>{sign_in}
-<div id="me"></div></section>
-<section id="console" aria-labelledby="console-title" hidden><h2 id="console-title">Console</h2>
-<form id="console-form"><fieldset id="talk" disabled>
-<div class="row"><label>Model<select id="model"></select></label></div>
-<label>Prompt <small>Ctrl+Enter sends it</small>
-<textarea id="prompt" rows="4" required>Why is the sky blue?</textarea></label>
+DOCS = """<p>Ollama, OpenAI and Anthropic clients work here, with streaming. Ask the administrator for a token.</p>
+<nav class="row"><a href="#yours">Your token</a><a href="#examples">Examples</a><a href="#routes">Routes</a>
+<a href="#errors">Errors</a><a href="#settings">Settings</a><a href="openapi.json">OpenAPI</a>{admin}</nav></header>
+<main>{sign_in}<div id="me" class="private"></div></section>
+<section class="private" aria-labelledby="console-title"><h2 id="console-title">Console</h2>
+<form id="console-form"><div class="row"><label>Model<select id="model" required></select></label></div>
+<div class="row"><label>Prompt <small>Ctrl+Enter sends it</small>
+<textarea id="prompt" rows="4" required>Why is the sky blue?</textarea></label></div>
 <div class="row"><button id="send" type="submit">Send</button>
-<button id="stop" type="button" disabled>Stop</button></div>
-</fieldset></form>
+<button id="stop" type="button" disabled>Stop</button></div></form>
 <p id="problem" class="problem" role="alert"></p>
-<div id="answer" role="log" aria-label="Answer"><p id="thought"></p><p id="said"></p></div>
+<div id="answer" role="log" aria-label="Answer"><p id="thought" class="dim"></p><p id="said"></p></div>
 <p id="figures" class="dim" role="status"></p></section>
 <section id="examples" aria-labelledby="examples-title"><h2 id="examples-title">Examples</h2>
 <p>They read the token from the variable <code>TOKEN</code>: <code>export TOKEN=ogw_…</code></p>
@@ -4858,39 +4706,26 @@ DOCS = """
 <p>Send the token as <code>Authorization: Bearer …</code> or <code>x-api-key: …</code>. Other paths are refused.</p>
 {routes}</section>
 <section id="errors" aria-labelledby="errors-title"><h2 id="errors-title">Errors</h2>
-<p>An error has the format of the route's API. Ollama's own errors are passed on unchanged. Every response has an
-<code>X-Request-Id</code>: name it when you report a problem.</p>
+<p>An error has the format of the route's API. Name its <code>X-Request-Id</code> when you report one.</p>
 {errors}</section>
 <section id="settings" aria-labelledby="settings-title"><h2 id="settings-title">Settings</h2>
 <details><summary>For administrators: the flags of <code>serve</code> and their variables</summary>
 {options}</details></section></main>
-<footer>This page loads nothing from other servers, and sends your input to this gateway only.</footer>
-"""
-ADMIN = """
-<header><small>ollama_gateway {version}</small><h1>Administration</h1>
-<p>Tokens, running requests and usage.</p>
+<footer>This page loads nothing from other servers, and sends your input to this gateway only.</footer>"""
+ADMIN = """<p>Tokens, running requests and usage.</p>
 <nav><a href="docs">Documentation</a></nav></header>
-<main>{sign_in}</section>
-<div id="panel" hidden>
+<main>{sign_in}</section><div id="panel" class="private">
 <section aria-labelledby="now-title"><h2 id="now-title">Now</h2>
-<p id="status-problem" class="problem" role="alert"></p>
-<div id="status"></div></section>
+<p id="status-problem" class="problem" role="alert"></p><div id="status"></div></section>
 <section aria-labelledby="tokens-title">
-<div class="row head"><h2 id="tokens-title">Tokens <small id="token-count" role="status"></small></h2>
-<div class="row"><input id="filter" type="search" placeholder="Filter" aria-label="Filter the tokens">
-<button id="create" type="button">New token</button></div></div>
+<div class="row head"><h2 id="tokens-title">Tokens</h2><button id="create" type="button">New token</button></div>
 <div id="tokens"></div></section>
 <section aria-labelledby="usage-title">
-<div class="row head"><h2 id="usage-title">Usage</h2>
-<div class="row"><select id="period" aria-label="Period"><option value="7">7 days</option>
-<option value="30">30 days</option><option value="90">90 days</option></select>
+<div class="row head"><h2 id="usage-title">Usage</h2><div class="row">
+<select id="period" aria-label="Period"><option>7 days</option><option>30 days</option><option>90 days</option></select>
 <button id="refresh" type="button">Refresh</button></div></div>
-<p id="usage-problem" class="problem" role="alert"></p>
-<div id="by-day"></div>
-<h3>By user</h3><div id="by-user"></div>
-<h3>By model</h3><div id="by-model"></div></section></div></main>
-<footer>The token is sent in a header, never in a cookie: pages of other sites cannot use it.</footer>
-"""
+<p id="usage-problem" class="problem" role="alert"></p><div id="usage"></div></section></div></main>
+<footer>The token is sent in a header, never in a cookie: pages of other sites cannot use it.</footer>"""
 EXAMPLES = r"""
 == curl
 curl -N {address}{base}/chat \
@@ -4902,72 +4737,58 @@ OLLAMA_HOST={address}/t/$TOKEN ollama run {model}
 == Python
 import os
 from ollama import Client
-
 client = Client(host="{host}", headers={"Authorization": f"Bearer {os.environ['TOKEN']}"})
-question = {"role": "user", "content": "Why is the sky blue?"}
-for part in client.chat(model="{model}", messages=[question], stream=True):
-    print(part.message.content, end="", flush=True)
+for part in client.generate(model="{model}", prompt="Why is the sky blue?", stream=True):
+    print(part.response, end="", flush=True)
 == JavaScript
 import { Ollama } from "ollama"
-
-const headers = { Authorization: `Bearer ${process.env.TOKEN}` }
-const ollama = new Ollama({ host: "{host}", headers })
-const question = { role: "user", content: "Why is the sky blue?" }
-const parts = await ollama.chat({ model: "{model}", messages: [question], stream: true })
-for await (const part of parts) process.stdout.write(part.message.content)
+const ollama = new Ollama({ host: "{host}", headers: { Authorization: `Bearer ${process.env.TOKEN}` } })
+const parts = await ollama.generate({ model: "{model}", prompt: "Why is the sky blue?", stream: true })
+for await (const part of parts) process.stdout.write(part.response)
 == OpenAI
 import os
 from openai import OpenAI
-
 client = OpenAI(base_url="{address}/v1", api_key=os.environ["TOKEN"])
-question = {"role": "user", "content": "Why is the sky blue?"}
-answer = client.chat.completions.create(model="{model}", messages=[question])
+answer = client.chat.completions.create(model="{model}", messages=[{"role": "user", "content": "Hello!"}])
 print(answer.choices[0].message.content)
 == Anthropic
 import os
 from anthropic import Anthropic
-
 client = Anthropic(base_url="{address}", api_key=os.environ["TOKEN"])
-question = {"role": "user", "content": "Why is the sky blue?"}
-answer = client.messages.create(model="{model}", max_tokens=500, messages=[question])
+answer = client.messages.create(model="{model}", max_tokens=500, messages=[{"role": "user", "content": "Hello!"}])
 print(answer.content[0].text)
 """
-ACCESS = {"token": "With any token", "admin": "With an admin token", "public": "Without a token"}
-
-
-def source_hash(text):
-    """Return the source expression for an inline style or script (Content Security Policy 3, 2.3.1)."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+ACCESS = {"token": "any", "admin": "admin", "public": "none"}
 
 
 def html_page(title, body, script, base):
     """Return the response for a page; its only sources are its own style and script, and the gateway's API."""
     limits = {limit.column: {key: getattr(limit, key) for key in ("label", "example", "phrase")} for limit in LIMITS}
     script = f'"use strict";\nconst BASE = {json.dumps(base)}, LIMITS = {json.dumps(limits)};\n{script}'
-    policy = (f"default-src 'none'; style-src {source_hash(STYLE)}; script-src {source_hash(script)}; "
+    style_hash, script_hash = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+                               for text in (STYLE, script))     # Content Security Policy 3, 2.3.1
+    policy = (f"default-src 'none'; style-src 'sha256-{style_hash}'; script-src 'sha256-{script_hash}'; "
               "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-    page = (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" '
-            f'content="light dark">\n<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n'
-            f"</head>\n<body>{body}<script>{script}</script>\n</body>\n</html>\n")
+    page = f"""<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><title>{title}</title><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,"><style>{STYLE}</style></head>
+<body><header><small>ollama_gateway {VERSION}</small><h1>{title}</h1>
+{body}<script>{script}</script></body>
+</html>
+"""
     return 200, "text/html; charset=utf-8", page.encode(), [
         ("Content-Security-Policy", policy), ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-cache")]
 
 
-def html_table(headings, groups):
-    """Return an HTML table of {heading of a group, or "": rows}; the first cell of a row is code."""
+def html_table(headings, rows):
+    """Return an HTML table; the first cell of a row is code."""
     labels = ["", *(f' data-label="{heading}"' for heading in headings[2:])]    # the second column needs none
-    parts = ['<table class="stack">\n<thead><tr>', *(f'<th scope="col">{heading}</th>' for heading in headings),
-             "</tr></thead>\n"]
-    for group, rows in groups.items():
-        parts.append("<tbody>\n")
-        if group:
-            parts.append(f'<tr><th scope="rowgroup" colspan="{len(headings)}">{group}</th></tr>\n')
-        for first, *others in rows:
-            cells = "".join(f"<td{label}>{html.escape(cell or '')}</td>" for label, cell in zip(labels, others))
-            parts.append(f'<tr><th scope="row"><code>{html.escape(first)}</code></th>{cells}</tr>\n')
-        parts.append("</tbody>\n")
-    return "".join(parts) + "</table>"
+    head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
+    body = "".join(f'<tr><th scope="row"><code>{html.escape(first)}</code></th>' + "".join(
+        f"<td{label}>{html.escape(cell or '')}</td>" for label, cell in zip(labels, others)) + "</tr>\n"
+        for first, *others in rows)
+    return f'<table class="stack"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
 
 
 def html_examples(base):
@@ -4987,40 +4808,30 @@ def html_examples(base):
 @functools.lru_cache(maxsize=8)     # 2 ms for a page that anyone may request
 def docs_page(routes, base):
     """Return the documentation of a gateway with these routes, with /api at the base."""
-    groups = {group: [(f"{route.method} {at_base(route.path, base)}", route.summary)
-                      for route in routes if route.access == access] for access, group in ACCESS.items()}
-    errors = {}
-    for status, meaning in sorted(REFUSALS.values()):
-        errors[str(status)] = f"{errors[str(status)]}; or {meaning}" if str(status) in errors else meaning
-    links = '<a href="openapi.json">OpenAPI</a>'
-    if any(route.handler == "admin" for route in routes):
-        links += '<a href="admin">Administration</a>'
+    has_admin = any(route.handler == "admin" for route in routes)
     body = DOCS.format(
-        version=VERSION, links=links, examples=html_examples(base),
-        sign_in=SIGN_IN.format(label="Token", noscript="Signing in requires JavaScript. All else here does not."),
-        routes=html_table(("Route", "Purpose"), groups),
-        errors=html_table(("Status", "Reason"), {"": errors.items()}),
-        options=html_table(("Flag", "Meaning", "Variable", "Default"), {
-            "": [(option.flag, option.help, option.variable, option.default) for option in OPTIONS]}))
+        admin='<a href="admin">Administration</a>' if has_admin else "",
+        sign_in=SIGN_IN.format("Token"), examples=html_examples(base),
+        routes=html_table(("Route", "Purpose", "Token"), [
+            (f"{route.method} {at_base(route.path, base)}", route.summary, name)
+            for access, name in ACCESS.items() for route in routes if route.access == access]),
+        errors=html_table(("Status", "Reason"), [
+            (str(status), meaning) for status, meaning in sorted(REFUSALS.values())]),
+        options=html_table(("Flag", "Meaning", "Variable", "Default"), [
+            (option.flag, option.help, option.variable, option.default) for option in OPTIONS]))
     return html_page("A shared Ollama server", body, SCRIPT + DOCS_SCRIPT, base)
 
 
 def admin_page(base):
     """Return the admin page, which is empty until an admin token is entered."""
-    noscript = "This page requires JavaScript. The command <code>ollama_gateway.py token</code> does not."
-    body = ADMIN.format(version=VERSION, sign_in=SIGN_IN.format(label="Admin token", noscript=noscript))
+    body = ADMIN.format(sign_in=SIGN_IN.format("Admin token"))
     return html_page("Administration", body, SCRIPT + ADMIN_SCRIPT, base)
 
 # == Own endpoints ============================================================
 
 
-def json_page(value, status=200):
-    return status, "application/json", json.dumps(value).encode() + b"\n", [("Cache-Control", "no-store")]
-
-
-@functools.lru_cache(maxsize=8)     # 5 ms for a document that anyone may request
-def openapi_page(routes, base):
-    return json_page(openapi_document(routes, base))
+def token_response(token, secret=None, status=200):
+    return json_response({**token_json(token), **({"token": secret} if secret else {})}, status)
 
 
 def checked_members(pairs, names, place):
@@ -5035,16 +4846,6 @@ def checked_members(pairs, names, place):
 def read_query(context, *names):
     pairs = urllib.parse.parse_qsl(context.request.query[1:], keep_blank_values=True)
     return checked_members(pairs, names, "the query")
-
-
-def read_json_object(context, *names):
-    try:
-        pairs = json.loads(context.body, object_pairs_hook=tuple)
-    except (ValueError, RecursionError):
-        pairs = None
-    if not isinstance(pairs, tuple):
-        raise UsageError("the body is not a JSON object")
-    return checked_members(pairs, names, "the body")
 
 
 def read_member(column, value):
@@ -5062,27 +4863,35 @@ def read_member(column, value):
         raise UsageError(f'{column}: "{text[:200]}" {error}') from None
 
 
-class Pages:
-    """The gateway's own pages: the method in Route.handler takes the RequestContext and returns the response."""
+def read_columns(context, *required):
+    """Return the columns of a token from the JSON object in a body; raise UsageError."""
+    try:
+        pairs = json.loads(context.body, object_pairs_hook=tuple)
+    except (ValueError, RecursionError):
+        pairs = None
+    if not isinstance(pairs, tuple):
+        raise UsageError("the body is not a JSON object")
+    members = {**dict.fromkeys(required), **checked_members(pairs, (*required, "admin", *SETTABLE), "the body")}
+    return {column: read_member(column, value) for column, value in members.items()}
 
-    CHANGEABLE = ("admin", *SETTABLE)
+
+class Endpoints:
+    """The gateway's own endpoints: the method in Route.handler takes the RequestContext and returns the response."""
 
     def __init__(self, routes, base, store, health, ledger, limiter, metrics, gauges):
         self._routes, self._base = tuple(routes), base
         self._store, self._health, self._ledger, self._limiter = store, health, ledger, limiter
         self._metrics, self._gauges = metrics, gauges
 
-    @staticmethod
-    def banner(_):
-        """Answer as Ollama does: its clients send this request first."""
+    def banner(self, _):
+        """Respond as Ollama does: its clients send this request first."""
         return 200, "text/plain; charset=utf-8", b"Ollama is running"
 
-    @staticmethod
-    def preflight(_):
+    def preflight(self, _):
         return 204, "", b""
 
     def health(self, _):
-        return json_page({"status": "ok", "upstream": "up" if self._health.up else "down", "version": VERSION})
+        return json_response({"status": "ok", "upstream": "up" if self._health.up else "down", "version": VERSION})
 
     def me(self, context):
         """Return the token, what is left of its limits, and its usage of the last seven days."""
@@ -5091,7 +4900,7 @@ class Pages:
         shown = token_json(context.token)
         del shown["last_used_at"], shown["expired"]     # it is in use now
         usage = self._store.usage("day", usage_start("7d", self._ledger.now), context.token)
-        return json_page({**shown, "left": left, "usage": usage})
+        return json_response({**shown, "left": left, "usage": usage})
 
     def metrics(self, _):
         lines = "".join(f"{line}\n" for line in self._metrics.lines())
@@ -5102,7 +4911,7 @@ class Pages:
         requests = [{"user": context.token.user, "name": context.token.name, "model": context.model,
                      "path": context.request.redacted_path, "waiting": context.sent_at is None,
                      "seconds": round(now - context.started_at, 3)} for context in self._ledger.running()]
-        return json_page({
+        return json_response({
             "version": VERSION, **{name: read() for name, (_, read) in self._gauges.items()}, "requests": requests,
             "upstream": {"status": "up" if health.up else "down", "version": health.version,
                          "models": health.models, "loaded": health.loaded}})
@@ -5113,12 +4922,12 @@ class Pages:
         if by not in USAGE_BY:
             raise UsageError(f'by: "{by[:40]}" is not one of {", ".join(USAGE_BY)}')
         try:
-            return json_page(self._store.usage(by, usage_start(since, self._ledger.now)))
+            return json_response(self._store.usage(by, usage_start(since, self._ledger.now)))
         except ValueError as error:
             raise UsageError(f'since: "{since[:40]}" {error}') from None
 
     def openapi(self, _):
-        return openapi_page(self._routes, self._base)
+        return openapi_response(self._routes, self._base)
 
     def docs(self, _):
         return docs_page(self._routes, self._base)
@@ -5131,30 +4940,25 @@ class Pages:
 
     def list_tokens(self, context):
         tokens = self._store.list(read_query(context, "user").get("user"))
-        return json_page([token_json(token) for token in tokens])
+        return json_response([token_json(token) for token in tokens])
 
     def create_token(self, context):
-        members = {"user": None, "name": None, **read_json_object(context, "user", "name", *self.CHANGEABLE)}
-        token, secret = self._store.create(**{key: read_member(key, value) for key, value in members.items()})
-        return json_page({**token_json(token), "token": secret}, 201)
+        return token_response(*self._store.create(**read_columns(context, "user", "name")), status=201)
 
     def show_token(self, context):
-        return json_page(token_json(self._token(context)))
+        return token_response(self._token(context))
 
     def update_token(self, context):
-        members = read_json_object(context, *self.CHANGEABLE)
-        changes = {column: read_member(column, value) for column, value in members.items()}
-        token = self._token(context)
-        return json_page(token_json(self._store.update(token.user, token.name, **changes)))
+        changes, token = read_columns(context), self._token(context)
+        return token_response(self._store.update(token.user, token.name, **changes))
 
     def rotate_token(self, context):
         token = self._token(context)
-        token, secret = self._store.rotate(token.user, token.name)
-        return json_page({**token_json(token), "token": secret})
+        return token_response(*self._store.rotate(token.user, token.name))
 
     def delete_token(self, context):
         token = self._token(context)
-        return json_page(token_json(self._store.delete(token.user, token.name)))
+        return token_response(self._store.delete(token.user, token.name))
 
 # == Assembly =================================================================
 
@@ -5211,7 +5015,7 @@ def build_server(settings, store, log=LOG.info):
         trusted_proxies=settings.trusted_proxies, connections=connections, limiter=limiter, health=health,
         router=Router(routes, settings.base_path, settings.path_tokens, settings.cors_origins),
         authenticator=Authenticator(tokens, AuthThrottle()), upstream=upstream, ratios=TokenRatio(),
-        endpoints=Pages(routes, settings.base_path, store, health, ledger, limiter, metrics, gauges),
+        endpoints=Endpoints(routes, settings.base_path, store, health, ledger, limiter, metrics, gauges),
         journal=Journal(ledger, metrics, log))
     try:
         return GatewayServer(settings, gateway, tls)
