@@ -92,7 +92,7 @@ import urllib.parse
 import urllib.request
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from typing import Callable, Mapping, NamedTuple, Optional
 
 LOG = logging.getLogger(__name__)  # only `serve` adds handlers
@@ -109,77 +109,54 @@ NAME_LENGTH = 64            # fits a line of `token list` and of the log
 
 LINE_BYTES = 8 * KIB        # largest request line; RFC 9112 3 asks for at least 8000 bytes
 HEAD_BYTES = 32 * KIB       # largest head; SDKs send less than 2 KiB, cookies of a shared domain up to 16
-HEAD_CACHE_SIZE = 256       # parsed heads that are kept, of requests and of responses
-CACHED_HEAD_BYTES = 1 * KIB     # largest head that is kept; SDKs send smaller ones
+HEAD_CACHE_SIZE, CACHED_HEAD_BYTES = 256, 1 * KIB   # parsed heads that are kept; the largest of them: SDKs send less
 MODEL_CACHE_SIZE = 256      # models that are kept, of name variants and of token ratios
 FIELD_COUNT = 100           # most fields of a head; the limit of http.client too
 TRAILER_BYTES = 4 * KIB     # largest trailers; no known client sends any
-SPOOL_BYTES = 1 * MIB       # a larger request body is kept in a temporary file
-BODY_MEMORY = 64 * MIB      # memory for all request bodies together; beyond, they are kept in files
+SPOOL_BYTES, BODY_MEMORY = 1 * MIB, 64 * MIB    # of one and of all request bodies in memory; others are in files
 FILE_PIECE_BYTES = 64 * KIB     # read at once from a body in a file, and sent at once
 RECEIVE_BYTES = 16 * KIB    # read at once from a socket: 64 KiB would leave 3 MB in the heap after a burst
 PIPELINED_BYTES = 64 * KIB  # read ahead of the next request while one is served
 DRAIN_BYTES, DRAIN_SECONDS = 16 * MIB, 3    # read from a refused client: closing sooner could reset the response
-DECODED_BYTES = 256 * KIB   # a JSON body up to this size is decoded in C, a larger one is scanned in windows
+DECODED_BYTES = 256 * KIB   # JSON up to this size is decoded as a whole, in C; a larger body is scanned in windows
 WINDOW_BYTES = 64 * KIB     # one step of a scan: no other thread can run for about 0.2 ms
 JSON_PARTS = 2_000_000      # most strings and brackets that a scan reads: about 0.1 s of CPU
 VALUE_BYTES = 4 * KIB       # longest value that is read; a model name in escapes may take 3.5 KiB
-TOP_LEVEL_BYTES = 64 * KIB  # a large body's keys and short values together
-TRAILING_BYTES = 64 * KIB   # after a body's object: an insertion moves them in memory
+TOP_LEVEL_BYTES, TRAILING_BYTES = 64 * KIB, 64 * KIB    # a large body's keys and short values; bytes after its object
 FORM_PARTS = 100            # most parts of a form that is searched for its model
 PAGE_BODY_BYTES, PAGE_BODY_SECONDS = 16 * KIB, 15   # for the whole body of a request to an own page
 
-BODY_SECONDS = 60           # longest silence within a request body
-REJUDGE_SECONDS = 1         # interval at which the token of a streamed request body is checked again
-SEND_SECONDS = 60           # for a piece of at most 64 KiB to a slow client
-HEALTH_SECONDS = 5          # between two probes: with PROBE_SECONDS, the state in /health is at most 10 s old
-PROBE_SECONDS = 2           # for all requests of a health probe, from the name look-up to the last byte
-PROBE_BYTES = 1 * MIB       # largest response to a request of the gateway itself; a list of 2,500 models
-LIST_BYTES = 16 * MIB       # largest list of models that is filtered for a token
+BODY_SECONDS, SEND_SECONDS = 60, 60     # longest silence within a request body; for a piece of 64 KiB to a slow client
+TOKEN_CHECK_SECONDS = 1     # between two checks of the token of a streamed request body
+HEALTH_SECONDS, PROBE_SECONDS = 5, 2    # between two health probes; for one: the state in /health is at most 10 s old
 LINE_LIMIT = 8 * MIB        # longest line of a stream that is read; the limit of Ollama's own client too
-WHOLE_BYTES = 256 * KIB     # largest response or line that is decoded as a whole to find its token counts
 ENDING_BYTES = 1 * KIB      # the end of a response, where Ollama writes the counts
-LEARNING_BYTES = 256 * KIB  # largest request body from which the bytes of text in a token are learnt
-MAX_TOKENS = 10 ** 9        # most tokens that are believed of one request
-GATHER_SECONDS = 0.01       # finished requests gather before they are written: all other threads wait meanwhile
-STORE_SECONDS = 0.5         # interval at which usage and the tokens' last uses are stored
-BUDGET_SECONDS = 0.5        # for which a sum of stored tokens is used: other gateways may add to it
-REOPEN_SECONDS = 0.5        # between two attempts to open a replaced database
-BUSY_SECONDS = 20           # for which a command waits for other writers of the database
-LEDGER_BUSY_SECONDS = 0.5   # for which the background writer waits for other writers: log lines wait meanwhile
+STORE_SECONDS, BUDGET_SECONDS = 0.5, 0.5    # between two writes of the usage; for which a sum of it is used again
+BUSY_SECONDS, LEDGER_BUSY_SECONDS = 20, 0.5     # for which a command and the journal wait for other database writers
+JOURNAL_SECONDS, LOG_SECONDS = 0.01, 0.05   # finished requests and log lines gather: each wake-up delays a request
 LOG_QUEUE = 1 * MIB         # characters of log lines that wait for a slow log, about 5,000 requests
-LOG_SECONDS = 0.05          # lines gather before they are written: each wake-up takes the lock from a request
 LOG_FILE_BYTES, LOG_FILES = 10_000_000, 5   # size at which a log file is rotated, and number of old ones kept
-FLUSH_SECONDS = 2           # for which a stop waits for a slow log
 ABORT_SECONDS = 2           # grace period of a stop after running requests are aborted
-STOP_CHECK_SECONDS = 0.2    # a second signal aborts running requests within this time
-REJECT_SECONDS = 2          # for which a rejected connection is kept, so that its client can read the response
 FAILED_DELAY = 1.0          # longest delay of the response to a failed credential
 RETRY_SECONDS = 5           # Retry-After on 429 and 503 where no better time is known
 
-BACKLOG = 1024              # connections that arrive at once; the system's own maximum applies
 AFFINITY_SECONDS = 5        # interval at which the least used core is chosen
-MAX_REJECTING = 64          # rejected connections that are kept at once
-CONNECTION_DESCRIPTORS = 4  # see connections_that_fit
-SPARE_DESCRIPTORS = 64      # for the database, logs, spooled bodies and connections that are being closed
-FREE_FAILURES = 5           # failed credentials of an address without a delay: people mistype
-MAX_FAILURES = 30           # failed credentials of an address after which it gets 429 at once
+MAX_REJECTING, REJECT_SECONDS = 64, 2   # rejected connections that are kept, for the client to read the response
+CONNECTION_DESCRIPTORS, SPARE_DESCRIPTORS = 4, 64   # see connections_that_fit; for database, logs and spooled bodies
+FREE_FAILURES, MAX_FAILURES = 5, 30     # failed credentials of an address before a delay (people mistype), before 429
 LEAK_SECONDS = 3            # after which one failed credential is forgiven
 FAILING_ADDRESSES = 4096    # addresses with failures that are kept; the one that failed least recently is forgotten
 DELAYED_AT_ONCE = 8         # failed requests that are delayed, each in its thread; others get 429 at once
 MAX_SERIES = 5000           # label sets of one metric; further ones are counted as "other"
-POOL_SIZE = 128             # idle upstream connections that are kept; Ollama has no limit
-IDLE_SECONDS = 60           # an upstream connection idle for longer is not reused: NAT devices forget it
+POOL_SIZE, IDLE_SECONDS = 128, 60   # idle upstream connections that are kept, until NAT devices could forget them
 
-HOP_BY_HOP = frozenset((    # RFC 9110 7.6.1: fields about one connection only
-    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
-    "transfer-encoding", "upgrade"))
+HOP_BY_HOP = frozenset("connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
+                       "transfer-encoding upgrade".split())     # RFC 9110 7.6.1: fields about one connection only
 FRAMING = frozenset(("host", "content-length", "transfer-encoding", "expect"))  # fields that may not be repeated
 FORBIDDEN_TRAILERS = HOP_BY_HOP | FRAMING | {  # RFC 9110 6.5.1
     "authorization", "x-api-key", "cookie", "content-type", "content-encoding", "content-range", "cache-control"}
 FORWARDED = ("accept", "content-type", "content-encoding", "user-agent")  # others could leak, or be misread
 FORWARDED_PREFIXES = ("anthropic-", "openai-")
-STREAM_TYPES = ("application/x-ndjson", "text/event-stream")
 
 
 class UsageError(Exception):
@@ -262,9 +239,6 @@ class ClientLeft(Exception):
 
 # == Settings =================================================================
 
-LAST_SECOND = 253402300799  # of the year 9999
-INSTANT = re.compile(r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:?\d\d)?)?", re.ASCII)
-
 
 def duration(text):
     """Read "90s", "15m", "12h", "30d", "8w" or a number of seconds as seconds."""
@@ -274,44 +248,26 @@ def duration(text):
     return float(match[1]) * {"": 1, "s": 1, "m": MINUTE, "h": HOUR, "d": DAY, "w": 7 * DAY}[match[2]]
 
 
-def check_instant(seconds):
-    """Return Unix seconds unchanged; raise ValueError if they are no time from 1970 to 9999."""
-    if not 0 <= seconds <= LAST_SECOND:
-        raise ValueError("is not a time from 1970 to 9999")
-    return seconds
+def parse_instant(text, direction=0, clock=time.time, naive_is_utc=False):
+    """Read a date (its first moment in UTC) or an ISO 8601 time as Unix seconds.
 
-
-def parse_instant(text, naive_is_utc=False):
-    """Read a date (its first moment in UTC) or an ISO 8601 time as Unix seconds."""
-    match = INSTANT.fullmatch(text)
-    if not match or match[2] and not match[3] and not naive_is_utc:
-        raise ValueError("is not a date like 2027-01-31 or a time like 2027-01-31T18:00:00Z")
-    date, clock, zone = match.groups()
-    zone = "+00:00" if zone in (None, "Z") else f"{zone[:3]}:{zone[-2:]}"
-    try:
-        moment = datetime.fromisoformat(f"{date}T{clock or '00:00:00'}{zone}")
-    except ValueError as error:
-        raise ValueError(f"is not a valid time: {error}") from None
-    return check_instant(int(moment.timestamp()))
-
-
-def parse_time(text, direction, now):
-    """Read a date, a time, or a duration from now, as Unix seconds after now (direction 1) or not after it (-1)."""
-    if re.fullmatch(r"[0-9.]+[a-z]", text):
-        seconds = check_instant(max(now + direction * int(duration(text)), 0))
+    With a direction, the text may be a duration, and the result must be after now (1) or not after it (-1).
+    """
+    now = int(clock())
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:?\d\d)?)?", text, re.ASCII)
+    if direction and re.fullmatch(r"[0-9.]+[a-z]", text):
+        seconds = max(now + direction * int(duration(text)), 0)
+    elif not match or match[2] and not match[3] and not naive_is_utc:
+        others = ", or a duration like 30d" if direction else ""
+        raise ValueError(f"is not a date like 2027-01-31 or a time like 2027-01-31T18:00:00Z{others}")
     else:
-        try:
-            seconds = parse_instant(text)
-        except ValueError as error:
-            raise ValueError(f"{error}, or a duration like 30d") from None
-    if seconds > now and direction < 0 or seconds <= now and direction > 0:
-        raise ValueError("is in the future" if direction < 0 else "is in the past")
+        zone = "+00:00" if match[3] in (None, "Z") else f"{match[3][:3]}:{match[3][-2:]}"
+        seconds = int(datetime.fromisoformat(f"{match[1]}T{match[2] or '00:00:00'}{zone}").timestamp())
+    if not 0 <= seconds <= 253402300799:    # the end of the year 9999
+        raise ValueError("is not a time from 1970 to 9999")
+    if direction and (direction > 0) != (seconds > now):
+        raise ValueError("is in the past" if direction > 0 else "is in the future")
     return seconds
-
-
-def future_time(text):
-    """Read "30d", a date or a time as Unix seconds in the future."""
-    return parse_time(text, 1, int(time.time()))
 
 
 def utc_day(seconds):
@@ -319,17 +275,10 @@ def utc_day(seconds):
     return int(seconds) // DAY
 
 
-def day_start(day):
-    """Return the Unix seconds at which a UTC day begins."""
-    return day * DAY
-
-
 def usage_start(text, clock=time.time):
     """Read "7d" as the start of seven UTC days, today's included; "12h", a date or a time as the start of an hour."""
-    seconds = parse_time(text, -1, int(clock()))
-    if re.fullmatch("[0-9]+[dw]", text):
-        return day_start(utc_day(seconds) + 1)
-    return seconds // HOUR * HOUR
+    seconds = parse_instant(text, -1, clock)
+    return (utc_day(seconds) + 1) * DAY if re.fullmatch("[0-9]+[dw]", text) else seconds // HOUR * HOUR
 
 
 def format_instant(seconds):
@@ -342,29 +291,26 @@ def plural(number, noun):
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def integer(low, high=999_999_999, kind="whole number"):
-    """Return a reader of decimal digits for a number within a range."""
-    def read(text):
-        if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
-            raise ValueError(f"is not a {kind} from {low} to {high}")
-        return int(text)
-    return read
+def integer(text, low=1, high=999_999_999, kind="whole number"):
+    """Read decimal digits as a number within a range."""
+    if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
+        raise ValueError(f"is not a {kind} from {low} to {high}")
+    return int(text)
 
 
-def one_of(values, kind):
-    """Return a reader of a word, in either case, for the value that a table has for it."""
-    def read(text):
-        if text.lower() not in values:
-            raise ValueError(f"is not {kind}")
-        return values[text.lower()]
-    return read
+def choice(text, values, kind):
+    """Read a word, in either case, as its value in a table."""
+    if text.lower() not in values:
+        raise ValueError(f"is not {kind}")
+    return values[text.lower()]
 
 
-non_negative, positive, port_number = integer(0), integer(1), integer(0, 65535, "port number")
-boolean = one_of({"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False,
-                  "off": False}, "on or off")
-log_level = one_of({"debug": 10, "info": 20, "warning": 30, "warn": 30, "error": 40, "critical": 50},
-                   "a log level (DEBUG, INFO, WARNING, ERROR or CRITICAL)")
+non_negative = functools.partial(integer, low=0)
+port_number = functools.partial(integer, low=0, high=65535, kind="port number")
+boolean = functools.partial(choice, kind="on or off", values={
+    "1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False})
+log_level = functools.partial(choice, kind="a log level (DEBUG, INFO, WARNING, ERROR or CRITICAL)", values={
+    "debug": 10, "info": 20, "warning": 30, "warn": 30, "error": 40, "critical": 50})
 
 
 def model_globs(text):
@@ -416,9 +362,8 @@ def base_path(text):
 def origins(text):
     """Read "*" or a comma list of origins, as browsers send them (RFC 6454 7)."""
     found = tuple(part.strip() for part in text.split(",") if part.strip())
-    for origin in found:
-        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+|null", origin):
-            raise ValueError(f"contains {origin}, which is not an origin like https://chat.example.com")
+    if not all(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+|null|\*", origin) for origin in found):
+        raise ValueError("is not * or a list of origins like https://chat.example.com")
     return found
 
 
@@ -459,11 +404,11 @@ OPTION_GROUPS = {
         Option("--no-admin-api", "off", boolean, "", "do not serve /admin and its API"),
     ),
     "limits": (
-        Option("--max-connections", "1024", positive, "N", "client connections; one more replaces the longest idle"),
+        Option("--max-connections", "1024", integer, "N", "client connections; one more replaces the longest idle"),
         Option("--max-body", "100MiB", byte_size, "SIZE", "largest request body; blobs have no limit"),
         Option("--max-spool", "2GiB", byte_size, "SIZE", "disk space for request bodies; those over 1 MiB are files"),
         Option("--max-parallel", "0", non_negative, "N", "inference requests at once, others queue; 0: no limit"),
-        Option("--max-queue", "128", positive, "N", "requests of one user that may be queued"),
+        Option("--max-queue", "128", integer, "N", "requests of one user that may be queued"),
     ),
     "timeouts": (
         Option("--queue-timeout", "60s", duration, "TIME", "longest wait of a request in the queue"),
@@ -477,8 +422,7 @@ OPTION_GROUPS = {
     "logging": (
         Option("--log-level", "INFO", log_level, "LEVEL", "level of the log on stderr", "LOG_LEVEL"),
         Option("--log-file-level", "INFO", log_level, "LEVEL", "level of the log file", "LOG_FILE_LEVEL"),
-        Option("--log-file", None, str, "FILE",
-               "a log file, rotated at 10 MB, reopened on SIGHUP; app.log if LOG_FILE_LEVEL is set"),
+        Option("--log-file", None, str, "FILE", "log file, rotated at 10 MB; app.log if LOG_FILE_LEVEL is set"),
     ),
 }
 OPTIONS = tuple(option for options in OPTION_GROUPS.values() for option in options)
@@ -493,20 +437,18 @@ def read_env_file(path):
     try:
         with open(path or ".env", encoding="utf-8-sig") as file:
             lines = [ENV_LINE.fullmatch(line) for line in file.read().splitlines()]
-    except FileNotFoundError:
-        if path is None:
-            return {}
-        raise UsageError(f'--env-file: there is no file "{path}"') from None
     except (OSError, UnicodeDecodeError) as error:
+        if path is None and isinstance(error, FileNotFoundError):
+            return {}
         raise UsageError(f'cannot read the settings in "{path or ".env"}": {error}') from None
     return {line[1]: line[2] or re.sub(r'\\(["\\])', r"\1", line[3] or "") or line[4] for line in lines if line}
 
 
 def load_settings(flags, environ, env_file=None, options=OPTIONS):
-    """Settle options: a flag beats the environment, that the .env file, that the default; an empty value is none.
+    """Return the options' values as attributes: flags beat the environment, that the .env file, that the defaults.
 
-    Returns one attribute for each option, by its name, converted, and `given`: {name: (source, text)} of the options
-    that have no default value. flags: texts by option name. Raises UsageError with the source and the value.
+    flags: {option name: text}; an empty text is none. `given` of the result: {name: (source, text)}, without defaults.
+    Raises UsageError with the source and the value.
     """
     file, given = read_env_file(env_file), {}
     settings = types.SimpleNamespace(given=given)
@@ -550,14 +492,14 @@ class Limit(NamedTuple):
     """A limit of a token; flags, admin API, export, list, menu, pages, OpenAPI and messages iterate LIMITS."""
 
     column: str         # in the database and in JSON
-    read: Callable      # returns the value of a text; raises ValueError
-    metavar: str
+    refusal: str        # of a request beyond the limit: one of REFUSALS
     help: str           # of the flag
     heading: str        # in `token list`
     label: str          # in the menu and on the pages
     phrase: str         # a value in a sentence
-    json_type: str
-    refusal: str        # of a request beyond the limit: one of REFUSALS
+    metavar: str = "N"
+    read: Callable = integer    # returns the value of a text; raises ValueError
+    json_type: str = "integer"
     example: str = ""   # of a value that is not a number
 
     @property
@@ -566,25 +508,22 @@ class Limit(NamedTuple):
 
 
 LIMITS = (
-    Limit("models", model_globs, "LIST", "the only models that it may use, like llama3*,qwen2.5:7b", "MODELS", "Models",
-          "models {}", "string[]", "forbidden", "llama3*,qwen2.5:7b"),
-    Limit("rpm", positive, "N", "inference requests in any minute", "RPM", "Requests a minute",
-          "{} a minute", "integer", "rate_limited"),
-    Limit("max_parallel", positive, "N", "inference requests at once", "PARALLEL", "Requests at once",
-          "{} at once", "integer", "too_many_at_once"),
-    Limit("tokens_per_day", positive, "N", "tokens of prompts and completions in a UTC day", "A DAY", "Tokens a day",
-          "{} tokens a day", "integer", "budget_spent"),
+    Limit("models", "forbidden", "the only models that it may use, like llama3*,qwen2.5:7b", "MODELS", "Models",
+          "models {}", "LIST", model_globs, "string[]", "llama3*,qwen2.5:7b"),
+    Limit("rpm", "rate_limited", "inference requests in any minute", "RPM", "Requests a minute", "{} a minute"),
+    Limit("max_parallel", "too_many_at_once", "inference requests at once", "PARALLEL", "Requests at once",
+          "{} at once"),
+    Limit("tokens_per_day", "budget_spent", "tokens of prompts and completions in a UTC day", "A DAY", "Tokens a day",
+          "{} tokens a day"),
 )
 LIMIT_BY_COLUMN = {limit.column: limit for limit in LIMITS}
-SETTABLE = {"expires_at": future_time, **{limit.column: limit.read for limit in LIMITS}}     # columns of a token
+SETTABLE = {"expires_at": functools.partial(parse_instant, direction=1),
+            **{limit.column: limit.read for limit in LIMITS}}   # columns of a token
 
 
 def read_column(column, text):
     """Return the value of a text for one of SETTABLE, None for "none"; raise ValueError."""
-    try:
-        return None if text == "none" else SETTABLE[column](text)
-    except ValueError as error:
-        raise ValueError(f'{error}, or "none"' if str(error).startswith("is not a") else str(error)) from None
+    return None if text == "none" else SETTABLE[column](text)
 
 
 def is_expired(token):
@@ -593,14 +532,10 @@ def is_expired(token):
 
 def token_json(token):
     """Return a token's columns, ready for JSON."""
-    shown = {"id": token.id, "user": token.user, "name": token.name, "hint": token.hint,
-             "created_at": format_instant(token.created_at), "expires_at": format_instant(token.expires_at),
-             "last_used_at": format_instant(token.last_used_at), "expired": is_expired(token),
-             "admin": bool(token.admin)}
-    for limit in LIMITS:
-        value = getattr(token, limit.column)
-        shown[limit.column] = value.split(",") if value and limit.json_type == "string[]" else value
-    return shown
+    shown = {**token._asdict(), "admin": bool(token.admin), "expired": is_expired(token)}
+    for column in "created_at", "expires_at", "last_used_at":
+        shown[column] = format_instant(shown[column])
+    return {**shown, "models": token.models and token.models.split(",")}
 
 
 class Route(NamedTuple):
@@ -629,26 +564,19 @@ class Usage(NamedTuple):
 class RequestContext:
     """What is known of a request, from its head to its log line. Times are those of time.monotonic()."""
 
-    __slots__ = ("id", "client_address", "request", "route", "path", "token", "slot", "body", "insert_at", "model",
-                 "model_label", "status", "bytes_sent", "usage_reader", "estimate", "started_at", "queue_seconds",
-                 "sent_at", "released_at", "first_byte_at", "ended_at", "outcome", "refusal_code", "reason")
+    id = request = route = token = slot = status = None
+    path = ""                       # the route's path, with its segment: without base path and token
+    body = b""                      # of a request for one of our own pages
+    insert_at = 0                   # where the body is to get INCLUDE_USAGE, 0: nowhere
+    model, model_label = None, ""   # as requested; its full name, once Ollama has accepted it
+    usage_reader = estimate = None  # the estimate: of a prompt that Ollama has not counted
+    bytes_sent, queue_seconds = 0, 0.0
+    sent_at = released_at = first_byte_at = ended_at = None
+    outcome = None                  # "left" or "broken" if the response did not reach its end
+    refusal_code = reason = None
 
     def __init__(self, client_address, now):
-        self.client_address, self.started_at, self.bytes_sent, self.queue_seconds = client_address, now, 0, 0.0
-        self.id = self.request = self.route = self.token = self.slot = self.status = None
-        self.path = ""                              # the route's path, with its segment: without base path and token
-        self.body = b""                             # of a request for one of our own pages
-        self.insert_at = 0                          # where the body is to get INCLUDE_USAGE, 0: nowhere
-        self.model, self.model_label = None, ""     # as requested; its full name, once Ollama has accepted it
-        self.usage_reader = self.estimate = None    # the estimate: of a prompt that Ollama has not counted
-        self.sent_at = self.released_at = self.first_byte_at = self.ended_at = None
-        self.outcome = None                         # "left" or "broken" if the response did not reach its end
-        self.refusal_code = self.reason = None
-
-    @property
-    def route_label(self):
-        """Return the path in the table of routes, "" before a route is found."""
-        return self.route.path if self.route else ""
+        self.client_address, self.started_at = client_address, now
 
     @property
     def usage(self):
@@ -1579,7 +1507,7 @@ class StreamedBody(contextlib.AbstractContextManager):
         judged = time.monotonic()
         while not self._client.body.complete:
             piece = self._client.read_body(upstream)
-            if time.monotonic() - judged > REJUDGE_SECONDS:
+            if time.monotonic() - judged > TOKEN_CHECK_SECONDS:
                 self._judge()
                 judged = time.monotonic()
             yield encode_chunk(piece, self._client.body.complete) if self._chunked else piece
@@ -1626,7 +1554,7 @@ def _replaced_instant(value, otherwise):
     """Read a time of the replaced system: Unix seconds or ISO text, which is in UTC if it names no zone."""
     try:
         if isinstance(value, (int, float)):
-            return check_instant(int(value))
+            return parse_instant(format_instant(int(value)))
         return parse_instant(str(value).strip(), naive_is_utc=True)
     except (ValueError, OverflowError):
         return otherwise
@@ -1980,7 +1908,7 @@ class TokenStore(contextlib.AbstractContextManager):
         try:
             self._open()
         except Failure as error:
-            self._unusable = file, str(error), time.monotonic() + REOPEN_SECONDS
+            self._unusable = file, str(error), time.monotonic() + 0.5
             raise
         self._unusable = None
         LOG.warning("the database %s was replaced: using the new file", self.path)
@@ -2215,7 +2143,7 @@ class TokenCache:
             return self._db.execute(
                 f"SELECT ifnull(sum({TOKENS_USED}), 0) FROM usage "
                 "WHERE user = ? AND name = ? AND hour >= ? AND hour < ?",
-                (token.user, token.name, day_start(day), day_start(day + 1))).fetchone()[0]
+                (token.user, token.name, day * DAY, (day + 1) * DAY)).fetchone()[0]
 
     def close(self):
         if self._db:
@@ -2371,7 +2299,7 @@ class ConnectionLimiter:
                 self._end(connection)
             deadline = time.monotonic() + seconds
             while self._active and not self._aborting and time.monotonic() < deadline:
-                self._changed.wait(STOP_CHECK_SECONDS)
+                self._changed.wait(0.2)     # a second signal aborts running requests within this time
             for end in ClientConnection.abort_for_shutdown, Connection.shut_down:
                 for connection in self._active:
                     end(connection)
@@ -2419,7 +2347,7 @@ class GatewayServer(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     block_on_close = False
-    request_queue_size = BACKLOG
+    request_queue_size = 1024   # connections that arrive at once; the system's own maximum applies
     allow_reuse_address = os.name == "posix"  # on Windows it would let another program steal the port
 
     BUSY_RESPONSE = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
@@ -2640,7 +2568,7 @@ class ClientStream(RequestReader):
             self._framing = "chunked" if request.version == "1.1" else "open"
         self.keep_alive = self.keep_alive and self.body.complete and not self.connection.last_request
         head = f"HTTP/1.1 {status} {phrase}\r\n{lines}X-Request-Id: {self.context.id}\r\n"
-        if content_type.startswith(STREAM_TYPES):
+        if content_type.startswith(("application/x-ndjson", "text/event-stream")):
             self._stream_type = content_type
             head += "X-Accel-Buffering: no\r\n"  # or an nginx in front of the gateway holds pieces back
         for name, value in (*self.extra, *self.limit_fields()):
@@ -3131,7 +3059,7 @@ class UsageLedger:
 
     def day_left(self):
         """Return the seconds until the UTC day ends."""
-        return day_start(utc_day(self.now()) + 1) - int(self._clock())
+        return (utc_day(self.now()) + 1) * DAY - int(self._clock())
 
     def spent(self, token):
         """Return the tokens of the day's budget that are used, 0 without a budget; raise Failure if they are unknown.
@@ -3165,7 +3093,7 @@ class UsageLedger:
                 if context.model_label:
                     self._count(context)
             if not self._store.writable:
-                today = day_start(utc_day(self.now()))      # budgets still need that
+                today = utc_day(self.now()) * DAY      # budgets still need that
                 self._pending = {key: row for key, row in self._pending.items() if key[0] >= today}
                 return self._last_used.clear()
         with self._storing:
@@ -3699,7 +3627,7 @@ class Upstream(urllib.request.BaseHandler):
         """
         deadline = deadline or Deadline(self._connect_timeout + PROBE_SECONDS)
         with self.send(UpstreamRequest("GET", path, fields, NO_BODY, cancel_on, deadline)) as response:
-            data = response.read_all(PROBE_BYTES)
+            data = response.read_all(1 * MIB)  # a list of 2,500 models
         try:
             found = json.loads(data)
         except (ValueError, RecursionError):
@@ -3837,7 +3765,7 @@ USUAL_END = re.compile(
 
 def whole_tokens(value):
     """Return a reported number of tokens within bounds, 0 for another value."""
-    return min(max(value, 0), MAX_TOKENS) if isinstance(value, int) else 0
+    return min(max(value, 0), 10 ** 9) if isinstance(value, int) else 0
 
 
 def parse_usage(answer):
@@ -3875,7 +3803,7 @@ def read_usage(data, whole=True):
     usual = USUAL_END.search(data, len(data) - ENDING_BYTES)
     if usual:
         return Usage(int(usual[1] or usual[3]), None, int(usual[2] or usual[4] or 0))
-    if not whole or len(data) > WHOLE_BYTES:    # only texts follow these keys, and the quotes in texts are escaped
+    if not whole or len(data) > DECODED_BYTES:    # only texts follow these keys, and the quotes in texts are escaped
         counts = COUNT.findall(data, max(data.rfind(b'"total_duration"'), data.rfind(b'"usage"'), 0))
         return parse_usage({key.decode(): int(number) for key, number in counts})
     try:
@@ -3917,7 +3845,7 @@ class JsonUsageReader(UsageReader):
         return self._reported
 
     def feed(self, piece, last):
-        if len(self._beginning) < WHOLE_BYTES:
+        if len(self._beginning) < DECODED_BYTES:
             self._beginning += piece
         else:
             self._end = (self._end + piece)[-ENDING_BYTES:]
@@ -4063,7 +3991,7 @@ class PromptCount(contextlib.AbstractContextManager):
             return      # the usage in a whole answer is read in the background if no budget depends on it
         usage = reader and reader.reported
         with contextlib.suppress(Refusal):      # the body's file may be unreadable
-            if usage and usage.prompt and budget and body.size <= LEARNING_BYTES:
+            if usage and usage.prompt and budget and body.size <= DECODED_BYTES:
                 size = body.inspect(prompt_text_bytes)
                 if size * 2 > body.size:        # images are tokens without text
                     self._ratio.learn(normalize_model(context.model), size, usage.prompt)
@@ -4074,7 +4002,7 @@ class PromptCount(contextlib.AbstractContextManager):
 
 def filter_models(response, key, globs):
     """Return a list of models, as the bytes of its JSON, with only those that a token's globs allow; raise Refusal."""
-    data = response.read_all(LIST_BYTES)
+    data = response.read_all(16 * MIB)
     if not 200 <= response.status < 300:
         return data
     name = "id" if key == "data" else "model"
@@ -4137,12 +4065,8 @@ def log_line(context):
     first = "-" if context.first_byte_at is None else f"{context.first_byte_at - context.started_at:.3f}"
     token = "-" if context.token is None else f"{context.token.user}/{context.token.name}"
     method, path = (context.request.method, context.request.redacted_path) if context.request else ("-", "-")
-    values = token, path, context.model or "-"
-    if not PLAIN.fullmatch("".join(values)):
-        values = map(log_value, values)
-    token, path, model = values
-    line = (f"id={context.id} peer={context.client_address} token={token} method={method} "
-            f"path={path} model={model} status={context.status or '-'} "
+    line = (f"id={context.id} peer={context.client_address} token={log_value(token)} method={method} "
+            f"path={log_value(path)} model={log_value(context.model or '-')} status={context.status or '-'} "
             f"bytes={context.bytes_sent} first={first} total={context.ended_at - context.started_at:.3f}")
     if context.sent_at:
         usage = context.usage
@@ -4172,10 +4096,6 @@ class LogFile:
         """Open the path again, after another program has renamed the file; raise OSError."""
         self._descriptors.append(os.open(self._names[0], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
 
-    def close(self):
-        while self._descriptors:
-            os.close(self._descriptors.pop())
-
     def write(self, data):
         """Append bytes; raise OSError."""
         if not self._descriptors:   # the last rotation failed
@@ -4184,7 +4104,7 @@ class LogFile:
             os.close(self._descriptors.popleft())
         size = os.fstat(self._descriptors[0]).st_size
         if size and size + len(data) > LOG_FILE_BYTES:
-            self.close()
+            os.close(self._descriptors.popleft())
             for old, new in zip(self._names[-2::-1], self._names[::-1]):
                 with contextlib.suppress(OSError):
                     os.replace(old, new)
@@ -4203,15 +4123,14 @@ class LogWriter(logging.Handler):
         self.name, self._write = name, write    # write takes bytes and raises OSError
         self.dropped = 0                        # lines since the start
         self._queued = self._written = 0        # characters since the start
-        self._queue = queue.SimpleQueue()       # its put may be interrupted by a signal handler that logs
-        self._ending = False
+        self._queue, self._ending = queue.SimpleQueue(), False
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
     def format(self, record):
         """Return the lines of a record, each with the time in UTC and the level before it."""
-        seconds, fraction = divmod(record.created, 1)
-        before = f"{format_instant(seconds)[:19]}.{int(fraction * 1000):03d}Z {record.levelname} "
+        moment = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")[:-6]
+        before = f"{moment}Z {record.levelname} "
         return before + super().format(record).replace("\n", "\n" + before) + "\n"
 
     def emit(self, record):
@@ -4221,8 +4140,6 @@ class LogWriter(logging.Handler):
             self._queue.put(lines)
         else:
             self.dropped += lines.count("\n")
-            if self._queue.empty():
-                self._queue.put("")     # wakes the thread to report this
 
     def _run(self):
         reported, failing = 0, False
@@ -4247,46 +4164,42 @@ class LogWriter(logging.Handler):
             self._written += len(lines)
 
     def finish(self):
-        """Write the waiting lines, for FLUSH_SECONDS at most."""
+        """Write the waiting lines, for 2 s at most."""
         self._ending = True
         self._queue.put("")
-        self._thread.join(FLUSH_SECONDS)
+        self._thread.join(2)
 
 
 ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 METRICS = {     # name: (type, help, labels)
     "requests_total": ("counter", "Requests answered.", ("user", "token", "model", "route", "status")),
-    "tokens_total": ("counter", "Tokens of prompts, those of them that were cached, and of completions.",
-                     ("user", "token", "model", "kind")),
+    "tokens_total": ("counter", "Tokens: prompt, cached part of it, completion.", ("user", "token", "model", "kind")),
     "cancelled_total": ("counter", "Requests that the client left before their end.", ()),
     "rate_limited_total": ("counter", "Requests refused for a limit.", ("limit",)),
     "upstream_errors_total": ("counter", "Requests that Ollama failed: not reached, silent or broken off.", ("code",)),
     "first_byte_seconds": ("histogram", "From the head of an inference request to its first answer byte.", ("model",)),
     "queue_wait_seconds": ("histogram", "Time that an inference request waited for its turn.", ("model",)),
     "duration_seconds": ("histogram", "From the head of an inference request to the end of its answer.", ("model",)),
+    "log_lines_dropped_total": ("counter", "Log lines dropped.", ()),
 }
 BUCKETS = (0.005, 0.02, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 LIMIT_BY_REFUSAL = {limit.refusal: limit.column for limit in LIMITS}
 
 
-def metric_lines(name, kind, text, samples):
-    """Yield a metric in the text format of Prometheus; samples: (suffix, {label: value}, number)."""
+def metric_lines(name, kind, text, labels, series):
+    """Yield a metric in the text format of Prometheus; see Metrics for `series`."""
     name = f"ollama_gateway_{name}"
     yield f"# HELP {name} {text}"
     yield f"# TYPE {name} {kind}"
-    for suffix, labels, number in samples:
-        pairs = ",".join(f'{label}="{str(value).translate(ESCAPES)}"' for label, value in labels.items())
-        yield f"{name}{suffix}" + (f"{{{pairs}}}" if pairs else "") + f" {number:.16g}"
-
-
-def metric_samples(kind, labels, numbers):
-    """Yield the samples of a series for metric_lines; its numbers are a count for each bucket, and the sum."""
-    *counts, total = numbers
-    if kind == "histogram":
-        for bound, number in zip((*BUCKETS, "+Inf"), itertools.accumulate(counts)):
-            yield "_bucket", {**labels, "le": bound}, number
-        yield "_count", labels, sum(counts)
-    yield "_sum" if kind == "histogram" else "", labels, total
+    for values, (*counts, total) in series.items():
+        pairs = [f'{label}="{str(value).translate(ESCAPES)}"' for label, value in zip(labels, values)]
+        samples = [("", pairs, total)]
+        if kind == "histogram":
+            sums = zip((*BUCKETS, "+Inf"), itertools.accumulate(counts))
+            samples = [*(("_bucket", [*pairs, f'le="{bound}"'], number) for bound, number in sums),
+                       ("_count", pairs, sum(counts)), ("_sum", pairs, total)]
+        for suffix, shown, number in samples:
+            yield f"{name}{suffix}" + (f"{{{','.join(shown)}}}" if shown else "") + f" {number:.16g}"
 
 
 class Metrics:
@@ -4302,7 +4215,8 @@ class Metrics:
         user, name = (context.token.user, context.token.name) if context.token else ("", "")
         model, code = context.model_label, context.refusal_code
         with self._lock:
-            self._count("requests_total", user, name, model, context.route_label, context.status or "none")
+            self._count("requests_total", user, name, model,
+                        context.route.path if context.route else "", context.status or "none")
             for kind, tokens in zip(("prompt", "cached", "completion"), context.usage):
                 if tokens:
                     self._count("tokens_total", user, name, model, kind, by=tokens)
@@ -4313,10 +4227,12 @@ class Metrics:
             if code in ("upstream_failed", "upstream_silent"):
                 self._count("upstream_errors_total", code)
             if context.sent_at:
-                self._time("queue_wait_seconds", model, context.queue_seconds)
-                self._time("duration_seconds", model, context.ended_at - context.started_at)
+                times = {"queue_wait_seconds": context.queue_seconds,
+                         "duration_seconds": context.ended_at - context.started_at}
                 if context.first_byte_at:
-                    self._time("first_byte_seconds", model, context.first_byte_at - context.started_at)
+                    times["first_byte_seconds"] = context.first_byte_at - context.started_at
+                for name, seconds in times.items():
+                    self._count(name, model, by=seconds)[bisect.bisect_left(BUCKETS, seconds)] += 1
 
     def _count(self, name, *labels, by=1):
         """Add to a series, or to the series "other" if there are MAX_SERIES; return its numbers."""
@@ -4328,20 +4244,15 @@ class Metrics:
         numbers[-1] += by
         return numbers
 
-    def _time(self, name, model, seconds):
-        self._count(name, model, by=seconds)[bisect.bisect_left(BUCKETS, seconds)] += 1
-
     def lines(self):
         """Yield the lines of all metrics."""
-        with self._lock:
-            for name, (kind, text, labels) in METRICS.items():
-                yield from metric_lines(name, kind, text, itertools.chain.from_iterable(
-                    metric_samples(kind, dict(zip(labels, values)), numbers)
-                    for values, numbers in self._series[name].items()))
-        for name, (text, number) in self._gauges.items():
-            yield from metric_lines(name, "gauge", text, [("", {}, number())])
         dropped = sum(handler.dropped for handler in LOG.handlers if isinstance(handler, LogWriter))
-        yield from metric_lines("log_lines_dropped_total", "counter", "Log lines dropped.", [("", {}, dropped)])
+        with self._lock:
+            self._series["log_lines_dropped_total"][()] = [dropped]
+            for name, (kind, text, labels) in METRICS.items():
+                yield from metric_lines(name, kind, text, labels, self._series[name])
+        for name, (text, number) in self._gauges.items():
+            yield from metric_lines(name, "gauge", text, (), {(): [number()]})
 
 
 class Journal:
@@ -4365,12 +4276,21 @@ class Journal:
         closing, stored = False, time.monotonic()
         while not closing:
             self._wake.wait(STORE_SECONDS)
-            closing = self._closing.wait(GATHER_SECONDS)    # a wake-up for each request would cost more than its line
+            closing = self._closing.wait(JOURNAL_SECONDS)
             self._wake.clear()
             self._attempt(self._write_finished)
             if closing or time.monotonic() - stored >= STORE_SECONDS:
                 stored = time.monotonic()
                 self._attempt(self._ledger.store)
+
+    def _write_finished(self):
+        contexts, lines = [self._finished.popleft() for _ in range(len(self._finished))], []
+        for context in contexts:
+            for record in (self._ledger.finish, lambda context: lines.append(log_line(context)), self._metrics.observe):
+                self._attempt(record, context)
+        self._ledger.used({context.token.id for context in contexts if context.token})
+        if lines:
+            self._log("\n".join(lines))     # at once: that costs less than line by line
 
     @staticmethod
     def _attempt(action, *args):
@@ -4378,24 +4298,6 @@ class Journal:
             action(*args)
         except Exception:   # a fault must neither end the thread nor lose other requests
             LOG.exception("the journal failed%s", f" at {args[0].id}" if args else "")
-
-    def _write_finished(self):
-        contexts, lines = [self._finished.popleft() for _ in range(len(self._finished))], []
-        for context in contexts:
-            self._attempt(self._record, context, lines)
-        self._ledger.used({context.token.id for context in contexts if context.token})
-        if lines:
-            self._log("\n".join(lines))     # at once: that costs less than line by line
-
-    def _record(self, context, lines):
-        """Record a request in the ledger, the log and the metrics: in each, even if another one fails."""
-        try:
-            self._ledger.finish(context)
-        finally:
-            try:
-                lines.append(log_line(context))
-            finally:
-                self._metrics.observe(context)
 
     def close(self):
         """Record and store everything, and stop."""

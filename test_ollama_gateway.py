@@ -1965,7 +1965,7 @@ class Uploads(GatewayCase):
 
     def test_a_blob_of_a_deleted_admin_is_not_passed_on(self):
         admin = self.store.create("mallory", "box", admin=True)[1]
-        with unittest.mock.patch.object(gateway, "REJUDGE_SECONDS", 0):
+        with unittest.mock.patch.object(gateway, "TOKEN_CHECK_SECONDS", 0):
             client = self.upload(f"/api/blobs/{DIGEST}", b"x" * 20, admin)
             client.send(b"x" * 10)
             self.store.delete("mallory", "box")
@@ -6333,7 +6333,9 @@ class BackgroundLog(Case):
 
     def test_a_log_file_is_rotated_by_size_and_opened_again_on_request(self):
         path = self.path("app.log")
-        with unittest.mock.patch.object(gateway, "LOG_FILE_BYTES", 10), contextlib.closing(gateway.LogFile(path)) as file:
+        with unittest.mock.patch.object(gateway, "LOG_FILE_BYTES", 10):
+            file = gateway.LogFile(path)
+            self.addCleanup(lambda: [os.close(descriptor) for descriptor in file._descriptors])
             for number in range(8):
                 file.write(b"line %d\n" % number)
             names = ["app.log", *(f"app.log.{number}" for number in range(1, 6))]
