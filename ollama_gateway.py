@@ -74,7 +74,6 @@ import math
 import mmap
 import operator
 import os
-import queue
 import re
 import secrets
 import select
@@ -112,18 +111,15 @@ HEAD_BYTES = 32 * KIB       # largest head; SDKs send less than 2 KiB, cookies o
 HEAD_CACHE_SIZE, CACHED_HEAD_BYTES = 256, 1 * KIB   # parsed heads that are kept; the largest of them: SDKs send less
 MODEL_CACHE_SIZE = 256      # models that are kept, of name variants and of token ratios
 FIELD_COUNT = 100           # most fields of a head; the limit of http.client too
-TRAILER_BYTES = 4 * KIB     # largest trailers; no known client sends any
 SPOOL_BYTES, BODY_MEMORY = 1 * MIB, 64 * MIB    # of one and of all request bodies in memory; others are in files
 FILE_PIECE_BYTES = 64 * KIB     # read at once from a body in a file, and sent at once
 RECEIVE_BYTES = 16 * KIB    # read at once from a socket: 64 KiB would leave 3 MB in the heap after a burst
 PIPELINED_BYTES = 64 * KIB  # read ahead of the next request while one is served
-DRAIN_BYTES, DRAIN_SECONDS = 16 * MIB, 3    # read from a refused client: closing sooner could reset the response
 DECODED_BYTES = 256 * KIB   # JSON up to this size is decoded as a whole, in C; a larger body is scanned in windows
 WINDOW_BYTES = 64 * KIB     # one step of a scan: no other thread can run for about 0.2 ms
-JSON_PARTS = 2_000_000      # most strings and brackets that a scan reads: about 0.1 s of CPU
+JSON_PARTS, FORM_PARTS = 2_000_000, 100     # most strings and brackets of JSON (0.1 s of CPU), parts of a form
 VALUE_BYTES = 4 * KIB       # longest value that is read; a model name in escapes may take 3.5 KiB
 TOP_LEVEL_BYTES, TRAILING_BYTES = 64 * KIB, 64 * KIB    # a large body's keys and short values; bytes after its object
-FORM_PARTS = 100            # most parts of a form that is searched for its model
 PAGE_BODY_BYTES, PAGE_BODY_SECONDS = 16 * KIB, 15   # for the whole body of a request to an own page
 
 BODY_SECONDS, SEND_SECONDS = 60, 60     # longest silence within a request body; for a piece of 64 KiB to a slow client
@@ -133,18 +129,16 @@ LINE_LIMIT = 8 * MIB        # longest line of a stream that is read; the limit o
 ENDING_BYTES = 1 * KIB      # the end of a response, where Ollama writes the counts
 STORE_SECONDS, BUDGET_SECONDS = 0.5, 0.5    # between two writes of the usage; for which a sum of it is used again
 BUSY_SECONDS, LEDGER_BUSY_SECONDS = 20, 0.5     # for which a command and the journal wait for other database writers
-JOURNAL_SECONDS, LOG_SECONDS = 0.01, 0.05   # finished requests and log lines gather: each wake-up delays a request
+BATCH_SECONDS = 0.05        # finished requests, and log lines, gather: each wake-up of a thread delays a request
 LOG_QUEUE = 1 * MIB         # characters of log lines that wait for a slow log, about 5,000 requests
 LOG_FILE_BYTES, LOG_FILES = 10_000_000, 5   # size at which a log file is rotated, and number of old ones kept
 ABORT_SECONDS = 2           # grace period of a stop after running requests are aborted
-FAILED_DELAY = 1.0          # longest delay of the response to a failed credential
 RETRY_SECONDS = 5           # Retry-After on 429 and 503 where no better time is known
-
 AFFINITY_SECONDS = 5        # interval at which the least used core is chosen
 MAX_REJECTING, REJECT_SECONDS = 64, 2   # rejected connections that are kept, for the client to read the response
 CONNECTION_DESCRIPTORS, SPARE_DESCRIPTORS = 4, 64   # see connections_that_fit; for database, logs and spooled bodies
 FREE_FAILURES, MAX_FAILURES = 5, 30     # failed credentials of an address before a delay (people mistype), before 429
-LEAK_SECONDS = 3            # after which one failed credential is forgiven
+LEAK_SECONDS, FAILED_DELAY = 3, 1.0     # until one failed credential is forgiven; longest delay of its response
 FAILING_ADDRESSES = 4096    # addresses with failures that are kept; the one that failed least recently is forgotten
 DELAYED_AT_ONCE = 8         # failed requests that are delayed, each in its thread; others get 429 at once
 MAX_SERIES = 5000           # label sets of one metric; further ones are counted as "other"
@@ -370,6 +364,7 @@ def origins(text):
 class Option(NamedTuple):
     """A setting; `convert` reads its text and raises ValueError with the end of a message."""
 
+    group: str              # heading in the help
     flag: str
     default: Optional[str]
     convert: Callable
@@ -386,46 +381,35 @@ class Option(NamedTuple):
         return self.inherited or "GATEWAY_" + self.name.upper()
 
 
-OPTION_GROUPS = {
-    "network": (
-        Option("--ollama-url", "http://localhost:11434", upstream_url, "URL", "Ollama to protect", "OLLAMA_BASE_URL"),
-        Option("--base-path", "/api", base_path, "PATH", "path at which clients find Ollama's /api", "BASE_PATH"),
-        Option("--db", "tokens.db", str, "FILE", "the database of tokens", "TOKEN_DB_PATH"),
-        Option("--host", "127.0.0.1", str, "ADDRESS", "address to listen on; :: is all addresses"),
-        Option("--port", "8000", port_number, "PORT", "port to listen on"),
-        Option("--tls-cert", None, str, "FILE", "certificate chain: serve HTTPS"),
-        Option("--tls-key", None, str, "FILE", "private key, if it is not in the file of --tls-cert"),
-    ),
-    "access": (
-        Option("--cors-origins", "", origins, "LIST", "origins of web pages that may use the gateway, or *"),
-        Option("--path-tokens", "off", boolean, "", "accept /t/SECRET before any path"),
-        Option("--trusted-proxies", "", networks, "LIST", "addresses or networks of proxies that send X-Forwarded-For"),
-        Option("--metrics-open", "off", boolean, "", "serve /metrics without a token"),
-        Option("--no-admin-api", "off", boolean, "", "do not serve /admin and its API"),
-    ),
-    "limits": (
-        Option("--max-connections", "1024", integer, "N", "client connections; one more replaces the longest idle"),
-        Option("--max-body", "100MiB", byte_size, "SIZE", "largest request body; blobs have no limit"),
-        Option("--max-spool", "2GiB", byte_size, "SIZE", "disk space for request bodies; those over 1 MiB are files"),
-        Option("--max-parallel", "0", non_negative, "N", "inference requests at once, others queue; 0: no limit"),
-        Option("--max-queue", "128", integer, "N", "requests of one user that may be queued"),
-    ),
-    "timeouts": (
-        Option("--queue-timeout", "60s", duration, "TIME", "longest wait of a request in the queue"),
-        Option("--connect-timeout", "5s", duration, "TIME", "to connect to Ollama, name look-up included"),
-        Option("--first-byte-timeout", "600s", duration, "TIME", "for the first byte of a response; models load first"),
-        Option("--stall-timeout", "300s", duration, "TIME", "for the next byte of a response"),
-        Option("--header-timeout", "15s", duration, "TIME", "for a whole request head, or a TLS handshake"),
-        Option("--idle-timeout", "75s", duration, "TIME", "for the next request on a connection"),
-        Option("--drain-timeout", "30s", duration, "TIME", "for running requests to finish at a stop"),
-    ),
-    "logging": (
-        Option("--log-level", "INFO", log_level, "LEVEL", "level of the log on stderr", "LOG_LEVEL"),
-        Option("--log-file-level", "INFO", log_level, "LEVEL", "level of the log file", "LOG_FILE_LEVEL"),
-        Option("--log-file", None, str, "FILE", "log file, rotated at 10 MB; app.log if LOG_FILE_LEVEL is set"),
-    ),
-}
-OPTIONS = tuple(option for options in OPTION_GROUPS.values() for option in options)
+OPTIONS = tuple(itertools.starmap(Option, (
+    ("network", "--ollama-url", "http://localhost:11434", upstream_url, "URL", "Ollama to protect", "OLLAMA_BASE_URL"),
+    ("network", "--base-path", "/api", base_path, "PATH", "path at which clients find Ollama's /api", "BASE_PATH"),
+    ("network", "--db", "tokens.db", str, "FILE", "the database of tokens", "TOKEN_DB_PATH"),
+    ("network", "--host", "127.0.0.1", str, "ADDRESS", "address to listen on; :: is all addresses"),
+    ("network", "--port", "8000", port_number, "PORT", "port to listen on"),
+    ("network", "--tls-cert", None, str, "FILE", "certificate chain: serve HTTPS"),
+    ("network", "--tls-key", None, str, "FILE", "private key, if it is not in the file of --tls-cert"),
+    ("access", "--cors-origins", "", origins, "LIST", "origins of web pages that may use the gateway, or *"),
+    ("access", "--path-tokens", "off", boolean, "", "accept /t/SECRET before any path"),
+    ("access", "--trusted-proxies", "", networks, "LIST", "addresses or networks of proxies that send X-Forwarded-For"),
+    ("access", "--metrics-open", "off", boolean, "", "serve /metrics without a token"),
+    ("access", "--no-admin-api", "off", boolean, "", "do not serve /admin and its API"),
+    ("limits", "--max-connections", "1024", integer, "N", "client connections; one more replaces the longest idle"),
+    ("limits", "--max-body", "100MiB", byte_size, "SIZE", "largest request body; blobs have no limit"),
+    ("limits", "--max-spool", "2GiB", byte_size, "SIZE", "disk space for request bodies; those over 1 MiB are files"),
+    ("limits", "--max-parallel", "0", non_negative, "N", "inference requests at once, others queue; 0: no limit"),
+    ("limits", "--max-queue", "128", integer, "N", "requests of one user that may be queued"),
+    ("timeouts", "--queue-timeout", "60s", duration, "TIME", "longest wait of a request in the queue"),
+    ("timeouts", "--connect-timeout", "5s", duration, "TIME", "to connect to Ollama, name look-up included"),
+    ("timeouts", "--first-byte-timeout", "600s", duration, "TIME", "for a response's first byte; models load first"),
+    ("timeouts", "--stall-timeout", "300s", duration, "TIME", "for the next byte of a response"),
+    ("timeouts", "--header-timeout", "15s", duration, "TIME", "for a whole request head, or a TLS handshake"),
+    ("timeouts", "--idle-timeout", "75s", duration, "TIME", "for the next request on a connection"),
+    ("timeouts", "--drain-timeout", "30s", duration, "TIME", "for running requests to finish at a stop"),
+    ("logging", "--log-level", "INFO", log_level, "LEVEL", "level of the log on stderr", "LOG_LEVEL"),
+    ("logging", "--log-file-level", "INFO", log_level, "LEVEL", "level of the log file", "LOG_FILE_LEVEL"),
+    ("logging", "--log-file", None, str, "FILE", "log file, rotated at 10 MB; app.log if LOG_FILE_LEVEL is set"),
+)))
 DATABASE_OPTION = next(option for option in OPTIONS if option.flag == "--db")   # every command has it
 
 ENV_LINE = re.compile(r"""\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*      # name; then a value in quotes, or words
@@ -564,7 +548,7 @@ class Usage(NamedTuple):
 class RequestContext:
     """What is known of a request, from its head to its log line. Times are those of time.monotonic()."""
 
-    id = request = route = token = slot = status = None
+    id = request = route = token = slot = status = refusal_code = reason = None
     path = ""                       # the route's path, with its segment: without base path and token
     body = b""                      # of a request for one of our own pages
     insert_at = 0                   # where the body is to get INCLUDE_USAGE, 0: nowhere
@@ -573,7 +557,6 @@ class RequestContext:
     bytes_sent, queue_seconds = 0, 0.0
     sent_at = released_at = first_byte_at = ended_at = None
     outcome = None                  # "left" or "broken" if the response did not reach its end
-    refusal_code = reason = None
 
     def __init__(self, client_address, now):
         self.client_address, self.started_at = client_address, now
@@ -1079,7 +1062,7 @@ class ChunkedBody:
     def _trailers(self, data):
         end = data.find(b"\r\n\r\n")
         if end < 0:
-            if len(data) > TRAILER_BYTES or BARE_LF.search(data):
+            if len(data) > 4 * KIB or BARE_LF.search(data):
                 raise Malformed("the trailers are too large, or have a line that does not end in CR LF")
             return data
         forbidden = FORBIDDEN_TRAILERS & parse_fields(data[2:end + 2])[1].keys()
@@ -2199,7 +2182,7 @@ class ClientConnection(Connection):
     def drain(self):
         """Discard what a refused client still sends: closing with unread data would reset the response."""
         aborted, self.shutting_down, self.stalled = self.shutting_down, False, True
-        deadline, left = Deadline(ABORT_SECONDS / 2 if aborted else DRAIN_SECONDS), DRAIN_BYTES
+        deadline, left = Deadline(ABORT_SECONDS / 2 if aborted else 3), 16 * MIB
         with contextlib.suppress(OSError, Refusal):
             self.sock.shutdown(socket.SHUT_WR)
             while left > 0 and (self.fill(deadline) or aborted):
@@ -4123,31 +4106,29 @@ class LogWriter(logging.Handler):
         self.name, self._write = name, write    # write takes bytes and raises OSError
         self.dropped = 0                        # lines since the start
         self._queued = self._written = 0        # characters since the start
-        self._queue, self._ending = queue.SimpleQueue(), False
+        self._queue, self._ending = deque(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
     def format(self, record):
         """Return the lines of a record, each with the time in UTC and the level before it."""
-        moment = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")[:-6]
-        before = f"{moment}Z {record.levelname} "
+        moment = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        before = f"{moment[:-6]}Z {record.levelname} "
         return before + super().format(record).replace("\n", "\n" + before) + "\n"
 
     def emit(self, record):
         lines = self.format(record)
         if self._queued - self._written < LOG_QUEUE:
             self._queued += len(lines)
-            self._queue.put(lines)
+            self._queue.append(lines)
         else:
             self.dropped += lines.count("\n")
 
     def _run(self):
-        reported, failing = 0, False
-        while not (self._ending and self._queue.empty()):
-            lines = self._queue.get()
-            if not self._ending:
-                time.sleep(LOG_SECONDS)
-            lines += "".join([self._queue.get() for _ in range(self._queue.qsize())])
+        reported, failing, ending = 0, False, False
+        while not ending:
+            ending = self._ending.wait(BATCH_SECONDS)
+            lines = "".join([self._queue.popleft() for _ in range(len(self._queue))])
             dropped, report = self.dropped, ""
             if dropped > reported:
                 text = f"dropped {plural(dropped - reported, 'log line')}: {self.name} is too slow or cannot be written"
@@ -4165,8 +4146,7 @@ class LogWriter(logging.Handler):
 
     def finish(self):
         """Write the waiting lines, for 2 s at most."""
-        self._ending = True
-        self._queue.put("")
+        self._ending.set()
         self._thread.join(2)
 
 
@@ -4227,22 +4207,21 @@ class Metrics:
             if code in ("upstream_failed", "upstream_silent"):
                 self._count("upstream_errors_total", code)
             if context.sent_at:
-                times = {"queue_wait_seconds": context.queue_seconds,
-                         "duration_seconds": context.ended_at - context.started_at}
+                self._count("queue_wait_seconds", model, by=context.queue_seconds)
+                self._count("duration_seconds", model, by=context.ended_at - context.started_at)
                 if context.first_byte_at:
-                    times["first_byte_seconds"] = context.first_byte_at - context.started_at
-                for name, seconds in times.items():
-                    self._count(name, model, by=seconds)[bisect.bisect_left(BUCKETS, seconds)] += 1
+                    self._count("first_byte_seconds", model, by=context.first_byte_at - context.started_at)
 
     def _count(self, name, *labels, by=1):
-        """Add to a series, or to the series "other" if there are MAX_SERIES; return its numbers."""
+        """Add to a series, or to the series "other" if there are MAX_SERIES."""
         series = self._series[name]
         numbers = series.get(labels)
         if numbers is None:
             labels = labels if len(series) < MAX_SERIES else ("other",) * len(labels)
             numbers = series.setdefault(labels, [0] * (len(BUCKETS) + 2))
         numbers[-1] += by
-        return numbers
+        if METRICS[name][0] == "histogram":
+            numbers[bisect.bisect_left(BUCKETS, by)] += 1
 
     def lines(self):
         """Yield the lines of all metrics."""
@@ -4260,8 +4239,7 @@ class Journal:
 
     def __init__(self, ledger, metrics, log):
         self._ledger, self._metrics, self._log = ledger, metrics, log
-        self._finished = deque()
-        self._wake, self._closing = threading.Event(), threading.Event()
+        self._finished, self._closing = deque(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
@@ -4269,15 +4247,11 @@ class Journal:
         """Take a finished request, to be recorded soon."""
         context.ended_at = time.monotonic()
         self._finished.append(context)
-        if not self._wake.is_set():
-            self._wake.set()
 
     def _run(self):
         closing, stored = False, time.monotonic()
         while not closing:
-            self._wake.wait(STORE_SECONDS)
-            closing = self._closing.wait(JOURNAL_SECONDS)
-            self._wake.clear()
+            closing = self._closing.wait(BATCH_SECONDS)
             self._attempt(self._write_finished)
             if closing or time.monotonic() - stored >= STORE_SECONDS:
                 stored = time.monotonic()
@@ -4302,7 +4276,6 @@ class Journal:
     def close(self):
         """Record and store everything, and stop."""
         self._closing.set()
-        self._wake.set()
         self._thread.join()
 
 # == Pipeline =================================================================
@@ -5919,8 +5892,8 @@ ARGUMENTS = {   # name, after "serve" if it is a setting: heading in the help, o
     "--json": (ONE_OF, dict(action="store_true", help="print JSON")),
     "--csv": (ONE_OF, dict(dest="format", action="store_const", const="csv", help="print CSV")),
     **{limit.flag: ('limits ("none" removes one)', dict(metavar=limit.metavar, help=limit.help)) for limit in LIMITS},
-    **{f"serve {option.flag}": (title, option_keywords(option))
-       for title, options in OPTION_GROUPS.items() for option in options if option is not DATABASE_OPTION},
+    **{f"serve {option.flag}": (option.group, option_keywords(option)) for option in OPTIONS
+       if option is not DATABASE_OPTION},
     "--db": ("", option_keywords(DATABASE_OPTION)),
     "--env-file": ("", dict(metavar="FILE", help="settings file in place of .env")),
     "--version": ("", dict(action="version", version=f"ollama_gateway {VERSION}", help="show it and exit")),
