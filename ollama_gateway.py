@@ -74,6 +74,7 @@ import math
 import mmap
 import operator
 import os
+import queue
 import re
 import secrets
 import select
@@ -4106,7 +4107,7 @@ class LogWriter(logging.Handler):
         self.name, self._write = name, write    # write takes bytes and raises OSError
         self.dropped = 0                        # lines since the start
         self._queued = self._written = 0        # characters since the start
-        self._queue, self._ending = deque(), threading.Event()
+        self._queue, self._ending = queue.SimpleQueue(), False
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
@@ -4120,15 +4121,16 @@ class LogWriter(logging.Handler):
         lines = self.format(record)
         if self._queued - self._written < LOG_QUEUE:
             self._queued += len(lines)
-            self._queue.append(lines)
+            self._queue.put(lines)
         else:
             self.dropped += lines.count("\n")
 
     def _run(self):
-        reported, failing, ending = 0, False, False
-        while not ending:
-            ending = self._ending.wait(BATCH_SECONDS)
-            lines = "".join([self._queue.popleft() for _ in range(len(self._queue))])
+        reported, failing = 0, False
+        while not (self._ending and self._queue.empty()):
+            lines = self._queue.get()
+            time.sleep(0 if self._ending else BATCH_SECONDS)
+            lines += "".join([self._queue.get() for _ in range(self._queue.qsize())])
             dropped, report = self.dropped, ""
             if dropped > reported:
                 text = f"dropped {plural(dropped - reported, 'log line')}: {self.name} is too slow or cannot be written"
@@ -4146,7 +4148,8 @@ class LogWriter(logging.Handler):
 
     def finish(self):
         """Write the waiting lines, for 2 s at most."""
-        self._ending.set()
+        self._ending = True
+        self._queue.put("")
         self._thread.join(2)
 
 
@@ -4239,7 +4242,7 @@ class Journal:
 
     def __init__(self, ledger, metrics, log):
         self._ledger, self._metrics, self._log = ledger, metrics, log
-        self._finished, self._closing = deque(), threading.Event()
+        self._finished, self._wake, self._closing = deque(), threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
@@ -4247,11 +4250,16 @@ class Journal:
         """Take a finished request, to be recorded soon."""
         context.ended_at = time.monotonic()
         self._finished.append(context)
+        if not self._wake.is_set():
+            self._wake.set()
 
     def _run(self):
         closing, stored = False, time.monotonic()
         while not closing:
-            closing = self._closing.wait(BATCH_SECONDS)
+            self._wake.wait(STORE_SECONDS)
+            time.sleep(0 if self._closing else BATCH_SECONDS)
+            self._wake.clear()
+            closing = self._closing
             self._attempt(self._write_finished)
             if closing or time.monotonic() - stored >= STORE_SECONDS:
                 stored = time.monotonic()
@@ -4275,7 +4283,8 @@ class Journal:
 
     def close(self):
         """Record and store everything, and stop."""
-        self._closing.set()
+        self._closing = True
+        self._wake.set()
         self._thread.join()
 
 # == Pipeline =================================================================
