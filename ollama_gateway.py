@@ -136,7 +136,6 @@ LOG_FILE_BYTES, LOG_FILES = 10_000_000, 5   # size at which a log file is rotate
 ABORT_SECONDS = 2           # grace period of a stop after running requests are aborted
 RETRY_SECONDS = 5           # Retry-After on 429 and 503 where no better time is known
 AFFINITY_SECONDS = 5        # interval at which the least used core is chosen
-MAX_REJECTING, REJECT_SECONDS = 64, 2   # rejected connections that are kept, for the client to read the response
 CONNECTION_DESCRIPTORS, SPARE_DESCRIPTORS = 4, 64   # see connections_that_fit; for database, logs and spooled bodies
 FREE_FAILURES, MAX_FAILURES = 5, 30     # failed credentials of an address before a delay (people mistype), before 429
 LEAK_SECONDS, FAILED_DELAY = 3, 1.0     # until one failed credential is forgiven; longest delay of its response
@@ -2400,11 +2399,11 @@ class GatewayServer(http.server.ThreadingHTTPServer):
         with contextlib.suppress(OSError):
             connection.sock.send(self.BUSY_RESPONSE)  # fits the buffer of a new socket
             connection.sock.shutdown(socket.SHUT_WR)
-        self._rejecting.append((connection, time.monotonic() + REJECT_SECONDS))
+        self._rejecting.append((connection, time.monotonic() + 2))
 
     def service_actions(self):
         """Close rejected connections in time, sooner if there are many; socketserver calls this twice a second."""
-        while self._rejecting and (len(self._rejecting) > MAX_REJECTING or self._rejecting[0][1] < time.monotonic()):
+        while self._rejecting and (len(self._rejecting) > 64 or self._rejecting[0][1] < time.monotonic()):
             self._rejecting.popleft()[0].close()
 
     def process_request_thread(self, request, client_address):
@@ -4082,18 +4081,16 @@ class LogFile:
 
     def write(self, data):
         """Append bytes; raise OSError."""
-        if not self._descriptors:   # the last rotation failed
+        if not self._descriptors:   # it was rotated
             self.reopen()
         while len(self._descriptors) > 1:
             os.close(self._descriptors.popleft())
-        size = os.fstat(self._descriptors[0]).st_size
-        if size and size + len(data) > LOG_FILE_BYTES:
+        write_all(self._descriptors[0], data)
+        if os.fstat(self._descriptors[0]).st_size >= LOG_FILE_BYTES:
             os.close(self._descriptors.popleft())
             for old, new in zip(self._names[-2::-1], self._names[::-1]):
                 with contextlib.suppress(OSError):
                     os.replace(old, new)
-            self.reopen()
-        write_all(self._descriptors[-1], data)
 
 
 class LogWriter(logging.Handler):
@@ -4190,7 +4187,8 @@ class Metrics:
 
     def __init__(self, gauges):
         self._gauges, self._lock = gauges, threading.Lock()     # {name: (help, function that returns the number)}
-        self._series = {name: {} for name in METRICS}   # {name: {values of labels: counts of the buckets, and the sum}}
+        # {name: {values of the labels: [count for each bucket, ..., sum]}}
+        self._series = {name: defaultdict(lambda: [0] * (len(BUCKETS) + 2)) for name in METRICS}
         self._count("cancelled_total", by=0)
 
     def observe(self, context):
@@ -4218,13 +4216,11 @@ class Metrics:
     def _count(self, name, *labels, by=1):
         """Add to a series, or to the series "other" if there are MAX_SERIES."""
         series = self._series[name]
-        numbers = series.get(labels)
-        if numbers is None:
-            labels = labels if len(series) < MAX_SERIES else ("other",) * len(labels)
-            numbers = series.setdefault(labels, [0] * (len(BUCKETS) + 2))
-        numbers[-1] += by
+        if labels not in series and len(series) >= MAX_SERIES:
+            labels = ("other",) * len(labels)
+        series[labels][-1] += by
         if METRICS[name][0] == "histogram":
-            numbers[bisect.bisect_left(BUCKETS, by)] += 1
+            series[labels][bisect.bisect_left(BUCKETS, by)] += 1
 
     def lines(self):
         """Yield the lines of all metrics."""
