@@ -92,7 +92,7 @@ import urllib.parse
 import urllib.request
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from typing import Callable, Mapping, NamedTuple, Optional
 
 LOG = logging.getLogger(__name__)  # only `serve` adds handlers
@@ -234,12 +234,24 @@ class ClientLeft(Exception):
 # == Settings =================================================================
 
 
-def duration(text):
-    """Read "90s", "15m", "12h", "30d", "8w" or a number of seconds as seconds."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhdw]?)", text)
-    if not match or not float(match[1]):
-        raise ValueError("is not a duration like 90s, 15m, 12h, 30d or 8w")
-    return float(match[1]) * {"": 1, "s": 1, "m": MINUTE, "h": HOUR, "d": DAY, "w": 7 * DAY}[match[2]]
+def converter(pattern, kind, convert):
+    """Return a function that converts the match of a whole text; it raises ValueError if there is none."""
+    def read(text):
+        match = re.fullmatch(pattern, text)
+        if not match:
+            raise ValueError(f"is not {kind}")
+        return convert(match)
+    return read
+
+
+UNITS = {"": 1, "s": 1, "m": MINUTE, "h": HOUR, "d": DAY, "w": 7 * DAY}
+duration = converter(r"(?=.*[1-9])([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhdw]?)", "a duration like 90s, 15m, 12h, 30d or 8w",
+                     lambda match: float(match[1]) * UNITS[match[2]])   # in seconds
+byte_size = converter(r"(?i)(?=.*[1-9])([0-9]{1,12}) ?(?:([KMG])(?:i?B)?|B)?", "a size like 100MiB",
+                      lambda match: int(match[1]) * KIB ** " KMG".index((match[2] or " ").upper()))
+boolean = converter("(?i)(1|true|yes|on)|0|false|no|off", "on or off", lambda match: bool(match[1]))
+log_level = converter("(?i)debug|info|warn(ing)?|error|critical", "DEBUG, INFO, WARNING, ERROR or CRITICAL",
+                      lambda match: logging.getLevelName(match[0].upper()))
 
 
 def parse_instant(text, direction=0, clock=time.time, naive_is_utc=False):
@@ -292,19 +304,8 @@ def integer(text, low=1, high=999_999_999, kind="whole number"):
     return int(text)
 
 
-def choice(text, values, kind):
-    """Read a word, in either case, as its value in a table."""
-    if text.lower() not in values:
-        raise ValueError(f"is not {kind}")
-    return values[text.lower()]
-
-
 non_negative = functools.partial(integer, low=0)
 port_number = functools.partial(integer, low=0, high=65535, kind="port number")
-boolean = functools.partial(choice, kind="on or off", values={
-    "1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False})
-log_level = functools.partial(choice, kind="a log level (DEBUG, INFO, WARNING, ERROR or CRITICAL)", values={
-    "debug": 10, "info": 20, "warning": 30, "warn": 30, "error": 40, "critical": 50})
 
 
 def model_globs(text):
@@ -314,14 +315,6 @@ def model_globs(text):
             or any(glob.rpartition("/")[2].count(":") > 1 for glob in globs):
         raise ValueError("is not a list of models like llama3*,qwen2.5:7b (letters, digits and . _ : / - * ?)")
     return ",".join(globs)
-
-
-def byte_size(text):
-    """Read "100MiB", "64K" or a number of bytes; K, M and G are powers of 1024."""
-    match = re.fullmatch("([0-9]{1,12}) ?(?:([KMG])(?:i?B)?|B)?", text, re.IGNORECASE)
-    if not match or not int(match[1]):
-        raise ValueError("is not a size like 100MiB")
-    return int(match[1]) * KIB ** " KMG".index((match[2] or " ").upper())
 
 
 def networks(text):
@@ -434,21 +427,20 @@ def load_settings(flags, environ, env_file=None, options=OPTIONS):
     flags: {option name: text}; an empty text is none. `given` of the result: {name: (source, text)}, without defaults.
     Raises UsageError with the source and the value.
     """
-    file, given = read_env_file(env_file), {}
-    settings = types.SimpleNamespace(given=given)
+    file, settings = read_env_file(env_file), types.SimpleNamespace(given={})
     for option in options:
         sources = ((option.flag, flags.get(option.name)), (option.variable, environ.get(option.variable)),
                    (f'{option.variable} in {env_file or ".env"}', file.get(option.variable)))
         source, text = next((pair for pair in sources if pair[1]), ("default", option.default))
         if source != "default":
-            given[option.name] = source, text
+            settings.given[option.name] = source, text
         try:
             setattr(settings, option.name, None if text is None else option.convert(text))
         except ValueError as error:
             raise UsageError(f'{source}: "{text}" {error}') from None
-    if "log_file_level" in given and "log_file" not in given:
+    if "log_file_level" in settings.given and "log_file" not in settings.given:
         settings.log_file = "app.log"  # as in the replaced system
-    if "tls_key" in given and "tls_cert" not in given:
+    if "tls_key" in settings.given and "tls_cert" not in settings.given:
         raise UsageError("--tls-key: --tls-cert FILE is missing")
     return settings
 
@@ -4102,16 +4094,15 @@ class LogWriter(logging.Handler):
     def __init__(self, name, write, level):
         super().__init__(level)
         self.name, self._write = name, write    # write takes bytes and raises OSError
-        self.dropped = 0                        # lines since the start
-        self._queued = self._written = 0        # characters since the start
+        self.dropped = self._queued = self._written = 0     # lines, characters and characters since the start
         self._queue, self._ending = queue.SimpleQueue(), False
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
     def format(self, record):
         """Return the lines of a record, each with the time in UTC and the level before it."""
-        moment = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
-        before = f"{moment[:-6]}Z {record.levelname} "
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        before = f"{moment}.{int(record.msecs):03d}Z {record.levelname} "
         return before + super().format(record).replace("\n", "\n" + before) + "\n"
 
     def emit(self, record):
@@ -4150,7 +4141,6 @@ class LogWriter(logging.Handler):
         self._thread.join(2)
 
 
-ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 METRICS = {     # name: (type, help, labels)
     "requests_total": ("counter", "Requests answered.", ("user", "token", "model", "route", "status")),
     "tokens_total": ("counter", "Tokens: prompt, cached part of it, completion.", ("user", "token", "model", "kind")),
@@ -4167,12 +4157,12 @@ LIMIT_BY_REFUSAL = {limit.refusal: limit.column for limit in LIMITS}
 
 
 def metric_lines(name, kind, text, labels, series):
-    """Yield a metric in the text format of Prometheus; see Metrics for `series`."""
+    """Yield a metric in the text format of Prometheus; series: {values of labels: [count of each bucket, ..., sum]}."""
     name = f"ollama_gateway_{name}"
     yield f"# HELP {name} {text}"
     yield f"# TYPE {name} {kind}"
     for values, (*counts, total) in series.items():
-        pairs = [f'{label}="{str(value).translate(ESCAPES)}"' for label, value in zip(labels, values)]
+        pairs = [f"{label}={json.dumps(str(value), ensure_ascii=False)}" for label, value in zip(labels, values)]
         samples = [("", pairs, total)]
         if kind == "histogram":
             sums = zip((*BUCKETS, "+Inf"), itertools.accumulate(counts))
@@ -4187,7 +4177,6 @@ class Metrics:
 
     def __init__(self, gauges):
         self._gauges, self._lock = gauges, threading.Lock()     # {name: (help, function that returns the number)}
-        # {name: {values of the labels: [count for each bucket, ..., sum]}}
         self._series = {name: defaultdict(lambda: [0] * (len(BUCKETS) + 2)) for name in METRICS}
         self._count("cancelled_total", by=0)
 
