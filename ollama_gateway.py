@@ -109,48 +109,76 @@ NAME_LENGTH = 64            # fits a line of `token list` and of the log
 
 LINE_BYTES = 8 * KIB        # largest request line; RFC 9112 3 asks for at least 8000 bytes
 HEAD_BYTES = 32 * KIB       # largest head; SDKs send less than 2 KiB, cookies of a shared domain up to 16
-HEAD_CACHE_SIZE, CACHED_HEAD_BYTES = 256, 1 * KIB   # parsed heads that are kept; the largest of them: SDKs send less
+HEAD_CACHE_SIZE = 256       # parsed heads that are kept, of requests and of responses
+CACHED_HEAD_BYTES = 1 * KIB     # largest head that is kept; SDKs send smaller ones
 MODEL_CACHE_SIZE = 256      # models that are kept, of name variants and of token ratios
 FIELD_COUNT = 100           # most fields of a head; the limit of http.client too
-SPOOL_BYTES, BODY_MEMORY = 1 * MIB, 64 * MIB    # of one and of all request bodies in memory; others are in files
+TRAILER_BYTES = 4 * KIB     # largest trailers; no known client sends any
+SPOOL_BYTES = 1 * MIB       # a larger request body is kept in a temporary file
+BODY_MEMORY = 64 * MIB      # memory for all request bodies together; beyond, they are kept in files
 FILE_PIECE_BYTES = 64 * KIB     # read at once from a body in a file, and sent at once
 RECEIVE_BYTES = 16 * KIB    # read at once from a socket: 64 KiB would leave 3 MB in the heap after a burst
 PIPELINED_BYTES = 64 * KIB  # read ahead of the next request while one is served
-DECODED_BYTES = 256 * KIB   # JSON up to this size is decoded as a whole, in C; a larger body is scanned in windows
+DRAIN_BYTES, DRAIN_SECONDS = 16 * MIB, 3    # read from a refused client: closing sooner could reset the response
+DECODED_BYTES = 256 * KIB   # a JSON body up to this size is decoded in C, a larger one is scanned in windows
 WINDOW_BYTES = 64 * KIB     # one step of a scan: no other thread can run for about 0.2 ms
-JSON_PARTS, FORM_PARTS = 2_000_000, 100     # most strings and brackets of JSON (0.1 s of CPU), parts of a form
+JSON_PARTS = 2_000_000      # most strings and brackets that a scan reads: about 0.1 s of CPU
 VALUE_BYTES = 4 * KIB       # longest value that is read; a model name in escapes may take 3.5 KiB
-TOP_LEVEL_BYTES, TRAILING_BYTES = 64 * KIB, 64 * KIB    # a large body's keys and short values; bytes after its object
+TOP_LEVEL_BYTES = 64 * KIB  # a large body's keys and short values together
+TRAILING_BYTES = 64 * KIB   # after a body's object: an insertion moves them in memory
+FORM_PARTS = 100            # most parts of a form that is searched for its model
 PAGE_BODY_BYTES, PAGE_BODY_SECONDS = 16 * KIB, 15   # for the whole body of a request to an own page
 
-BODY_SECONDS, SEND_SECONDS = 60, 60     # longest silence within a request body; for a piece of 64 KiB to a slow client
-TOKEN_CHECK_SECONDS = 1     # between two checks of the token of a streamed request body
-HEALTH_SECONDS, PROBE_SECONDS = 5, 2    # between two health probes; for one: the state in /health is at most 10 s old
+BODY_SECONDS = 60           # longest silence within a request body
+TOKEN_CHECK_SECONDS = 1     # interval at which the token of a streamed request body is checked again
+SEND_SECONDS = 60           # for a piece of at most 64 KiB to a slow client
+HEALTH_SECONDS = 5          # between two probes: with PROBE_SECONDS, the state in /health is at most 10 s old
+PROBE_SECONDS = 2           # for all requests of a health probe, from the name look-up to the last byte
+PROBE_BYTES = 1 * MIB       # largest response to a request of the gateway itself; a list of 2,500 models
+LIST_BYTES = 16 * MIB       # largest list of models that is filtered for a token
 LINE_LIMIT = 8 * MIB        # longest line of a stream that is read; the limit of Ollama's own client too
+WHOLE_BYTES = 256 * KIB     # largest response or line that is decoded as a whole to find its token counts
 ENDING_BYTES = 1 * KIB      # the end of a response, where Ollama writes the counts
-STORE_SECONDS, BUDGET_SECONDS = 0.5, 0.5    # between two writes of the usage; for which a sum of it is used again
-BUSY_SECONDS, LEDGER_BUSY_SECONDS = 20, 0.5     # for which a command and the journal wait for other database writers
+LEARNING_BYTES = 256 * KIB  # largest request body from which the bytes of text in a token are learnt
+MAX_TOKENS = 10 ** 9        # most tokens that are believed of one request
 BATCH_SECONDS = 0.05        # finished requests, and log lines, gather: each wake-up of a thread delays a request
+STORE_SECONDS = 0.5         # interval at which usage and the tokens' last uses are stored
+BUDGET_SECONDS = 0.5        # for which a sum of stored tokens is used: other gateways may add to it
+REOPEN_SECONDS = 0.5        # between two attempts to open a replaced database
+BUSY_SECONDS = 20           # for which a command waits for other writers of the database
+LEDGER_BUSY_SECONDS = 0.5   # for which the background writer waits for other writers: log lines wait meanwhile
 LOG_QUEUE = 1 * MIB         # characters of log lines that wait for a slow log, about 5,000 requests
 LOG_FILE_BYTES, LOG_FILES = 10_000_000, 5   # size at which a log file is rotated, and number of old ones kept
+FLUSH_SECONDS = 2           # for which a stop waits for a slow log
 ABORT_SECONDS = 2           # grace period of a stop after running requests are aborted
+STOP_CHECK_SECONDS = 0.2    # a second signal aborts running requests within this time
+REJECT_SECONDS = 2          # for which a rejected connection is kept, so that its client can read the response
+FAILED_DELAY = 1.0          # longest delay of the response to a failed credential
 RETRY_SECONDS = 5           # Retry-After on 429 and 503 where no better time is known
+
+BACKLOG = 1024              # connections that arrive at once; the system's own maximum applies
 AFFINITY_SECONDS = 5        # interval at which the least used core is chosen
-CONNECTION_DESCRIPTORS, SPARE_DESCRIPTORS = 4, 64   # see connections_that_fit; for database, logs and spooled bodies
-FREE_FAILURES, MAX_FAILURES = 5, 30     # failed credentials of an address before a delay (people mistype), before 429
-LEAK_SECONDS, FAILED_DELAY = 3, 1.0     # until one failed credential is forgiven; longest delay of its response
+MAX_REJECTING = 64          # rejected connections that are kept at once
+CONNECTION_DESCRIPTORS = 4  # see connections_that_fit
+SPARE_DESCRIPTORS = 64      # for the database, logs, spooled bodies and connections that are being closed
+FREE_FAILURES = 5           # failed credentials of an address without a delay: people mistype
+MAX_FAILURES = 30           # failed credentials of an address after which it gets 429 at once
+LEAK_SECONDS = 3            # after which one failed credential is forgiven
 FAILING_ADDRESSES = 4096    # addresses with failures that are kept; the one that failed least recently is forgotten
 DELAYED_AT_ONCE = 8         # failed requests that are delayed, each in its thread; others get 429 at once
 MAX_SERIES = 5000           # label sets of one metric; further ones are counted as "other"
-POOL_SIZE, IDLE_SECONDS = 128, 60   # idle upstream connections that are kept, until NAT devices could forget them
+POOL_SIZE = 128             # idle upstream connections that are kept; Ollama has no limit
+IDLE_SECONDS = 60           # an upstream connection idle for longer is not reused: NAT devices forget it
 
-HOP_BY_HOP = frozenset("connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
-                       "transfer-encoding upgrade".split())     # RFC 9110 7.6.1: fields about one connection only
+HOP_BY_HOP = frozenset((    # RFC 9110 7.6.1: fields about one connection only
+    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+    "transfer-encoding", "upgrade"))
 FRAMING = frozenset(("host", "content-length", "transfer-encoding", "expect"))  # fields that may not be repeated
 FORBIDDEN_TRAILERS = HOP_BY_HOP | FRAMING | {  # RFC 9110 6.5.1
     "authorization", "x-api-key", "cookie", "content-type", "content-encoding", "content-range", "cache-control"}
 FORWARDED = ("accept", "content-type", "content-encoding", "user-agent")  # others could leak, or be misread
 FORWARDED_PREFIXES = ("anthropic-", "openai-")
+STREAM_TYPES = ("application/x-ndjson", "text/event-stream")
 
 
 class UsageError(Exception):
@@ -1054,7 +1082,7 @@ class ChunkedBody:
     def _trailers(self, data):
         end = data.find(b"\r\n\r\n")
         if end < 0:
-            if len(data) > 4 * KIB or BARE_LF.search(data):
+            if len(data) > TRAILER_BYTES or BARE_LF.search(data):
                 raise Malformed("the trailers are too large, or have a line that does not end in CR LF")
             return data
         forbidden = FORBIDDEN_TRAILERS & parse_fields(data[2:end + 2])[1].keys()
@@ -1883,7 +1911,7 @@ class TokenStore(contextlib.AbstractContextManager):
         try:
             self._open()
         except Failure as error:
-            self._unusable = file, str(error), time.monotonic() + 0.5
+            self._unusable = file, str(error), time.monotonic() + REOPEN_SECONDS
             raise
         self._unusable = None
         LOG.warning("the database %s was replaced: using the new file", self.path)
@@ -2174,7 +2202,7 @@ class ClientConnection(Connection):
     def drain(self):
         """Discard what a refused client still sends: closing with unread data would reset the response."""
         aborted, self.shutting_down, self.stalled = self.shutting_down, False, True
-        deadline, left = Deadline(ABORT_SECONDS / 2 if aborted else 3), 16 * MIB
+        deadline, left = Deadline(ABORT_SECONDS / 2 if aborted else DRAIN_SECONDS), DRAIN_BYTES
         with contextlib.suppress(OSError, Refusal):
             self.sock.shutdown(socket.SHUT_WR)
             while left > 0 and (self.fill(deadline) or aborted):
@@ -2274,7 +2302,7 @@ class ConnectionLimiter:
                 self._end(connection)
             deadline = time.monotonic() + seconds
             while self._active and not self._aborting and time.monotonic() < deadline:
-                self._changed.wait(0.2)     # a second signal aborts running requests within this time
+                self._changed.wait(STOP_CHECK_SECONDS)
             for end in ClientConnection.abort_for_shutdown, Connection.shut_down:
                 for connection in self._active:
                     end(connection)
@@ -2322,7 +2350,7 @@ class GatewayServer(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     block_on_close = False
-    request_queue_size = 1024   # connections that arrive at once; the system's own maximum applies
+    request_queue_size = BACKLOG
     allow_reuse_address = os.name == "posix"  # on Windows it would let another program steal the port
 
     BUSY_RESPONSE = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
@@ -2391,11 +2419,11 @@ class GatewayServer(http.server.ThreadingHTTPServer):
         with contextlib.suppress(OSError):
             connection.sock.send(self.BUSY_RESPONSE)  # fits the buffer of a new socket
             connection.sock.shutdown(socket.SHUT_WR)
-        self._rejecting.append((connection, time.monotonic() + 2))
+        self._rejecting.append((connection, time.monotonic() + REJECT_SECONDS))
 
     def service_actions(self):
         """Close rejected connections in time, sooner if there are many; socketserver calls this twice a second."""
-        while self._rejecting and (len(self._rejecting) > 64 or self._rejecting[0][1] < time.monotonic()):
+        while self._rejecting and (len(self._rejecting) > MAX_REJECTING or self._rejecting[0][1] < time.monotonic()):
             self._rejecting.popleft()[0].close()
 
     def process_request_thread(self, request, client_address):
@@ -2543,7 +2571,7 @@ class ClientStream(RequestReader):
             self._framing = "chunked" if request.version == "1.1" else "open"
         self.keep_alive = self.keep_alive and self.body.complete and not self.connection.last_request
         head = f"HTTP/1.1 {status} {phrase}\r\n{lines}X-Request-Id: {self.context.id}\r\n"
-        if content_type.startswith(("application/x-ndjson", "text/event-stream")):
+        if content_type.startswith(STREAM_TYPES):
             self._stream_type = content_type
             head += "X-Accel-Buffering: no\r\n"  # or an nginx in front of the gateway holds pieces back
         for name, value in (*self.extra, *self.limit_fields()):
@@ -3602,7 +3630,7 @@ class Upstream(urllib.request.BaseHandler):
         """
         deadline = deadline or Deadline(self._connect_timeout + PROBE_SECONDS)
         with self.send(UpstreamRequest("GET", path, fields, NO_BODY, cancel_on, deadline)) as response:
-            data = response.read_all(1 * MIB)  # a list of 2,500 models
+            data = response.read_all(PROBE_BYTES)
         try:
             found = json.loads(data)
         except (ValueError, RecursionError):
@@ -3740,7 +3768,7 @@ USUAL_END = re.compile(
 
 def whole_tokens(value):
     """Return a reported number of tokens within bounds, 0 for another value."""
-    return min(max(value, 0), 10 ** 9) if isinstance(value, int) else 0
+    return min(max(value, 0), MAX_TOKENS) if isinstance(value, int) else 0
 
 
 def parse_usage(answer):
@@ -3778,7 +3806,7 @@ def read_usage(data, whole=True):
     usual = USUAL_END.search(data, len(data) - ENDING_BYTES)
     if usual:
         return Usage(int(usual[1] or usual[3]), None, int(usual[2] or usual[4] or 0))
-    if not whole or len(data) > DECODED_BYTES:    # only texts follow these keys, and the quotes in texts are escaped
+    if not whole or len(data) > WHOLE_BYTES:    # only texts follow these keys, and the quotes in texts are escaped
         counts = COUNT.findall(data, max(data.rfind(b'"total_duration"'), data.rfind(b'"usage"'), 0))
         return parse_usage({key.decode(): int(number) for key, number in counts})
     try:
@@ -3820,7 +3848,7 @@ class JsonUsageReader(UsageReader):
         return self._reported
 
     def feed(self, piece, last):
-        if len(self._beginning) < DECODED_BYTES:
+        if len(self._beginning) < WHOLE_BYTES:
             self._beginning += piece
         else:
             self._end = (self._end + piece)[-ENDING_BYTES:]
@@ -3966,7 +3994,7 @@ class PromptCount(contextlib.AbstractContextManager):
             return      # the usage in a whole answer is read in the background if no budget depends on it
         usage = reader and reader.reported
         with contextlib.suppress(Refusal):      # the body's file may be unreadable
-            if usage and usage.prompt and budget and body.size <= DECODED_BYTES:
+            if usage and usage.prompt and budget and body.size <= LEARNING_BYTES:
                 size = body.inspect(prompt_text_bytes)
                 if size * 2 > body.size:        # images are tokens without text
                     self._ratio.learn(normalize_model(context.model), size, usage.prompt)
@@ -3977,7 +4005,7 @@ class PromptCount(contextlib.AbstractContextManager):
 
 def filter_models(response, key, globs):
     """Return a list of models, as the bytes of its JSON, with only those that a token's globs allow; raise Refusal."""
-    data = response.read_all(16 * MIB)
+    data = response.read_all(LIST_BYTES)
     if not 200 <= response.status < 300:
         return data
     name = "id" if key == "data" else "model"
@@ -4135,10 +4163,10 @@ class LogWriter(logging.Handler):
             self._written += len(lines)
 
     def finish(self):
-        """Write the waiting lines, for 2 s at most."""
+        """Write the waiting lines, for FLUSH_SECONDS at most."""
         self._ending = True
         self._queue.put("")
-        self._thread.join(2)
+        self._thread.join(FLUSH_SECONDS)
 
 
 METRICS = {     # name: (type, help, labels)
