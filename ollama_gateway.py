@@ -130,7 +130,7 @@ FORM_PARTS = 100            # most parts of a form that is searched for its mode
 PAGE_BODY_BYTES, PAGE_BODY_SECONDS = 16 * KIB, 15   # for the whole body of a request to an own page
 
 BODY_SECONDS = 60           # longest silence within a request body
-REJUDGE_SECONDS = 1         # interval at which the token of a streamed request body is checked again
+TOKEN_CHECK_SECONDS = 1     # interval at which the token of a streamed request body is checked again
 SEND_SECONDS = 60           # for a piece of at most 64 KiB to a slow client
 HEALTH_SECONDS = 5          # between two probes: with PROBE_SECONDS, the state in /health is at most 10 s old
 PROBE_SECONDS = 2           # for all requests of a health probe, from the name look-up to the last byte
@@ -141,14 +141,13 @@ WHOLE_BYTES = 256 * KIB     # largest response or line that is decoded as a whol
 ENDING_BYTES = 1 * KIB      # the end of a response, where Ollama writes the counts
 LEARNING_BYTES = 256 * KIB  # largest request body from which the bytes of text in a token are learnt
 MAX_TOKENS = 10 ** 9        # most tokens that are believed of one request
-GATHER_SECONDS = 0.01       # finished requests gather before they are written: all other threads wait meanwhile
+BATCH_SECONDS = 0.05        # finished requests, and log lines, gather: each wake-up of a thread delays a request
 STORE_SECONDS = 0.5         # interval at which usage and the tokens' last uses are stored
 BUDGET_SECONDS = 0.5        # for which a sum of stored tokens is used: other gateways may add to it
 REOPEN_SECONDS = 0.5        # between two attempts to open a replaced database
 BUSY_SECONDS = 20           # for which a command waits for other writers of the database
 LEDGER_BUSY_SECONDS = 0.5   # for which the background writer waits for other writers: log lines wait meanwhile
 LOG_QUEUE = 1 * MIB         # characters of log lines that wait for a slow log, about 5,000 requests
-LOG_SECONDS = 0.05          # lines gather before they are written: each wake-up takes the lock from a request
 LOG_FILE_BYTES, LOG_FILES = 10_000_000, 5   # size at which a log file is rotated, and number of old ones kept
 FLUSH_SECONDS = 2           # for which a stop waits for a slow log
 ABORT_SECONDS = 2           # grace period of a stop after running requests are aborted
@@ -262,56 +261,47 @@ class ClientLeft(Exception):
 
 # == Settings =================================================================
 
-LAST_SECOND = 253402300799  # of the year 9999
-INSTANT = re.compile(r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:?\d\d)?)?", re.ASCII)
+
+def converter(pattern, kind, convert):
+    """Return a function that converts the match of a whole text; it raises ValueError if there is none."""
+    def read(text):
+        match = re.fullmatch(pattern, text)
+        if not match:
+            raise ValueError(f"is not {kind}")
+        return convert(match)
+    return read
 
 
-def duration(text):
-    """Read "90s", "15m", "12h", "30d", "8w" or a number of seconds as seconds."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhdw]?)", text)
-    if not match or not float(match[1]):
-        raise ValueError("is not a duration like 90s, 15m, 12h, 30d or 8w")
-    return float(match[1]) * {"": 1, "s": 1, "m": MINUTE, "h": HOUR, "d": DAY, "w": 7 * DAY}[match[2]]
+UNITS = {"": 1, "s": 1, "m": MINUTE, "h": HOUR, "d": DAY, "w": 7 * DAY}
+duration = converter(r"(?=.*[1-9])([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhdw]?)", "a duration like 90s, 15m, 12h, 30d or 8w",
+                     lambda match: float(match[1]) * UNITS[match[2]])   # in seconds
+byte_size = converter(r"(?i)(?=.*[1-9])([0-9]{1,12}) ?(?:([KMG])(?:i?B)?|B)?", "a size like 100MiB",
+                      lambda match: int(match[1]) * KIB ** " KMG".index((match[2] or " ").upper()))
+boolean = converter("(?i)(1|true|yes|on)|0|false|no|off", "on or off", lambda match: bool(match[1]))
+log_level = converter("(?i)debug|info|warn(ing)?|error|critical", "DEBUG, INFO, WARNING, ERROR or CRITICAL",
+                      lambda match: logging.getLevelName(match[0].upper()))
 
 
-def check_instant(seconds):
-    """Return Unix seconds unchanged; raise ValueError if they are no time from 1970 to 9999."""
-    if not 0 <= seconds <= LAST_SECOND:
-        raise ValueError("is not a time from 1970 to 9999")
-    return seconds
+def parse_instant(text, direction=0, clock=time.time, naive_is_utc=False):
+    """Read a date (its first moment in UTC) or an ISO 8601 time as Unix seconds.
 
-
-def parse_instant(text, naive_is_utc=False):
-    """Read a date (its first moment in UTC) or an ISO 8601 time as Unix seconds."""
-    match = INSTANT.fullmatch(text)
-    if not match or match[2] and not match[3] and not naive_is_utc:
-        raise ValueError("is not a date like 2027-01-31 or a time like 2027-01-31T18:00:00Z")
-    date, clock, zone = match.groups()
-    zone = "+00:00" if zone in (None, "Z") else f"{zone[:3]}:{zone[-2:]}"
-    try:
-        moment = datetime.fromisoformat(f"{date}T{clock or '00:00:00'}{zone}")
-    except ValueError as error:
-        raise ValueError(f"is not a valid time: {error}") from None
-    return check_instant(int(moment.timestamp()))
-
-
-def parse_time(text, direction, now):
-    """Read a date, a time, or a duration from now, as Unix seconds after now (direction 1) or not after it (-1)."""
-    if re.fullmatch(r"[0-9.]+[a-z]", text):
-        seconds = check_instant(max(now + direction * int(duration(text)), 0))
+    With a direction, the text may be a duration, and the result must be after now (1) or not after it (-1).
+    """
+    now = int(clock())
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:?\d\d)?)?", text, re.ASCII)
+    if direction and re.fullmatch(r"[0-9.]+[a-z]", text):
+        seconds = max(now + direction * int(duration(text)), 0)
+    elif not match or match[2] and not match[3] and not naive_is_utc:
+        others = ", or a duration like 30d" if direction else ""
+        raise ValueError(f"is not a date like 2027-01-31 or a time like 2027-01-31T18:00:00Z{others}")
     else:
-        try:
-            seconds = parse_instant(text)
-        except ValueError as error:
-            raise ValueError(f"{error}, or a duration like 30d") from None
-    if seconds > now and direction < 0 or seconds <= now and direction > 0:
-        raise ValueError("is in the future" if direction < 0 else "is in the past")
+        zone = "+00:00" if match[3] in (None, "Z") else f"{match[3][:3]}:{match[3][-2:]}"
+        seconds = int(datetime.fromisoformat(f"{match[1]}T{match[2] or '00:00:00'}{zone}").timestamp())
+    if not 0 <= seconds <= 253402300799:    # the end of the year 9999
+        raise ValueError("is not a time from 1970 to 9999")
+    if direction and (direction > 0) != (seconds > now):
+        raise ValueError("is in the past" if direction > 0 else "is in the future")
     return seconds
-
-
-def future_time(text):
-    """Read "30d", a date or a time as Unix seconds in the future."""
-    return parse_time(text, 1, int(time.time()))
 
 
 def utc_day(seconds):
@@ -319,17 +309,10 @@ def utc_day(seconds):
     return int(seconds) // DAY
 
 
-def day_start(day):
-    """Return the Unix seconds at which a UTC day begins."""
-    return day * DAY
-
-
 def usage_start(text, clock=time.time):
     """Read "7d" as the start of seven UTC days, today's included; "12h", a date or a time as the start of an hour."""
-    seconds = parse_time(text, -1, int(clock()))
-    if re.fullmatch("[0-9]+[dw]", text):
-        return day_start(utc_day(seconds) + 1)
-    return seconds // HOUR * HOUR
+    seconds = parse_instant(text, -1, clock)
+    return (utc_day(seconds) + 1) * DAY if re.fullmatch("[0-9]+[dw]", text) else seconds // HOUR * HOUR
 
 
 def format_instant(seconds):
@@ -342,29 +325,15 @@ def plural(number, noun):
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def integer(low, high=999_999_999, kind="whole number"):
-    """Return a reader of decimal digits for a number within a range."""
-    def read(text):
-        if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
-            raise ValueError(f"is not a {kind} from {low} to {high}")
-        return int(text)
-    return read
+def integer(text, low=1, high=999_999_999, kind="whole number"):
+    """Read decimal digits as a number within a range."""
+    if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
+        raise ValueError(f"is not a {kind} from {low} to {high}")
+    return int(text)
 
 
-def one_of(values, kind):
-    """Return a reader of a word, in either case, for the value that a table has for it."""
-    def read(text):
-        if text.lower() not in values:
-            raise ValueError(f"is not {kind}")
-        return values[text.lower()]
-    return read
-
-
-non_negative, positive, port_number = integer(0), integer(1), integer(0, 65535, "port number")
-boolean = one_of({"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False,
-                  "off": False}, "on or off")
-log_level = one_of({"debug": 10, "info": 20, "warning": 30, "warn": 30, "error": 40, "critical": 50},
-                   "a log level (DEBUG, INFO, WARNING, ERROR or CRITICAL)")
+non_negative = functools.partial(integer, low=0)
+port_number = functools.partial(integer, low=0, high=65535, kind="port number")
 
 
 def model_globs(text):
@@ -374,14 +343,6 @@ def model_globs(text):
             or any(glob.rpartition("/")[2].count(":") > 1 for glob in globs):
         raise ValueError("is not a list of models like llama3*,qwen2.5:7b (letters, digits and . _ : / - * ?)")
     return ",".join(globs)
-
-
-def byte_size(text):
-    """Read "100MiB", "64K" or a number of bytes; K, M and G are powers of 1024."""
-    match = re.fullmatch("([0-9]{1,12}) ?(?:([KMG])(?:i?B)?|B)?", text, re.IGNORECASE)
-    if not match or not int(match[1]):
-        raise ValueError("is not a size like 100MiB")
-    return int(match[1]) * KIB ** " KMG".index((match[2] or " ").upper())
 
 
 def networks(text):
@@ -416,15 +377,15 @@ def base_path(text):
 def origins(text):
     """Read "*" or a comma list of origins, as browsers send them (RFC 6454 7)."""
     found = tuple(part.strip() for part in text.split(",") if part.strip())
-    for origin in found:
-        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+|null", origin):
-            raise ValueError(f"contains {origin}, which is not an origin like https://chat.example.com")
+    if not all(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+|null|\*", origin) for origin in found):
+        raise ValueError("is not * or a list of origins like https://chat.example.com")
     return found
 
 
 class Option(NamedTuple):
     """A setting; `convert` reads its text and raises ValueError with the end of a message."""
 
+    group: str              # heading in the help
     flag: str
     default: Optional[str]
     convert: Callable
@@ -441,47 +402,35 @@ class Option(NamedTuple):
         return self.inherited or "GATEWAY_" + self.name.upper()
 
 
-OPTION_GROUPS = {
-    "network": (
-        Option("--ollama-url", "http://localhost:11434", upstream_url, "URL", "Ollama to protect", "OLLAMA_BASE_URL"),
-        Option("--base-path", "/api", base_path, "PATH", "path at which clients find Ollama's /api", "BASE_PATH"),
-        Option("--db", "tokens.db", str, "FILE", "the database of tokens", "TOKEN_DB_PATH"),
-        Option("--host", "127.0.0.1", str, "ADDRESS", "address to listen on; :: is all addresses"),
-        Option("--port", "8000", port_number, "PORT", "port to listen on"),
-        Option("--tls-cert", None, str, "FILE", "certificate chain: serve HTTPS"),
-        Option("--tls-key", None, str, "FILE", "private key, if it is not in the file of --tls-cert"),
-    ),
-    "access": (
-        Option("--cors-origins", "", origins, "LIST", "origins of web pages that may use the gateway, or *"),
-        Option("--path-tokens", "off", boolean, "", "accept /t/SECRET before any path"),
-        Option("--trusted-proxies", "", networks, "LIST", "addresses or networks of proxies that send X-Forwarded-For"),
-        Option("--metrics-open", "off", boolean, "", "serve /metrics without a token"),
-        Option("--no-admin-api", "off", boolean, "", "do not serve /admin and its API"),
-    ),
-    "limits": (
-        Option("--max-connections", "1024", positive, "N", "client connections; one more replaces the longest idle"),
-        Option("--max-body", "100MiB", byte_size, "SIZE", "largest request body; blobs have no limit"),
-        Option("--max-spool", "2GiB", byte_size, "SIZE", "disk space for request bodies; those over 1 MiB are files"),
-        Option("--max-parallel", "0", non_negative, "N", "inference requests at once, others queue; 0: no limit"),
-        Option("--max-queue", "128", positive, "N", "requests of one user that may be queued"),
-    ),
-    "timeouts": (
-        Option("--queue-timeout", "60s", duration, "TIME", "longest wait of a request in the queue"),
-        Option("--connect-timeout", "5s", duration, "TIME", "to connect to Ollama, name look-up included"),
-        Option("--first-byte-timeout", "600s", duration, "TIME", "for the first byte of a response; models load first"),
-        Option("--stall-timeout", "300s", duration, "TIME", "for the next byte of a response"),
-        Option("--header-timeout", "15s", duration, "TIME", "for a whole request head, or a TLS handshake"),
-        Option("--idle-timeout", "75s", duration, "TIME", "for the next request on a connection"),
-        Option("--drain-timeout", "30s", duration, "TIME", "for running requests to finish at a stop"),
-    ),
-    "logging": (
-        Option("--log-level", "INFO", log_level, "LEVEL", "level of the log on stderr", "LOG_LEVEL"),
-        Option("--log-file-level", "INFO", log_level, "LEVEL", "level of the log file", "LOG_FILE_LEVEL"),
-        Option("--log-file", None, str, "FILE",
-               "a log file, rotated at 10 MB, reopened on SIGHUP; app.log if LOG_FILE_LEVEL is set"),
-    ),
-}
-OPTIONS = tuple(option for options in OPTION_GROUPS.values() for option in options)
+OPTIONS = tuple(itertools.starmap(Option, (
+    ("network", "--ollama-url", "http://localhost:11434", upstream_url, "URL", "Ollama to protect", "OLLAMA_BASE_URL"),
+    ("network", "--base-path", "/api", base_path, "PATH", "path at which clients find Ollama's /api", "BASE_PATH"),
+    ("network", "--db", "tokens.db", str, "FILE", "the database of tokens", "TOKEN_DB_PATH"),
+    ("network", "--host", "127.0.0.1", str, "ADDRESS", "address to listen on; :: is all addresses"),
+    ("network", "--port", "8000", port_number, "PORT", "port to listen on"),
+    ("network", "--tls-cert", None, str, "FILE", "certificate chain: serve HTTPS"),
+    ("network", "--tls-key", None, str, "FILE", "private key, if it is not in the file of --tls-cert"),
+    ("access", "--cors-origins", "", origins, "LIST", "origins of web pages that may use the gateway, or *"),
+    ("access", "--path-tokens", "off", boolean, "", "accept /t/SECRET before any path"),
+    ("access", "--trusted-proxies", "", networks, "LIST", "addresses or networks of proxies that send X-Forwarded-For"),
+    ("access", "--metrics-open", "off", boolean, "", "serve /metrics without a token"),
+    ("access", "--no-admin-api", "off", boolean, "", "do not serve /admin and its API"),
+    ("limits", "--max-connections", "1024", integer, "N", "client connections; one more replaces the longest idle"),
+    ("limits", "--max-body", "100MiB", byte_size, "SIZE", "largest request body; blobs have no limit"),
+    ("limits", "--max-spool", "2GiB", byte_size, "SIZE", "disk space for request bodies; those over 1 MiB are files"),
+    ("limits", "--max-parallel", "0", non_negative, "N", "inference requests at once, others queue; 0: no limit"),
+    ("limits", "--max-queue", "128", integer, "N", "requests of one user that may be queued"),
+    ("timeouts", "--queue-timeout", "60s", duration, "TIME", "longest wait of a request in the queue"),
+    ("timeouts", "--connect-timeout", "5s", duration, "TIME", "to connect to Ollama, name look-up included"),
+    ("timeouts", "--first-byte-timeout", "600s", duration, "TIME", "for a response's first byte; models load first"),
+    ("timeouts", "--stall-timeout", "300s", duration, "TIME", "for the next byte of a response"),
+    ("timeouts", "--header-timeout", "15s", duration, "TIME", "for a whole request head, or a TLS handshake"),
+    ("timeouts", "--idle-timeout", "75s", duration, "TIME", "for the next request on a connection"),
+    ("timeouts", "--drain-timeout", "30s", duration, "TIME", "for running requests to finish at a stop"),
+    ("logging", "--log-level", "INFO", log_level, "LEVEL", "level of the log on stderr", "LOG_LEVEL"),
+    ("logging", "--log-file-level", "INFO", log_level, "LEVEL", "level of the log file", "LOG_FILE_LEVEL"),
+    ("logging", "--log-file", None, str, "FILE", "log file, rotated at 10 MB; app.log if LOG_FILE_LEVEL is set"),
+)))
 DATABASE_OPTION = next(option for option in OPTIONS if option.flag == "--db")   # every command has it
 
 ENV_LINE = re.compile(r"""\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*      # name; then a value in quotes, or words
@@ -493,36 +442,33 @@ def read_env_file(path):
     try:
         with open(path or ".env", encoding="utf-8-sig") as file:
             lines = [ENV_LINE.fullmatch(line) for line in file.read().splitlines()]
-    except FileNotFoundError:
-        if path is None:
-            return {}
-        raise UsageError(f'--env-file: there is no file "{path}"') from None
     except (OSError, UnicodeDecodeError) as error:
+        if path is None and isinstance(error, FileNotFoundError):
+            return {}
         raise UsageError(f'cannot read the settings in "{path or ".env"}": {error}') from None
     return {line[1]: line[2] or re.sub(r'\\(["\\])', r"\1", line[3] or "") or line[4] for line in lines if line}
 
 
 def load_settings(flags, environ, env_file=None, options=OPTIONS):
-    """Settle options: a flag beats the environment, that the .env file, that the default; an empty value is none.
+    """Return the options' values as attributes: flags beat the environment, that the .env file, that the defaults.
 
-    Returns one attribute for each option, by its name, converted, and `given`: {name: (source, text)} of the options
-    that have no default value. flags: texts by option name. Raises UsageError with the source and the value.
+    flags: {option name: text}; an empty text is none. `given` of the result: {name: (source, text)}, without defaults.
+    Raises UsageError with the source and the value.
     """
-    file, given = read_env_file(env_file), {}
-    settings = types.SimpleNamespace(given=given)
+    file, settings = read_env_file(env_file), types.SimpleNamespace(given={})
     for option in options:
         sources = ((option.flag, flags.get(option.name)), (option.variable, environ.get(option.variable)),
                    (f'{option.variable} in {env_file or ".env"}', file.get(option.variable)))
         source, text = next((pair for pair in sources if pair[1]), ("default", option.default))
         if source != "default":
-            given[option.name] = source, text
+            settings.given[option.name] = source, text
         try:
             setattr(settings, option.name, None if text is None else option.convert(text))
         except ValueError as error:
             raise UsageError(f'{source}: "{text}" {error}') from None
-    if "log_file_level" in given and "log_file" not in given:
+    if "log_file_level" in settings.given and "log_file" not in settings.given:
         settings.log_file = "app.log"  # as in the replaced system
-    if "tls_key" in given and "tls_cert" not in given:
+    if "tls_key" in settings.given and "tls_cert" not in settings.given:
         raise UsageError("--tls-key: --tls-cert FILE is missing")
     return settings
 
@@ -550,14 +496,14 @@ class Limit(NamedTuple):
     """A limit of a token; flags, admin API, export, list, menu, pages, OpenAPI and messages iterate LIMITS."""
 
     column: str         # in the database and in JSON
-    read: Callable      # returns the value of a text; raises ValueError
-    metavar: str
+    refusal: str        # of a request beyond the limit: one of REFUSALS
     help: str           # of the flag
     heading: str        # in `token list`
     label: str          # in the menu and on the pages
     phrase: str         # a value in a sentence
-    json_type: str
-    refusal: str        # of a request beyond the limit: one of REFUSALS
+    metavar: str = "N"
+    read: Callable = integer    # returns the value of a text; raises ValueError
+    json_type: str = "integer"
     example: str = ""   # of a value that is not a number
 
     @property
@@ -566,25 +512,22 @@ class Limit(NamedTuple):
 
 
 LIMITS = (
-    Limit("models", model_globs, "LIST", "the only models that it may use, like llama3*,qwen2.5:7b", "MODELS", "Models",
-          "models {}", "string[]", "forbidden", "llama3*,qwen2.5:7b"),
-    Limit("rpm", positive, "N", "inference requests in any minute", "RPM", "Requests a minute",
-          "{} a minute", "integer", "rate_limited"),
-    Limit("max_parallel", positive, "N", "inference requests at once", "PARALLEL", "Requests at once",
-          "{} at once", "integer", "too_many_at_once"),
-    Limit("tokens_per_day", positive, "N", "tokens of prompts and completions in a UTC day", "A DAY", "Tokens a day",
-          "{} tokens a day", "integer", "budget_spent"),
+    Limit("models", "forbidden", "the only models that it may use, like llama3*,qwen2.5:7b", "MODELS", "Models",
+          "models {}", "LIST", model_globs, "string[]", "llama3*,qwen2.5:7b"),
+    Limit("rpm", "rate_limited", "inference requests in any minute", "RPM", "Requests a minute", "{} a minute"),
+    Limit("max_parallel", "too_many_at_once", "inference requests at once", "PARALLEL", "Requests at once",
+          "{} at once"),
+    Limit("tokens_per_day", "budget_spent", "tokens of prompts and completions in a UTC day", "A DAY", "Tokens a day",
+          "{} tokens a day"),
 )
 LIMIT_BY_COLUMN = {limit.column: limit for limit in LIMITS}
-SETTABLE = {"expires_at": future_time, **{limit.column: limit.read for limit in LIMITS}}     # columns of a token
+SETTABLE = {"expires_at": functools.partial(parse_instant, direction=1),
+            **{limit.column: limit.read for limit in LIMITS}}   # columns of a token
 
 
 def read_column(column, text):
     """Return the value of a text for one of SETTABLE, None for "none"; raise ValueError."""
-    try:
-        return None if text == "none" else SETTABLE[column](text)
-    except ValueError as error:
-        raise ValueError(f'{error}, or "none"' if str(error).startswith("is not a") else str(error)) from None
+    return None if text == "none" else SETTABLE[column](text)
 
 
 def is_expired(token):
@@ -593,14 +536,10 @@ def is_expired(token):
 
 def token_json(token):
     """Return a token's columns, ready for JSON."""
-    shown = {"id": token.id, "user": token.user, "name": token.name, "hint": token.hint,
-             "created_at": format_instant(token.created_at), "expires_at": format_instant(token.expires_at),
-             "last_used_at": format_instant(token.last_used_at), "expired": is_expired(token),
-             "admin": bool(token.admin)}
-    for limit in LIMITS:
-        value = getattr(token, limit.column)
-        shown[limit.column] = value.split(",") if value and limit.json_type == "string[]" else value
-    return shown
+    shown = {**token._asdict(), "admin": bool(token.admin), "expired": is_expired(token)}
+    for column in "created_at", "expires_at", "last_used_at":
+        shown[column] = format_instant(shown[column])
+    return {**shown, "models": token.models and token.models.split(",")}
 
 
 class Route(NamedTuple):
@@ -629,26 +568,18 @@ class Usage(NamedTuple):
 class RequestContext:
     """What is known of a request, from its head to its log line. Times are those of time.monotonic()."""
 
-    __slots__ = ("id", "client_address", "request", "route", "path", "token", "slot", "body", "insert_at", "model",
-                 "model_label", "status", "bytes_sent", "usage_reader", "estimate", "started_at", "queue_seconds",
-                 "sent_at", "released_at", "first_byte_at", "ended_at", "outcome", "refusal_code", "reason")
+    id = request = route = token = slot = status = refusal_code = reason = None
+    path = ""                       # the route's path, with its segment: without base path and token
+    body = b""                      # of a request for one of our own pages
+    insert_at = 0                   # where the body is to get INCLUDE_USAGE, 0: nowhere
+    model, model_label = None, ""   # as requested; its full name, once Ollama has accepted it
+    usage_reader = estimate = None  # the estimate: of a prompt that Ollama has not counted
+    bytes_sent, queue_seconds = 0, 0.0
+    sent_at = released_at = first_byte_at = ended_at = None
+    outcome = None                  # "left" or "broken" if the response did not reach its end
 
     def __init__(self, client_address, now):
-        self.client_address, self.started_at, self.bytes_sent, self.queue_seconds = client_address, now, 0, 0.0
-        self.id = self.request = self.route = self.token = self.slot = self.status = None
-        self.path = ""                              # the route's path, with its segment: without base path and token
-        self.body = b""                             # of a request for one of our own pages
-        self.insert_at = 0                          # where the body is to get INCLUDE_USAGE, 0: nowhere
-        self.model, self.model_label = None, ""     # as requested; its full name, once Ollama has accepted it
-        self.usage_reader = self.estimate = None    # the estimate: of a prompt that Ollama has not counted
-        self.sent_at = self.released_at = self.first_byte_at = self.ended_at = None
-        self.outcome = None                         # "left" or "broken" if the response did not reach its end
-        self.refusal_code = self.reason = None
-
-    @property
-    def route_label(self):
-        """Return the path in the table of routes, "" before a route is found."""
-        return self.route.path if self.route else ""
+        self.client_address, self.started_at = client_address, now
 
     @property
     def usage(self):
@@ -1579,7 +1510,7 @@ class StreamedBody(contextlib.AbstractContextManager):
         judged = time.monotonic()
         while not self._client.body.complete:
             piece = self._client.read_body(upstream)
-            if time.monotonic() - judged > REJUDGE_SECONDS:
+            if time.monotonic() - judged > TOKEN_CHECK_SECONDS:
                 self._judge()
                 judged = time.monotonic()
             yield encode_chunk(piece, self._client.body.complete) if self._chunked else piece
@@ -1626,7 +1557,7 @@ def _replaced_instant(value, otherwise):
     """Read a time of the replaced system: Unix seconds or ISO text, which is in UTC if it names no zone."""
     try:
         if isinstance(value, (int, float)):
-            return check_instant(int(value))
+            return parse_instant(format_instant(int(value)))
         return parse_instant(str(value).strip(), naive_is_utc=True)
     except (ValueError, OverflowError):
         return otherwise
@@ -2218,7 +2149,7 @@ class TokenCache:
             return self._db.execute(
                 f"SELECT ifnull(sum({TOKENS_USED}), 0) FROM usage "
                 "WHERE user = ? AND name = ? AND hour >= ? AND hour < ?",
-                (token.user, token.name, day_start(day), day_start(day + 1))).fetchone()[0]
+                (token.user, token.name, day * DAY, (day + 1) * DAY)).fetchone()[0]
 
     def close(self):
         if self._db:
@@ -3011,7 +2942,7 @@ class UsageLedger:
 
     def day_left(self):
         """Return the seconds until the UTC day ends."""
-        return day_start(utc_day(self.now()) + 1) - int(self._clock())
+        return (utc_day(self.now()) + 1) * DAY - int(self._clock())
 
     def spent(self, token):
         """Return the tokens of the day's budget that are used, 0 without a budget; raise Failure if they are unknown.
@@ -3050,7 +2981,7 @@ class UsageLedger:
             sums, kept = {key: UsageRow.sum(rows) for key, rows in pending.items()}, {}
             try:
                 if not self._store.writable:    # budgets still need the usage of today
-                    today = day_start(utc_day(self.now()))
+                    today = utc_day(self.now()) * DAY
                     kept = {key: row for key, row in sums.items() if key[0] >= today}
                 elif sums or last_used:
                     self._store.add_usage(sums, last_used)
@@ -3845,12 +3776,8 @@ def log_line(context):
     first = "-" if context.first_byte_at is None else f"{context.first_byte_at - context.started_at:.3f}"
     token = "-" if context.token is None else f"{context.token.user}/{context.token.name}"
     method, path = (context.request.method, context.request.redacted_path) if context.request else ("-", "-")
-    values = token, path, context.model or "-"
-    if not PLAIN.fullmatch("".join(values)):
-        values = map(log_value, values)
-    token, path, model = values
-    line = (f"id={context.id} peer={context.client_address} token={token} method={method} "
-            f"path={path} model={model} status={context.status or '-'} "
+    line = (f"id={context.id} peer={context.client_address} token={log_value(token)} method={method} "
+            f"path={log_value(path)} model={log_value(context.model or '-')} status={context.status or '-'} "
             f"bytes={context.bytes_sent} first={first} total={context.ended_at - context.started_at:.3f}")
     if context.sent_at:
         usage = context.usage
@@ -3880,24 +3807,18 @@ class LogFile:
         """Open the path again, after another program has renamed the file; raise OSError."""
         self._descriptors.append(os.open(self._names[0], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
 
-    def close(self):
-        while self._descriptors:
-            os.close(self._descriptors.pop())
-
     def write(self, data):
         """Append bytes; raise OSError."""
-        if not self._descriptors:   # the last rotation failed
+        if not self._descriptors:   # it was rotated
             self.reopen()
         while len(self._descriptors) > 1:
             os.close(self._descriptors.popleft())
-        size = os.fstat(self._descriptors[0]).st_size
-        if size and size + len(data) > LOG_FILE_BYTES:
-            self.close()
+        write_all(self._descriptors[0], data)
+        if os.fstat(self._descriptors[0]).st_size >= LOG_FILE_BYTES:
+            os.close(self._descriptors.popleft())
             for old, new in zip(self._names[-2::-1], self._names[::-1]):
                 with contextlib.suppress(OSError):
                     os.replace(old, new)
-            self.reopen()
-        write_all(self._descriptors[-1], data)
 
 
 class LogWriter(logging.Handler):
@@ -3909,17 +3830,15 @@ class LogWriter(logging.Handler):
     def __init__(self, name, write, level):
         super().__init__(level)
         self.name, self._write = name, write    # write takes bytes and raises OSError
-        self.dropped = 0                        # lines since the start
-        self._queued = self._written = 0        # characters since the start
-        self._queue = queue.SimpleQueue()       # its put may be interrupted by a signal handler that logs
-        self._ending = False
+        self.dropped = self._queued = self._written = 0     # lines, characters and characters since the start
+        self._queue, self._ending = queue.SimpleQueue(), False
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
     def format(self, record):
         """Return the lines of a record, each with the time in UTC and the level before it."""
-        seconds, fraction = divmod(record.created, 1)
-        before = f"{format_instant(seconds)[:19]}.{int(fraction * 1000):03d}Z {record.levelname} "
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        before = f"{moment}.{int(record.msecs):03d}Z {record.levelname} "
         return before + super().format(record).replace("\n", "\n" + before) + "\n"
 
     def emit(self, record):
@@ -3929,15 +3848,12 @@ class LogWriter(logging.Handler):
             self._queue.put(lines)
         else:
             self.dropped += lines.count("\n")
-            if self._queue.empty():
-                self._queue.put("")     # wakes the thread to report this
 
     def _run(self):
         reported, failing = 0, False
         while not (self._ending and self._queue.empty()):
             lines = self._queue.get()
-            if not self._ending:
-                time.sleep(LOG_SECONDS)
+            time.sleep(0 if self._ending else BATCH_SECONDS)
             lines += "".join([self._queue.get() for _ in range(self._queue.qsize())])
             dropped, report = self.dropped, ""
             if dropped > reported:
@@ -3961,40 +3877,35 @@ class LogWriter(logging.Handler):
         self._thread.join(FLUSH_SECONDS)
 
 
-ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 METRICS = {     # name: (type, help, labels)
     "requests_total": ("counter", "Requests answered.", ("user", "token", "model", "route", "status")),
-    "tokens_total": ("counter", "Tokens of prompts, those of them that were cached, and of completions.",
-                     ("user", "token", "model", "kind")),
+    "tokens_total": ("counter", "Tokens: prompt, cached part of it, completion.", ("user", "token", "model", "kind")),
     "cancelled_total": ("counter", "Requests that the client left before their end.", ()),
     "rate_limited_total": ("counter", "Requests refused for a limit.", ("limit",)),
     "upstream_errors_total": ("counter", "Requests that Ollama failed: not reached, silent or broken off.", ("code",)),
     "first_byte_seconds": ("histogram", "From the head of an inference request to its first answer byte.", ("model",)),
     "queue_wait_seconds": ("histogram", "Time that an inference request waited for its turn.", ("model",)),
     "duration_seconds": ("histogram", "From the head of an inference request to the end of its answer.", ("model",)),
+    "log_lines_dropped_total": ("counter", "Log lines dropped.", ()),
 }
 BUCKETS = (0.005, 0.02, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 LIMIT_BY_REFUSAL = {limit.refusal: limit.column for limit in LIMITS}
 
 
-def metric_lines(name, kind, text, samples):
-    """Yield a metric in the text format of Prometheus; samples: (suffix, {label: value}, number)."""
+def metric_lines(name, kind, text, labels, series):
+    """Yield a metric in the text format of Prometheus; series: {values of labels: [count of each bucket, ..., sum]}."""
     name = f"ollama_gateway_{name}"
     yield f"# HELP {name} {text}"
     yield f"# TYPE {name} {kind}"
-    for suffix, labels, number in samples:
-        pairs = ",".join(f'{label}="{str(value).translate(ESCAPES)}"' for label, value in labels.items())
-        yield f"{name}{suffix}" + (f"{{{pairs}}}" if pairs else "") + f" {number:.16g}"
-
-
-def metric_samples(kind, labels, numbers):
-    """Yield the samples of a series for metric_lines; its numbers are a count for each bucket, and the sum."""
-    *counts, total = numbers
-    if kind == "histogram":
-        for bound, number in zip((*BUCKETS, "+Inf"), itertools.accumulate(counts)):
-            yield "_bucket", {**labels, "le": bound}, number
-        yield "_count", labels, sum(counts)
-    yield "_sum" if kind == "histogram" else "", labels, total
+    for values, (*counts, total) in series.items():
+        pairs = [f"{label}={json.dumps(str(value), ensure_ascii=False)}" for label, value in zip(labels, values)]
+        samples = [("", pairs, total)]
+        if kind == "histogram":
+            sums = zip((*BUCKETS, "+Inf"), itertools.accumulate(counts))
+            samples = [*(("_bucket", [*pairs, f'le="{bound}"'], number) for bound, number in sums),
+                       ("_count", pairs, sum(counts)), ("_sum", pairs, total)]
+        for suffix, shown, number in samples:
+            yield f"{name}{suffix}" + (f"{{{','.join(shown)}}}" if shown else "") + f" {number:.16g}"
 
 
 class Metrics:
@@ -4002,7 +3913,7 @@ class Metrics:
 
     def __init__(self, gauges):
         self._gauges, self._lock = gauges, threading.Lock()     # {name: (help, function that returns the number)}
-        self._series = {name: {} for name in METRICS}   # {name: {values of labels: counts of the buckets, and the sum}}
+        self._series = {name: defaultdict(lambda: [0] * (len(BUCKETS) + 2)) for name in METRICS}
         self._count("cancelled_total", by=0)
 
     def observe(self, context):
@@ -4010,7 +3921,8 @@ class Metrics:
         user, name = (context.token.user, context.token.name) if context.token else ("", "")
         model, code = context.model_label, context.refusal_code
         with self._lock:
-            self._count("requests_total", user, name, model, context.route_label, context.status or "none")
+            self._count("requests_total", user, name, model,
+                        context.route.path if context.route else "", context.status or "none")
             for kind, tokens in zip(("prompt", "cached", "completion"), context.usage):
                 if tokens:
                     self._count("tokens_total", user, name, model, kind, by=tokens)
@@ -4021,35 +3933,29 @@ class Metrics:
             if code in ("upstream_failed", "upstream_silent"):
                 self._count("upstream_errors_total", code)
             if context.sent_at:
-                self._time("queue_wait_seconds", model, context.queue_seconds)
-                self._time("duration_seconds", model, context.ended_at - context.started_at)
+                self._count("queue_wait_seconds", model, by=context.queue_seconds)
+                self._count("duration_seconds", model, by=context.ended_at - context.started_at)
                 if context.first_byte_at:
-                    self._time("first_byte_seconds", model, context.first_byte_at - context.started_at)
+                    self._count("first_byte_seconds", model, by=context.first_byte_at - context.started_at)
 
     def _count(self, name, *labels, by=1):
-        """Add to a series, or to the series "other" if there are MAX_SERIES; return its numbers."""
+        """Add to a series, or to the series "other" if there are MAX_SERIES."""
         series = self._series[name]
-        numbers = series.get(labels)
-        if numbers is None:
-            labels = labels if len(series) < MAX_SERIES else ("other",) * len(labels)
-            numbers = series.setdefault(labels, [0] * (len(BUCKETS) + 2))
-        numbers[-1] += by
-        return numbers
-
-    def _time(self, name, model, seconds):
-        self._count(name, model, by=seconds)[bisect.bisect_left(BUCKETS, seconds)] += 1
+        if labels not in series and len(series) >= MAX_SERIES:
+            labels = ("other",) * len(labels)
+        series[labels][-1] += by
+        if METRICS[name][0] == "histogram":
+            series[labels][bisect.bisect_left(BUCKETS, by)] += 1
 
     def lines(self):
         """Yield the lines of all metrics."""
-        with self._lock:
-            for name, (kind, text, labels) in METRICS.items():
-                yield from metric_lines(name, kind, text, itertools.chain.from_iterable(
-                    metric_samples(kind, dict(zip(labels, values)), numbers)
-                    for values, numbers in self._series[name].items()))
-        for name, (text, number) in self._gauges.items():
-            yield from metric_lines(name, "gauge", text, [("", {}, number())])
         dropped = sum(handler.dropped for handler in LOG.handlers if isinstance(handler, LogWriter))
-        yield from metric_lines("log_lines_dropped_total", "counter", "Log lines dropped.", [("", {}, dropped)])
+        with self._lock:
+            self._series["log_lines_dropped_total"][()] = [dropped]
+            for name, (kind, text, labels) in METRICS.items():
+                yield from metric_lines(name, kind, text, labels, self._series[name])
+        for name, (text, number) in self._gauges.items():
+            yield from metric_lines(name, "gauge", text, (), {(): [number()]})
 
 
 class Journal:
@@ -4057,8 +3963,7 @@ class Journal:
 
     def __init__(self, ledger, metrics, log):
         self._ledger, self._metrics, self._log = ledger, metrics, log
-        self._finished = deque()
-        self._wake, self._closing = threading.Event(), threading.Event()
+        self._finished, self._wake, self._closing = deque(), threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
@@ -4073,12 +3978,22 @@ class Journal:
         closing, stored = False, time.monotonic()
         while not closing:
             self._wake.wait(STORE_SECONDS)
-            closing = self._closing.wait(GATHER_SECONDS)    # a wake-up for each request would cost more than its line
+            time.sleep(0 if self._closing else BATCH_SECONDS)
             self._wake.clear()
+            closing = self._closing
             self._attempt(self._write_finished)
             if closing or time.monotonic() - stored >= STORE_SECONDS:
                 stored = time.monotonic()
                 self._attempt(self._ledger.store)
+
+    def _write_finished(self):
+        contexts, lines = [self._finished.popleft() for _ in range(len(self._finished))], []
+        for context in contexts:
+            for record in (self._ledger.finish, lambda context: lines.append(log_line(context)), self._metrics.observe):
+                self._attempt(record, context)
+        self._ledger.used({context.token.id for context in contexts if context.token})
+        if lines:
+            self._log("\n".join(lines))     # at once: that costs less than line by line
 
     @staticmethod
     def _attempt(action, *args):
@@ -4087,27 +4002,9 @@ class Journal:
         except Exception:   # a fault must neither end the thread nor lose other requests
             LOG.exception("the journal failed%s", f" at {args[0].id}" if args else "")
 
-    def _write_finished(self):
-        contexts, lines = [self._finished.popleft() for _ in range(len(self._finished))], []
-        for context in contexts:
-            self._attempt(self._record, context, lines)
-        self._ledger.used({context.token.id for context in contexts if context.token})
-        if lines:
-            self._log("\n".join(lines))     # at once: that costs less than line by line
-
-    def _record(self, context, lines):
-        """Record a request in the ledger, the log and the metrics: in each, even if another one fails."""
-        try:
-            self._ledger.finish(context)
-        finally:
-            try:
-                lines.append(log_line(context))
-            finally:
-                self._metrics.observe(context)
-
     def close(self):
         """Record and store everything, and stop."""
-        self._closing.set()
+        self._closing = True
         self._wake.set()
         self._thread.join()
 
@@ -5342,6 +5239,7 @@ def cmd_serve(args):
     """Run the gateway until SIGINT or SIGTERM."""
     settings = load_settings(vars(args), os.environ, args.env_file)
     os.umask(0o077)  # also for logs and the files that SQLite creates beside the database
+    signal.signal(signal.SIGTERM, signal.default_int_handler)   # until the server is there
     with configure_logging(settings) as log_file, open_store(settings.db, create=True) as store:
         server = build_server(settings, store)
 
@@ -5389,8 +5287,8 @@ ARGUMENTS = {   # name, after "serve" if it is a setting: heading in the help, N
     "--json": (None, dict(action="store_true", help="print JSON")),
     "--csv": (None, dict(dest="format", action="store_const", const="csv", help="print CSV")),
     **{limit.flag: ('limits ("none" removes one)', dict(metavar=limit.metavar, help=limit.help)) for limit in LIMITS},
-    **{f"serve {option.flag}": (title, option_keywords(option))
-       for title, options in OPTION_GROUPS.items() for option in options if option is not DATABASE_OPTION},
+    **{f"serve {option.flag}": (option.group, option_keywords(option)) for option in OPTIONS
+       if option is not DATABASE_OPTION},
     "--db": ("", option_keywords(DATABASE_OPTION)),
     "--env-file": ("", dict(metavar="FILE", help="settings file in place of .env")),
     "--version": ("", dict(action="version", version=f"ollama_gateway {VERSION}", help="show it and exit")),

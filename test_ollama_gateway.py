@@ -2007,7 +2007,7 @@ class Uploads(GatewayCase):
 
     def test_a_blob_of_a_deleted_admin_is_not_passed_on(self):
         admin = self.store.create("mallory", "box", admin=True)[1]
-        with unittest.mock.patch.object(gateway, "REJUDGE_SECONDS", 0):
+        with unittest.mock.patch.object(gateway, "TOKEN_CHECK_SECONDS", 0):
             client = self.upload(f"/api/blobs/{DIGEST}", b"x" * 20, admin)
             client.send(b"x" * 10)
             self.store.delete("mallory", "box")
@@ -6299,17 +6299,19 @@ class BackgroundLog(Case):
 
     def test_a_log_file_is_rotated_by_size_and_opened_again_on_request(self):
         path = self.path("app.log")
-        with unittest.mock.patch.object(gateway, "LOG_FILE_BYTES", 10), contextlib.closing(gateway.LogFile(path)) as file:
-            for number in range(8):
-                file.write(b"line %d\n" % number)
+        with unittest.mock.patch.object(gateway, "LOG_FILE_BYTES", 14):
+            file = gateway.LogFile(path)
+            self.addCleanup(lambda: [os.close(descriptor) for descriptor in file._descriptors])
+            for letter in b"abcdefghijklm":
+                file.write(b"line %c\n" % letter)
             names = ["app.log", *(f"app.log.{number}" for number in range(1, 6))]
-            self.assertEqual([self.read(name) for name in names], [b"line %d\n" % number for number in (7, 6, 5, 4, 3, 2)])
+            self.assertEqual(["".join(self.read(name).decode().split()).replace("line", "") for name in names], ["m", "kl", "ij", "gh", "ef", "cd"])
             self.assertEqual(set(os.listdir(self.folder)), {*names})
             os.replace(path, self.path("moved"))
             file.write(b"8\n")
             file.reopen()
             file.write(b"9\n")
-        self.assertEqual((self.read("moved"), self.read("app.log")), (b"line 7\n8\n", b"9\n"))
+        self.assertEqual((self.read("moved"), self.read("app.log")), (b"line m\n8\n", b"9\n"))
         if os.name == "posix":
             self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
 
