@@ -5263,6 +5263,8 @@ def cmd_serve(args):
             pass
         finally:
             server.server_close(settings.drain_timeout)
+            for number in signal.SIGINT, signal.SIGTERM:
+                signal.signal(number, signal.SIG_IGN)   # a Python handler would not survive the interpreter's end
 
 
 def option_keywords(option):
