@@ -1594,27 +1594,24 @@ RECHECK_SECONDS = 0.5   # interval at which SQLite is queried although its index
 WAL_INDEXES, WAL_INDEXES_LOCK = weakref.WeakValueDictionary(), threading.Lock()     # {(device, inode): header}
 DatabaseInfo = namedtuple("DatabaseInfo", "version tokens writable mode")   # writable by this user; mode of its file
 MIGRATIONS = (      # the statements that lead to version 1, 2, …
-    ("""CREATE TABLE tokens (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, user TEXT NOT NULL, name TEXT NOT NULL,
+    ("""CREATE TABLE tokens (id INTEGER PRIMARY KEY AUTOINCREMENT, user TEXT NOT NULL, name TEXT NOT NULL,
         digest TEXT NOT NULL UNIQUE, hint TEXT NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER,
         last_used_at INTEGER, admin INTEGER NOT NULL DEFAULT 0, UNIQUE (user, name))""",
      # generation: changes with the tokens, but not with last_used_at; TokenCache compares it
      "CREATE TABLE state (generation INTEGER NOT NULL, scrub_owed INTEGER NOT NULL)",
-     "INSERT INTO state VALUES (1, 0)",
+     "INSERT INTO state SELECT 1, count(*) FROM sqlite_master WHERE name = 'fastapi_tokens'",   # see _upgrade
      *(f"CREATE TRIGGER tokens_{event.lower()} AFTER {event} ON tokens {when} "
        "BEGIN UPDATE state SET generation = generation + 1; END"
        for event, when in (("INSERT", ""), ("UPDATE", "WHEN OLD.last_used_at IS NEW.last_used_at"), ("DELETE", "")))),
     ("ALTER TABLE tokens ADD COLUMN models TEXT",
      *(f"ALTER TABLE tokens ADD COLUMN {column} INTEGER" for column in ("rpm", "max_parallel", "tokens_per_day")),
-     """CREATE TABLE usage (
-        hour INTEGER NOT NULL, user TEXT NOT NULL, name TEXT NOT NULL, model TEXT NOT NULL, route TEXT NOT NULL,
-        requests INTEGER NOT NULL, errors INTEGER NOT NULL, cancelled INTEGER NOT NULL,
+     """CREATE TABLE usage (hour INTEGER NOT NULL, user TEXT NOT NULL, name TEXT NOT NULL, model TEXT NOT NULL,
+        route TEXT NOT NULL, requests INTEGER NOT NULL, errors INTEGER NOT NULL, cancelled INTEGER NOT NULL,
         prompt_tokens INTEGER, completion_tokens INTEGER, seconds REAL NOT NULL,
         PRIMARY KEY (user, name, hour, model, route)) WITHOUT ROWID""",     # a token's day is one range
      "CREATE INDEX usage_by_hour ON usage (hour)"),
     ("ALTER TABLE usage ADD COLUMN cached_tokens INTEGER",
-     "ALTER TABLE usage ADD COLUMN estimated_tokens INTEGER NOT NULL DEFAULT 0"),
-)
+     "ALTER TABLE usage ADD COLUMN estimated_tokens INTEGER NOT NULL DEFAULT 0"))
 
 
 def _printable(text):
@@ -1642,13 +1639,11 @@ def check_name(what, name):
 def check_rights(user, name, admin, models):
     """Raise UsageError for an admin token with a list of models, because admin tokens may use every model."""
     if admin and models:
-        raise UsageError(f'the token "{user}/{name}" would be an admin\'s, and admin tokens may use every model: '
-                         "give it --models none, or --no-admin")
+        raise UsageError(f'an admin\'s token may use every model: give "{user}/{name}" --models none, or --no-admin')
 
 
 def token_exists(user, name):
-    return Failure(f'the token "{user}/{name}" exists already: choose another name, or "token rotate" it',
-                   "token_exists")
+    return Failure(f'the token "{user}/{name}" exists already: choose another, or "token rotate" it', "token_exists")
 
 
 @contextlib.contextmanager
@@ -1688,8 +1683,8 @@ def _find_file(path, create):
 
 
 def _connect(path, writable, patience=BUSY_SECONDS):
-    """Connect to the file. A read-only one without a -wal must be opened as immutable: SQLite cannot make one."""
-    mode = "mode=rw" if writable else "mode=ro" if os.path.exists(path + "-wal") else "immutable=1"
+    """Connect to the file. A read-only one without a -shm must be opened as immutable: SQLite could not make one."""
+    mode = "mode=rw" if writable else "mode=ro" if os.path.exists(path + "-shm") else "immutable=1"
     return sqlite3.connect(f"file:{urllib.parse.quote(os.fsencode(path))}?{mode}", uri=True, timeout=patience,
                            isolation_level=None, check_same_thread=False)
 
@@ -1712,8 +1707,7 @@ def describe_database(path):
     with _database_errors(path):
         writable = _find_file(path, create=False)
         with contextlib.closing(_connect(path, writable=False)) as db:
-            version = _check_version(db, path)
-            tokens, = db.execute("SELECT count(*) FROM tokens").fetchone()
+            version, tokens = _check_version(db, path), db.execute("SELECT count(*) FROM tokens").fetchone()[0]
         return DatabaseInfo(version, tokens, writable, os.stat(path).st_mode & 0o777)
 
 
@@ -1735,13 +1729,12 @@ def _insert(db, **row):
 
 def _select(db, condition="1", *values):
     """Return the tokens that meet a condition, by user and name."""
-    columns = ", ".join(Token._fields)
-    rows = db.execute(f"SELECT {columns} FROM tokens WHERE {condition} ORDER BY user, name", values)
-    return [Token(*row) for row in rows]
+    rows = db.execute(f"SELECT {', '.join(Token._fields)} FROM tokens WHERE {condition} ORDER BY user, name", values)
+    return list(map(Token._make, rows))
 
 
 def _import_fastapi_tokens(db):
-    """Replace the FastAPI gateway's table, with tokens in clear, by rows of ours, and note that a scrub is owed."""
+    """Replace the FastAPI gateway's table, with tokens in clear, by rows of ours."""
     # Its times are Unix seconds or ISO texts, in UTC if they name no zone; an unreadable one becomes now.
     unit = "CASE typeof({0}) WHEN 'text' THEN '+0 days' ELSE 'unixepoch' END"
     seconds = f"ifnull(max(0, CAST(strftime('%s', {{0}}, {unit}) AS INTEGER)), strftime('%s', 'now'))".format
@@ -1752,14 +1745,12 @@ def _import_fastapi_tokens(db):
             CAST(token AS TEXT), {seconds("created_at")}, CASE WHEN expires_at != '' THEN {seconds("expires_at")} END
             FROM fastapi_tokens WHERE length(token) > 0 ORDER BY id"""):
         user, base = (_printable(text).lstrip("- ")[:NAME_LENGTH].rstrip() or "unnamed" for text in (user, base))
-        name, numbers = base, itertools.count(2)
-        while (user, name) in taken:
-            name = f"{base[:NAME_LENGTH - 12]}-{next(numbers)}"
+        names = itertools.chain([base], (f"{base[:NAME_LENGTH - 12]}-{number}" for number in itertools.count(2)))
+        name = next(name for name in names if (user, name) not in taken)
         if secret not in taken:
             taken.update((secret, (user, name)))
             _insert(db, user=user, name=name, created_at=created_at, expires_at=expires_at, **_stored(secret))
     db.execute("DROP TABLE fastapi_tokens")
-    db.execute("UPDATE state SET scrub_owed = 1")
 
 
 def _upgrade(db):
@@ -1782,8 +1773,7 @@ def _scrub(db):
     try:
         db.execute("PRAGMA secure_delete = ON")
         db.execute("VACUUM")
-        busy, _, _ = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        if not busy:  # otherwise another opener reads the WAL, and the scrub stays owed
+        if not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:     # else others read: it stays owed
             db.execute("UPDATE state SET scrub_owed = 0")
     except sqlite3.OperationalError as error:
         LOG.warning("clear tokens of the FastAPI gateway stay in the database until it is opened again: %s", error)
@@ -1859,8 +1849,7 @@ class TokenStore:
     """The database of tokens and usage, for threads and processes; each access first follows a replaced file."""
 
     def __init__(self, path, create=False):
-        self.path, self._lock = os.path.abspath(path), threading.Lock()
-        self.patience = BUSY_SECONDS    # for which an access waits while others write
+        self.path, self._lock, self.patience = os.path.abspath(path), threading.Lock(), BUSY_SECONDS
         self._open(create)
 
     def close(self):
@@ -1884,12 +1873,13 @@ class TokenStore:
             if version < len(MIGRATIONS) and not writable:
                 raise Failure(f"the database {path} must be upgraded and is read-only: make it and its folder writable")
             if writable:
-                for each in filter(os.path.exists, paths):  # SQLite keeps the mode of a -wal or -shm left behind
+                for each in paths:      # SQLite keeps the mode of a -wal or -shm left behind
                     try:
                         if os.stat(each).st_mode & 0o077:
                             os.chmod(each, 0o600)
                     except OSError as error:
-                        LOG.warning("others on this machine may read %s: %s", each, error)
+                        if error.errno != errno.ENOENT:
+                            LOG.warning("others on this machine may read %s: %s", each, error)
                 _use_wal(db, self.patience)
                 if version < len(MIGRATIONS):
                     _upgrade(db)
@@ -1908,14 +1898,13 @@ class TokenStore:
         found = list(map(_identify, self._paths))
         if not found[0]:
             raise Failure(f"the database {self.path} is gone: move it, or a copy of it, back there")
-        if found == self.files:
-            return
-        if found[0] != self.files[0]:
-            _remove_wal(self._paths, self.files)
-        self.files = [None]     # even if the old file comes back
-        self.close()
-        self._open()
-        LOG.warning("the database %s was replaced: using the new file", self.path)
+        if found != self.files:
+            if found[0] != self.files[0]:
+                _remove_wal(self._paths, self.files)
+            self.files = [None]     # even if the old file comes back
+            self.close()
+            self._open()
+            LOG.warning("the database %s was replaced: using the new file", self.path)
 
     @contextlib.contextmanager
     def _access(self, write=False):
@@ -1945,11 +1934,10 @@ class TokenStore:
         owner = check_name("user", user), check_name("name", name)
         check_rights(*owner, admin, columns.get("models"))
         secret = SECRET_PREFIX + secrets.token_urlsafe(32)
-        columns.update(_stored(secret), created_at=int(time.time()), admin=bool(admin))
         with self._access(write=True) as db:
             if _select(db, "user = ? AND name = ?", *owner):
                 raise token_exists(user, name)
-            _insert(db, user=user, name=name, **columns)
+            _insert(db, user=user, name=name, created_at=int(time.time()), admin=admin, **_stored(secret), **columns)
             return self._get(db, user, name), secret
 
     def rotate(self, user, name):
@@ -1960,10 +1948,10 @@ class TokenStore:
     def update(self, user, name, **changes):
         """Change columns of a token: expires_at, admin or limits; return the token."""
         with self._access(write=True) as db:
-            for column, value in changes.items():
-                db.execute(f"UPDATE tokens SET {column} = ? WHERE user = ? AND name = ?", (value, user, name))
-            token = self._get(db, user, name)
+            token = self._get(db, user, name)._replace(**changes)
             check_rights(user, name, token.admin, token.models)
+            for column, value in changes.items():
+                db.execute(f"UPDATE tokens SET {column} = ? WHERE id = ?", (value, token.id))
             return token
 
     def delete(self, user, name):

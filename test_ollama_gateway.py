@@ -2115,6 +2115,15 @@ class Store(Case):
         self.write("tokens.db", b"")
         self.assertTrue(self.open_store().create("ada", "laptop"))
 
+    def test_a_commit_that_fails_is_undone(self):
+        store = self.open_store()
+        store._db.execute("PRAGMA foreign_keys = ON")
+        with self.assertRaisesRegex(gateway.Failure, "FOREIGN KEY"), store._access(write=True) as db:
+            db.execute("CREATE TABLE x (y INTEGER REFERENCES tokens (id) DEFERRABLE INITIALLY DEFERRED)")
+            db.execute("INSERT INTO x VALUES (99)")
+        store.create("ada", "laptop")
+        self.assertEqual([token.user for token in self.open_store().list()], ["ada"])
+
     def test_the_schema_is_numbered_and_writers_do_not_block_readers(self):
         self.open_store()
         with contextlib.closing(sqlite3.connect(self.db)) as db:
@@ -2148,7 +2157,7 @@ class OldDatabase(CommandCase):
         self.lay_old_database(self.db)
 
     def lay_old_database(self, path, journal="delete"):
-        """Write a database of the replaced system, with a deleted token's remains in a free page."""
+        """Write a database of the FastAPI gateway, with a deleted token's remains in a free page."""
         with contextlib.closing(sqlite3.connect(path)) as db:
             db.execute(f"PRAGMA journal_mode = {journal}")
             db.execute("PRAGMA secure_delete = OFF")
