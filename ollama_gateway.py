@@ -1591,7 +1591,7 @@ OWN_COLUMNS = {("tokens", "digest"), ("state", "generation")}   # of every versi
 FASTAPI_COLUMNS = {("tokens", column) for column in "id user_id user api_name token created_at expires_at".split()}
 MOUNTS, REMOTE = "/proc/self/mountinfo", "nfs|cifs|smb|fuse|9p"     # WAL needs memory shared by processes
 RECHECK_SECONDS = 0.5   # interval at which SQLite is queried although its index has not changed
-WAL_INDEXES, WAL_INDEXES_LOCK = weakref.WeakValueDictionary(), threading.Lock()     # {(device, inode): header}
+WAL_INDEXES, WAL_INDEXES_LOCK = weakref.WeakValueDictionary(), threading.Lock()     # {(file, its -shm): header}
 DatabaseInfo = namedtuple("DatabaseInfo", "version tokens writable mode")   # writable by this user; mode of its file
 MIGRATIONS = (      # the statements that lead to version 1, 2, …
     ("""CREATE TABLE tokens (id INTEGER PRIMARY KEY AUTOINCREMENT, user TEXT NOT NULL, name TEXT NOT NULL,
@@ -1734,8 +1734,7 @@ def _select(db, condition="1", *values):
 
 
 def _import_fastapi_tokens(db):
-    """Replace the FastAPI gateway's table, with tokens in clear, by rows of ours."""
-    # Its times are Unix seconds or ISO texts, in UTC if they name no zone; an unreadable one becomes now.
+    """Replace the FastAPI gateway's table. Times are Unix seconds or ISO texts: naive is UTC, an unreadable one now."""
     unit = "CASE typeof({0}) WHEN 'text' THEN '+0 days' ELSE 'unixepoch' END"
     seconds = f"ifnull(max(0, CAST(strftime('%s', {{0}}, {unit}) AS INTEGER)), strftime('%s', 'now'))".format
     db.text_factory = functools.partial(str, encoding="utf-8", errors="surrogateescape")    # some may not be UTF-8
@@ -1799,19 +1798,19 @@ def _remove_wal(paths, files):
                 os.unlink(path)
 
 
-def _map_wal_index(path, file):
+def _map_wal_index(path, file, shm):
     """Map the header of a WAL index, 48 bytes of the -shm file that each commit changes; return b"" if that fails.
 
     See sqlite.org/walformat.html 2.1. A process that closes any descriptor of a file loses all its fcntl locks on it,
     and SQLite holds some on this one: so a process maps it once, and keeps the map until it has no connection.
     """
     with contextlib.suppress(OSError, ValueError), WAL_INDEXES_LOCK:
-        if os.name == "posix" and file not in WAL_INDEXES:
-            descriptor = os.open(path, os.O_RDONLY)     # stays open after an error, for the locks
+        if os.name == "posix" and (file, shm) not in WAL_INDEXES:
+            descriptor = os.open(path + "-shm", os.O_RDONLY)    # stays open after an error, for the locks
             header = mmap.mmap(descriptor, 48, access=mmap.ACCESS_READ)
             weakref.finalize(header, os.close, descriptor).atexit = False
-            WAL_INDEXES[_identify(descriptor)] = header
-    return WAL_INDEXES.get(file, b"")
+            WAL_INDEXES[file, _identify(descriptor)] = header
+    return WAL_INDEXES.get((file, shm), b"")
 
 
 class UsageRow(NamedTuple):
@@ -1887,11 +1886,12 @@ class TokenStore:
                     _scrub(db)
                 _empty_wal(db)
             files = list(map(_identify, paths))
-            if files[0] != file or None in files and any(files[1:]):    # a connection of this process has the old -shm
+            # SQLite lets all connections of a process to a file share their -shm, even if it has been removed.
+            if files[0] != file or any(known == file and [shm] != files[2:] for known, shm in list(WAL_INDEXES)):
                 raise Failure(f"the database {path} was replaced while it was opened: try again")
             stack.pop_all()
         self._db, self.writable, self._paths, self.files = db, writable, paths, files
-        self._wal_index = _map_wal_index(paths[2], files[2]) if writable else b""
+        self._wal_index = _map_wal_index(path, file, files[2]) if writable else b""
 
     def _reopen_if_replaced(self):
         """Reopen the database if it was replaced; raise Failure while it is missing or cannot be used."""

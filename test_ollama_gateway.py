@@ -2542,7 +2542,9 @@ class ReplacedDatabase(GatewayCase):
         os.replace(self.path("aside.db"), self.db)
         with self.assertRaises(gateway.Failure):
             self.store.list()
-        self.delete_elsewhere()
+        self.delete_elsewhere()     # which makes a new -shm
+        with self.assertRaises(gateway.Failure):
+            self.store.list()
         self.assertEqual(eventually(lambda: {self.ask("GET", "/api/tags").status} - {503}), {401})
         self.assertEqual([token.user for token in self.store.list()], ["root"])
 
