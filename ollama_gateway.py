@@ -144,7 +144,6 @@ MAX_TOKENS = 10 ** 9        # most tokens that are believed of one request
 BATCH_SECONDS = 0.05        # finished requests, and log lines, gather: each wake-up of a thread delays a request
 STORE_SECONDS = 0.5         # interval at which usage and the tokens' last uses are stored
 BUDGET_SECONDS = 0.5        # for which a sum of stored tokens is used: other gateways may add to it
-REOPEN_SECONDS = 0.5        # between two attempts to open a replaced database
 BUSY_SECONDS = 20           # for which a command waits for other writers of the database
 LEDGER_BUSY_SECONDS = 0.5   # for which the background writer waits for other writers: log lines wait meanwhile
 LOG_QUEUE = 1 * MIB         # characters of log lines that wait for a slow log, about 5,000 requests
@@ -476,11 +475,12 @@ def load_settings(flags, environ, env_file=None, options=OPTIONS):
 
 
 class Token(NamedTuple):
-    """A row of the database without its digest; times are Unix seconds in UTC."""
+    """A row of the database; times are Unix seconds in UTC."""
 
     id: int
     user: str
     name: str
+    digest: str
     hint: str
     created_at: int
     expires_at: Optional[int]
@@ -537,6 +537,7 @@ def is_expired(token):
 def token_json(token):
     """Return a token's columns, ready for JSON."""
     shown = {**token._asdict(), "admin": bool(token.admin), "expired": is_expired(token)}
+    del shown["digest"]
     for column in "created_at", "expires_at", "last_used_at":
         shown[column] = format_instant(shown[column])
     return {**shown, "models": token.models and token.models.split(",")}
@@ -1518,10 +1519,35 @@ class StreamedBody(contextlib.AbstractContextManager):
 # == Store ====================================================================
 
 SQLITE_VERSION = sqlite3.sqlite_version
-OWN_TABLES = {"tokens", "state"}    # of every version
-REPLACED_COLUMNS = {"id", "user_id", "user", "api_name", "token", "created_at", "expires_at"}
-MOUNTS, REMOTE = "/proc/self/mountinfo", ("nfs", "cifs", "smb", "fuse", "9p")   # WAL needs memory shared by processes
+OWN_COLUMNS = {("tokens", "digest"), ("state", "generation")}   # of every version
+FASTAPI_COLUMNS = {("tokens", column) for column in "id user_id user api_name token created_at expires_at".split()}
+MOUNTS, REMOTE = "/proc/self/mountinfo", "nfs|cifs|smb|fuse|9p"     # WAL needs memory shared by processes
 RECHECK_SECONDS = 0.5   # interval at which SQLite is queried although its index has not changed
+WAL_INDEXES, WAL_INDEXES_LOCK = weakref.WeakValueDictionary(), threading.Lock()     # {(file, its -shm): header}
+DatabaseInfo = namedtuple("DatabaseInfo", "version tokens writable mode")   # writable by this user; mode of its file
+MIGRATIONS = (      # the statements that lead to version 1, 2, …
+    ("""CREATE TABLE tokens (id INTEGER PRIMARY KEY AUTOINCREMENT, user TEXT NOT NULL, name TEXT NOT NULL,
+        digest TEXT NOT NULL UNIQUE, hint TEXT NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER,
+        last_used_at INTEGER, admin INTEGER NOT NULL DEFAULT 0, UNIQUE (user, name))""",
+     # generation: changes with the tokens, but not with last_used_at; TokenCache compares it
+     "CREATE TABLE state (generation INTEGER NOT NULL, scrub_owed INTEGER NOT NULL)",
+     "INSERT INTO state SELECT 1, count(*) FROM sqlite_master WHERE name = 'fastapi_tokens'",   # see _upgrade
+     *(f"CREATE TRIGGER tokens_{event.lower()} AFTER {event} ON tokens {when} "
+       "BEGIN UPDATE state SET generation = generation + 1; END"
+       for event, when in (("INSERT", ""), ("UPDATE", "WHEN OLD.last_used_at IS NEW.last_used_at"), ("DELETE", "")))),
+    ("ALTER TABLE tokens ADD COLUMN models TEXT",
+     *(f"ALTER TABLE tokens ADD COLUMN {column} INTEGER" for column in ("rpm", "max_parallel", "tokens_per_day")),
+     """CREATE TABLE usage (hour INTEGER NOT NULL, user TEXT NOT NULL, name TEXT NOT NULL, model TEXT NOT NULL,
+        route TEXT NOT NULL, requests INTEGER NOT NULL, errors INTEGER NOT NULL, cancelled INTEGER NOT NULL,
+        prompt_tokens INTEGER, completion_tokens INTEGER, seconds REAL NOT NULL,
+        PRIMARY KEY (user, name, hour, model, route)) WITHOUT ROWID""",     # a token's day is one range
+     "CREATE INDEX usage_by_hour ON usage (hour)"),
+    ("ALTER TABLE usage ADD COLUMN cached_tokens INTEGER",
+     "ALTER TABLE usage ADD COLUMN estimated_tokens INTEGER NOT NULL DEFAULT 0"))
+
+
+def _printable(text):
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def digest_of(secret):
@@ -1529,9 +1555,9 @@ def digest_of(secret):
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def hint_of(secret):
-    """Return a secret's first characters, and never more than half of it."""
-    return secret[:min(HINT_LENGTH, len(secret) // 2)]
+def _stored(secret):
+    """Return the columns of a secret: its digest, and its first characters, never more than half of it."""
+    return {"digest": digest_of(secret), "hint": _printable(secret[:min(HINT_LENGTH, len(secret) // 2)])}
 
 
 def check_name(what, name):
@@ -1542,83 +1568,14 @@ def check_name(what, name):
     return name
 
 
-def _printable(text):
-    return "".join(c if c.isprintable() else "?" for c in text)
+def check_rights(user, name, admin, models):
+    """Raise UsageError for an admin token with a list of models, because admin tokens may use every model."""
+    if admin and models:
+        raise UsageError(f'an admin\'s token may use every model: give "{user}/{name}" --models none, or --no-admin')
 
 
-def _valid_name(text, taken):
-    """Return a valid name, not one of those taken, for any text of the replaced system's database."""
-    base = _printable(text or "").strip().lstrip("-").strip()[:NAME_LENGTH].strip() or "unnamed"
-    numbered = (f"{base[:NAME_LENGTH - 12]}-{number}" for number in itertools.count(2))
-    return next(name for name in itertools.chain([base], numbered) if name not in taken)
-
-
-def _replaced_instant(value, otherwise):
-    """Read a time of the replaced system: Unix seconds or ISO text, which is in UTC if it names no zone."""
-    try:
-        if isinstance(value, (int, float)):
-            return parse_instant(format_instant(int(value)))
-        return parse_instant(str(value).strip(), naive_is_utc=True)
-    except (ValueError, OverflowError):
-        return otherwise
-
-
-def _insert(db, **row):
-    db.execute(f"INSERT INTO tokens ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", list(row.values()))
-
-
-def _create_tokens(db, now):
-    """Version 1: tokens by digest; the rows of the replaced system's table, if it exists, are carried over."""
-    replaced = db.execute("PRAGMA table_info(tokens)").fetchall()
-    rows = []
-    if replaced:    # read as bytes, because a text may not be UTF-8
-        rows = db.execute("""SELECT CAST(user_id AS BLOB), CAST(user AS BLOB), CAST(api_name AS BLOB),
-            CAST(token AS BLOB), created_at, expires_at FROM tokens ORDER BY id""").fetchall()
-        db.execute("DROP TABLE tokens")
-    db.execute("""CREATE TABLE tokens (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, user TEXT NOT NULL, name TEXT NOT NULL,
-        digest TEXT NOT NULL UNIQUE, hint TEXT NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER,
-        last_used_at INTEGER, admin INTEGER NOT NULL DEFAULT 0, UNIQUE (user, name))""")
-    # generation: changes with the tokens, but not with last_used_at; TokenCache compares it
-    db.execute("CREATE TABLE state (generation INTEGER NOT NULL, scrub_owed INTEGER NOT NULL)")
-    db.execute("INSERT INTO state VALUES (1, ?)", (bool(replaced),))
-    for event, when in ("INSERT", ""), ("UPDATE", "WHEN OLD.last_used_at IS NEW.last_used_at"), ("DELETE", ""):
-        db.execute(f"CREATE TRIGGER tokens_{event.lower()} AFTER {event} ON tokens {when} "
-                   "BEGIN UPDATE state SET generation = generation + 1; END")
-    names, digests = defaultdict(set), set()
-    for *texts, created_at, expires_at in rows:
-        user_id, user, name, secret = (text and text.decode("utf-8", "surrogateescape") for text in texts)
-        digest = digest_of(secret or "")
-        if not secret or digest in digests:
-            continue  # could never have been used, or is there already
-        digests.add(digest)
-        user = _valid_name(user or user_id, ())
-        name = _valid_name(name, names[user])
-        names[user].add(name)
-        expires_at = None if expires_at in (None, "") else _replaced_instant(expires_at, now)  # unreadable: expired
-        _insert(db, user=user, name=name, digest=digest, hint=_printable(hint_of(secret)),
-                created_at=_replaced_instant(created_at, now), expires_at=expires_at)
-
-
-def _add_limits_and_usage(db, _):
-    """Version 2: the limits of a token, and usage by the hour, which outlives the tokens."""
-    for column in "models TEXT", "rpm INTEGER", "max_parallel INTEGER", "tokens_per_day INTEGER":
-        db.execute(f"ALTER TABLE tokens ADD COLUMN {column}")
-    db.execute("""CREATE TABLE usage (
-        hour INTEGER NOT NULL, user TEXT NOT NULL, name TEXT NOT NULL, model TEXT NOT NULL, route TEXT NOT NULL,
-        requests INTEGER NOT NULL, errors INTEGER NOT NULL, cancelled INTEGER NOT NULL,
-        prompt_tokens INTEGER, completion_tokens INTEGER, seconds REAL NOT NULL,
-        PRIMARY KEY (user, name, hour, model, route)) WITHOUT ROWID""")  # a token's day is one range
-    db.execute("CREATE INDEX usage_by_hour ON usage (hour)")
-
-
-def _add_cached_and_estimated(db, _):
-    """Version 3: how much of the usage was read from the cache, and how much is an estimate."""
-    db.execute("ALTER TABLE usage ADD COLUMN cached_tokens INTEGER")
-    db.execute("ALTER TABLE usage ADD COLUMN estimated_tokens INTEGER NOT NULL DEFAULT 0")
-
-
-MIGRATIONS = (_create_tokens, _add_limits_and_usage, _add_cached_and_estimated)     # the n-th makes version n
+def token_exists(user, name):
+    return Failure(f'the token "{user}/{name}" exists already: choose another, or "token rotate" it', "token_exists")
 
 
 @contextlib.contextmanager
@@ -1627,109 +1584,7 @@ def _database_errors(path):
     try:
         yield
     except (sqlite3.Error, OSError, ValueError) as error:   # ValueError: a NUL in the path
-        raise Failure(f"cannot use the database {path!r}: {error}") from error
-
-
-@contextlib.contextmanager
-def _transaction(db, begin="BEGIN"):
-    """Hold a transaction; commit it at the block's end, roll it back on an error."""
-    db.execute(begin)
-    try:
-        yield
-        db.execute("COMMIT")
-    finally:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-
-
-def _upgrade(db):
-    """Bring the database to the newest version, even if others are doing the same."""
-    with _transaction(db, "BEGIN IMMEDIATE"):
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        for number, migration in enumerate(MIGRATIONS[version:], version + 1):
-            migration(db, int(time.time()))
-            db.execute(f"PRAGMA user_version = {number}")
-
-
-def _scrub(db):
-    """Rewrite the database, so that no page of it, free or live, nor its WAL, holds a clear token."""
-    try:
-        db.execute("PRAGMA secure_delete = ON")
-        db.execute("VACUUM")
-        busy, _, _ = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        if not busy:  # otherwise another opener reads the WAL, and the scrub stays owed
-            db.execute("UPDATE state SET scrub_owed = 0")
-    except sqlite3.OperationalError as error:
-        LOG.warning("clear tokens of the old gateway stay in the database until it is opened again: %s", error)
-
-
-def _use_wal(db, patience):
-    """Let readers and a writer work side by side; return whether the file system can."""
-    deadline = time.monotonic() + patience
-    while True:     # SQLite itself does not wait here for others that open a new database
-        try:
-            return db.execute("PRAGMA journal_mode = WAL").fetchone()[0] == "wal"
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-
-
-def _connect(path, writable, patience=BUSY_SECONDS, modes=("mode=ro", "immutable=1")):
-    """Open the file; without the right to write, in the first of the modes in which SQLite can read it."""
-    modes = ("mode=rw",) if writable else modes
-    for mode in modes:
-        db = sqlite3.connect(f"file:{urllib.parse.quote(os.fsencode(path))}?{mode}", uri=True, timeout=patience,
-                             isolation_level=None, check_same_thread=False)
-        try:
-            db.execute("SELECT 1 FROM sqlite_master").fetchone()
-            return db
-        except sqlite3.Error as error:
-            db.close()
-            if mode == modes[-1] or not isinstance(error, sqlite3.OperationalError):    # it is not a database
-                raise
-
-
-def _check_version(db, path):
-    """Return the version of a database of ours or of the replaced system (0); raise Failure for another's."""
-    with _transaction(db):  # one moment for all that is read: another process may be upgrading the database
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        columns = {row[1] for row in db.execute("PRAGMA table_info(tokens)")}
-    if version > len(MIGRATIONS):
-        raise Failure(f"the database {path} has version {version}, and this program knows versions up to "
-                      f"{len(MIGRATIONS)}: use a newer program")
-    if version == 0 and tables and not columns >= REPLACED_COLUMNS or version and not tables >= OWN_TABLES:
-        raise Failure(f"{path} is a database of another program: name another file with --db")
-    return version
-
-
-def _find_file(path, create):
-    """Make sure that the file exists; a new one is its owner's alone before it holds a byte."""
-    folder = os.path.dirname(path)
-    if os.path.isdir(path) or not os.path.isdir(folder):
-        raise Failure(f"the database cannot be {path}: "
-                      + ("that is a folder" if os.path.isdir(path) else f"there is no folder {folder}"))
-    exists = os.path.exists(path)
-    if not create and not (exists and os.path.getsize(path)):
-        raise Failure(f'there is no database at {path} yet: "token create" makes one, or name another with --db')
-    if not exists:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-
-
-def _is_writable(path):
-    return os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK)
-
-
-def remote_file_system(path):
-    """Return the type of the network or FUSE file system that holds a file, "" for others or if it is unknown."""
-    with contextlib.suppress(OSError), open(MOUNTS, encoding="utf-8", errors="replace") as mounts:
-        device = os.stat(os.path.dirname(path)).st_dev
-        for line in mounts:     # proc(5): id, parent, major:minor, …, "-", type, source, options
-            mount, _, kind = line.partition(" - ")
-            if mount.split()[2:3] == [f"{os.major(device)}:{os.minor(device)}"] and kind.startswith(REMOTE):
-                return kind.split()[0]
-    return ""
+        raise Failure(f"cannot use the database {path!r}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _identify(path):
@@ -1741,24 +1596,125 @@ def _identify(path):
     return stat.st_dev, stat.st_ino
 
 
-def _make_private(paths):
-    """Make files accessible to their owner only; SQLite does not change the mode of a -wal or -shm left behind."""
-    for path in paths:
+def remote_file_system(path):
+    """Return the type of the network or FUSE file system that holds a file, "" for others or if it is unknown."""
+    with contextlib.suppress(OSError), open(MOUNTS, encoding="utf-8", errors="replace") as mounts:
+        device = os.stat(os.path.dirname(path)).st_dev
+        mount = rf"(?m)^\S+ \S+ {os.major(device)}:{os.minor(device)} .* - ((?:{REMOTE})\S*)"    # see proc(5)
+        return "".join(re.findall(mount, mounts.read())[:1])
+    return ""
+
+
+def _find_file(path, create):
+    """Make sure that the file exists, a new one its owner's alone before it holds a byte; return if it is writable."""
+    if not create and not (os.path.isfile(path) and os.path.getsize(path)):
+        raise Failure(f'there is no database at {path} yet: "token create" makes one, or name another with --db')
+    if not os.path.isfile(path):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    return os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK)
+
+
+def _connect(path, writable, patience=BUSY_SECONDS):
+    """Connect to the file. A read-only one without a -shm must be opened as immutable: SQLite could not make one."""
+    mode = "mode=rw" if writable else "mode=ro" if os.path.exists(path + "-shm") else "immutable=1"
+    return sqlite3.connect(f"file:{urllib.parse.quote(os.fsencode(path))}?{mode}", uri=True, timeout=patience,
+                           isolation_level=None, check_same_thread=False)
+
+
+def _check_version(db, path):
+    """Return the version of a database of ours or of the FastAPI gateway (0); raise Failure for another's."""
+    with db:
+        db.execute("BEGIN")     # one moment for all that is read: another process may be upgrading the database
+        version, = db.execute("PRAGMA user_version").fetchone()
+        found = set(db.execute("SELECT m.name, c.name FROM sqlite_master AS m, pragma_table_info(m.name) AS c"))
+    if version > len(MIGRATIONS):
+        raise Failure(f"the database {path} has version {version}, this program {len(MIGRATIONS)}: use a newer program")
+    if (version or found) and not found >= (OWN_COLUMNS if version else FASTAPI_COLUMNS):
+        raise Failure(f"{path} is a database of another program: name another file with --db")
+    return version
+
+
+def describe_database(path):
+    """Return the DatabaseInfo of a database without any change to it; raise Failure if it cannot be used."""
+    with _database_errors(path):
+        writable = _find_file(path, create=False)
+        with contextlib.closing(_connect(path, writable=False)) as db:
+            version, tokens = _check_version(db, path), db.execute("SELECT count(*) FROM tokens").fetchone()[0]
+        return DatabaseInfo(version, tokens, writable, os.stat(path).st_mode & 0o777)
+
+
+def _use_wal(db, patience):
+    """Let readers and a writer work side by side, if the file system can."""
+    deadline = time.monotonic() + patience
+    while True:     # SQLite itself does not wait here for others that open a new database
         try:
-            if os.name == "posix" and os.stat(path).st_mode & 0o077:
-                os.chmod(path, 0o600)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            LOG.warning("others on this machine may read %s: %s", path, error)
+            return db.execute("PRAGMA journal_mode = WAL").fetchone()
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
-def _empty_wal(db, patience):
+def _insert(db, **row):
+    db.execute(f"INSERT INTO tokens ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", list(row.values()))
+
+
+def _select(db, condition="1", *values):
+    """Return the tokens that meet a condition, by user and name."""
+    rows = db.execute(f"SELECT {', '.join(Token._fields)} FROM tokens WHERE {condition} ORDER BY user, name", values)
+    return list(map(Token._make, rows))
+
+
+def _import_fastapi_tokens(db):
+    """Replace the FastAPI gateway's table. Times are Unix seconds or ISO texts: naive is UTC, an unreadable one now."""
+    unit = "CASE typeof({0}) WHEN 'text' THEN '+0 days' ELSE 'unixepoch' END"
+    seconds = f"ifnull(max(0, CAST(strftime('%s', {{0}}, {unit}) AS INTEGER)), strftime('%s', 'now'))".format
+    db.text_factory = functools.partial(str, encoding="utf-8", errors="surrogateescape")    # some may not be UTF-8
+    taken = set()
+    for user, base, secret, created_at, expires_at in db.execute(
+            f"""SELECT CAST(coalesce(nullif(user, ''), user_id, '') AS TEXT), CAST(ifnull(api_name, '') AS TEXT),
+            CAST(token AS TEXT), {seconds("created_at")}, CASE WHEN expires_at != '' THEN {seconds("expires_at")} END
+            FROM fastapi_tokens WHERE length(token) > 0 ORDER BY id"""):
+        user, base = (_printable(text).lstrip("- ")[:NAME_LENGTH].rstrip() or "unnamed" for text in (user, base))
+        names = itertools.chain([base], (f"{base[:NAME_LENGTH - 12]}-{number}" for number in itertools.count(2)))
+        name = next(name for name in names if (user, name) not in taken)
+        if secret not in taken:
+            taken.update((secret, (user, name)))
+            _insert(db, user=user, name=name, created_at=created_at, expires_at=expires_at, **_stored(secret))
+    db.execute("DROP TABLE fastapi_tokens")
+
+
+def _upgrade(db):
+    """Bring the database to the newest version, even if others are doing the same."""
+    with db:
+        db.execute("BEGIN IMMEDIATE")
+        version, = db.execute("PRAGMA user_version").fetchone()
+        is_fastapi = not version and db.execute("SELECT 1 FROM sqlite_master WHERE name = 'tokens'").fetchone()
+        if is_fastapi:
+            db.execute("ALTER TABLE tokens RENAME TO fastapi_tokens")
+        for statement in itertools.chain.from_iterable(MIGRATIONS[version:]):
+            db.execute(statement)
+        if is_fastapi:
+            _import_fastapi_tokens(db)
+        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+
+def _scrub(db):
+    """Rewrite the database, so that no page of it, free or live, nor its WAL, holds a clear token."""
+    try:
+        db.execute("PRAGMA secure_delete = ON")
+        db.execute("VACUUM")
+        if not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:     # else others read: it stays owed
+            db.execute("UPDATE state SET scrub_owed = 0")
+    except sqlite3.OperationalError as error:
+        LOG.warning("clear tokens of the FastAPI gateway stay in the database until it is opened again: %s", error)
+
+
+def _empty_wal(db):
     """Move what was committed into the database file: SQLite would apply a -wal to any file that replaces it."""
-    with contextlib.suppress(sqlite3.Error):
-        db.execute("PRAGMA busy_timeout = 0")   # if there are readers, the next writer does it
+    with contextlib.suppress(sqlite3.Error):    # if there are readers, the next writer does it
+        db.execute("PRAGMA busy_timeout = 0")
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    db.execute(f"PRAGMA busy_timeout = {int(patience * 1000)}")
 
 
 def _remove_wal(paths, files):
@@ -1769,29 +1725,24 @@ def _remove_wal(paths, files):
             folder = os.open(os.path.dirname(paths[0]), os.O_RDONLY)
             stack.callback(os.close, folder)
             fcntl.flock(folder, fcntl.LOCK_EX)
-        for path in paths[1:] if files[1:] == [_identify(path) for path in paths[1:]] else ():
+        for path in paths[1:] if files[1:] == list(map(_identify, paths[1:])) else ():
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
 
-WAL_INDEXES, WAL_INDEXES_LOCK = weakref.WeakValueDictionary(), threading.Lock()     # {(device, inode): header}
-
-
-def _map_wal_index(path, file):
+def _map_wal_index(path, file, shm):
     """Map the header of a WAL index, 48 bytes of the -shm file that each commit changes; return b"" if that fails.
 
-    It has a count of transactions, and the WAL's salts and checksums, which restart and recovery change, too
-    (sqlite.org/walformat.html 2.1). A process that closes any descriptor of a file loses all its locks on the file
-    (fcntl), and SQLite holds some on this one: so a process maps it once, and keeps the map until it has no connection.
+    See sqlite.org/walformat.html 2.1. A process that closes any descriptor of a file loses all its fcntl locks on it,
+    and SQLite holds some on this one: so a process maps it once, and keeps the map until it has no connection.
     """
     with contextlib.suppress(OSError, ValueError), WAL_INDEXES_LOCK:
-        if os.name == "posix" and file not in WAL_INDEXES:
-            descriptor = os.open(path, os.O_RDONLY)     # stays open after an error, for the locks
+        if os.name == "posix" and (file, shm) not in WAL_INDEXES:
+            descriptor = os.open(path + "-shm", os.O_RDONLY)    # stays open after an error, for the locks
             header = mmap.mmap(descriptor, 48, access=mmap.ACCESS_READ)
             weakref.finalize(header, os.close, descriptor).atexit = False
-            WAL_INDEXES[_identify(descriptor)] = header
-        return WAL_INDEXES.get(file, b"")
-    return b""
+            WAL_INDEXES[file, _identify(descriptor)] = header
+    return WAL_INDEXES.get((file, shm), b"")
 
 
 class UsageRow(NamedTuple):
@@ -1828,187 +1779,156 @@ TOKENS_USED = "ifnull(prompt_tokens, 0) - ifnull(cached_tokens, 0) + ifnull(comp
 USAGE_BY = {"user": ("user",), "token": ("user", "name"), "model": ("model",), "day": ("day",)}
 
 
-def check_rights(user, name, admin, models):
-    """Raise UsageError for an admin token with a list of models, because admin tokens may use every model."""
-    if admin and models:
-        raise UsageError(f'the token "{user}/{name}" would be an admin\'s, and admin tokens may use every model: '
-                         "give it --models none, or --no-admin")
-
-
-def token_exists(user, name):
-    return Failure(f'the token "{user}/{name}" exists already: choose another name, or "token rotate" it',
-                   "token_exists")
-
-
-class TokenStore(contextlib.AbstractContextManager):
+class TokenStore:
     """The database of tokens and usage, for threads and processes; each access first follows a replaced file."""
 
-    COLUMNS = ", ".join(Token._fields)
-    EXPORTED = ("user", "name", "digest", "hint", "created_at", "expires_at", "last_used_at", "admin", *LIMIT_BY_COLUMN)
-
-    def __init__(self, path, create=False, clock=time.time):
-        self.path, self._paths = path, (path, path + "-wal", path + "-shm")
-        self._lock, self._clock, self._patience = threading.Lock(), clock, BUSY_SECONDS
-        self._unusable = None   # (identity of a new file that failed to open, error, when to try again)
+    def __init__(self, path, create=False):
+        self.path, self._lock, self.patience = os.path.abspath(path), threading.Lock(), BUSY_SECONDS
         self._open(create)
-
-    def __exit__(self, *_):
-        self.close()
 
     def close(self):
         self._db.close()
         self._wal_index = b""
 
-    def wait_at_most(self, seconds):
-        """Set how long to wait for a locked database; commands wait longer than a server may."""
-        self._patience = seconds
-        self._db.execute(f"PRAGMA busy_timeout = {int(seconds * 1000)}")
-
     def connect(self):
-        """Return a new connection, the identities of the database's files, and the WAL index; raise Failure."""
-        with self._lock, _database_errors(self.path):
-            self._reopen_if_replaced()
-            return _connect(self.path, self.writable, self._patience), self.files, self._wal_index
+        """Return a new connection that never waits, the identities of the files, and the WAL index; raise Failure."""
+        with self._access():
+            return _connect(self.path, self.writable, patience=0), self.files, self._wal_index
 
     def _open(self, create=False):
-        """Open the database and upgrade an older one; raise Failure if it cannot be used, and leave it untouched."""
-        path, patience = self.path, self._patience
+        """Open the database, or make a new one, and upgrade an older one; raise Failure, and change none of others."""
+        path = self.path
         with _database_errors(path), contextlib.ExitStack() as stack:
-            _find_file(path, create)
-            file, writable, is_wal = _identify(path), _is_writable(path), False
-            db = stack.enter_context(contextlib.closing(_connect(path, writable, patience)))
+            writable = _find_file(path, create)
+            # Of a read-only database only the file itself counts: other processes create and remove the -wal.
+            file, paths = _identify(path), [path, path + "-wal", path + "-shm"] if writable else [path]
+            db = stack.enter_context(contextlib.closing(_connect(path, writable, self.patience)))
             version = _check_version(db, path)
             if version < len(MIGRATIONS) and not writable:
                 raise Failure(f"the database {path} must be upgraded and is read-only: make it and its folder writable")
             if writable:
-                _make_private(self._paths)
-                is_wal = _use_wal(db, patience)
+                for each in paths:      # SQLite keeps the mode of a -wal or -shm left behind
+                    try:
+                        if os.stat(each).st_mode & 0o077:
+                            os.chmod(each, 0o600)
+                    except OSError as error:
+                        if error.errno != errno.ENOENT:
+                            LOG.warning("others on this machine may read %s: %s", each, error)
+                _use_wal(db, self.patience)
                 if version < len(MIGRATIONS):
                     _upgrade(db)
                 if db.execute("SELECT scrub_owed FROM state").fetchone()[0]:
                     _scrub(db)
-                _empty_wal(db, patience)
-            # Of a read-only database only the file itself counts: other processes create and remove the -wal.
-            files = [_identify(path) for path in (self._paths if writable else self._paths[:1])]
-            shares_old_shm = any(files[1:]) and not all(files[1:])  # with a connection of this process
-            if files[0] != file or shares_old_shm:
+                _empty_wal(db)
+            files = list(map(_identify, paths))
+            # SQLite lets all connections of a process to a file share their -shm, even if it has been removed.
+            if files[0] != file or any(known == file and [shm] != files[2:] for known, shm in list(WAL_INDEXES)):
                 raise Failure(f"the database {path} was replaced while it was opened: try again")
             stack.pop_all()
-        self._db, self.writable, self.files = db, writable, files
-        self._wal_index = _map_wal_index(self._paths[2], files[2]) if is_wal else b""
+        self._db, self.writable, self._paths, self.files = db, writable, paths, files
+        self._wal_index = _map_wal_index(path, file, files[2]) if writable else b""
 
     def _reopen_if_replaced(self):
         """Reopen the database if it was replaced; raise Failure while it is missing or cannot be used."""
-        found = [_identify(path) for path in self._paths[:len(self.files)]]
-        file = found[0]
-        if file is None:
+        found = list(map(_identify, self._paths))
+        if not found[0]:
             raise Failure(f"the database {self.path} is gone: move it, or a copy of it, back there")
-        if found == self.files:
-            return
-        if self._unusable and self._unusable[0] == file and time.monotonic() < self._unusable[2]:
-            raise Failure(self._unusable[1])
-        if file != self.files[0]:
-            _remove_wal(self._paths, self.files)
-        self.files = [None]     # even if the old file comes back
-        self.close()
-        try:
+        if found != self.files:
+            if found[0] != self.files[0]:
+                _remove_wal(self._paths, self.files)
+            self.files = [None]     # even if the old file comes back
+            self.close()
             self._open()
-        except Failure as error:
-            self._unusable = file, str(error), time.monotonic() + REOPEN_SECONDS
-            raise
-        self._unusable = None
-        LOG.warning("the database %s was replaced: using the new file", self.path)
+            LOG.warning("the database %s was replaced: using the new file", self.path)
 
     @contextlib.contextmanager
-    def _read(self):
-        """Hold a transaction that reads; raise Failure if the database cannot be used."""
+    def _access(self, write=False):
+        """Hold a transaction; raise Failure if the database cannot be used, or was replaced during a change."""
         with self._lock, _database_errors(self.path):
             self._reopen_if_replaced()
-            with _transaction(self._db):
+            if write and not self.writable:
+                raise Failure(f"the database {self.path} is read-only: first make it and its folder writable")
+            self._db.rollback()     # a commit may have failed, and Python 3.8 leaves its transaction open
+            self._db.execute(f"PRAGMA busy_timeout = {int(self.patience * 1000)}")
+            with self._db:
+                self._db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
                 yield self._db
-
-    @contextlib.contextmanager
-    def _write(self):
-        """Hold a transaction that writes; raise Failure if that is impossible or the file was replaced meanwhile."""
-        with self._lock:
-            self._reopen_if_replaced()
-            if not self.writable:
-                raise Failure(f"the database {self.path} is read-only: "
-                              "make it and its folder writable to change tokens")
-            with _database_errors(self.path), _transaction(self._db, "BEGIN IMMEDIATE"):
-                yield self._db
-            if [_identify(path) for path in self._paths] != self.files:
-                raise Failure(f"the database {self.path} was replaced meanwhile: "
-                              "check whether the change was saved, and repeat it if not")
-            _empty_wal(self._db, self._patience)
-
-    def _select(self, db, condition, *values):
-        """Return the tokens that meet a condition, by user and name."""
-        return [Token(*row) for row in db.execute(
-            f"SELECT {self.COLUMNS} FROM tokens WHERE {condition} ORDER BY user, name", values)]
+            if write and list(map(_identify, self._paths)) != self.files:
+                raise Failure(f"the database {self.path} was replaced meanwhile: repeat the change if it was not saved")
+            if write:
+                _empty_wal(self._db)
 
     def _get(self, db, user, name):
-        found = self._select(db, "user = ? AND name = ?", check_name("user", user), check_name("name", name))
-        if not found:
-            raise Failure(f'no token "{user}/{name}" in {self.path}: see "token list"', "no_such_token")
-        return found[0]
+        owner = check_name("user", user), check_name("name", name)
+        for token in _select(db, "user = ? AND name = ?", *owner):
+            return token
+        raise Failure(f'no token "{user}/{name}" in {self.path}: see "token list"', "no_such_token")
 
-    def create(self, user, name, expires_at=None, admin=False, **limits):
-        """Make a token; return it and its secret, which is not stored. limits: by the columns of LIMITS."""
-        check_name("user", user)
-        check_name("name", name)
-        check_rights(user, name, admin, limits.get("models"))
+    def create(self, user, name, admin=False, **columns):
+        """Make a token; return it and its secret, which is not stored. columns: expires_at and those of LIMITS."""
+        owner = check_name("user", user), check_name("name", name)
+        check_rights(*owner, admin, columns.get("models"))
         secret = SECRET_PREFIX + secrets.token_urlsafe(32)
-        with self._write() as db:
-            if self._select(db, "user = ? AND name = ?", user, name):
+        with self._access(write=True) as db:
+            if _select(db, "user = ? AND name = ?", *owner):
                 raise token_exists(user, name)
-            _insert(db, user=user, name=name, digest=digest_of(secret), hint=hint_of(secret),
-                    created_at=int(self._clock()), expires_at=expires_at, admin=bool(admin), **limits)
+            _insert(db, user=user, name=name, created_at=int(time.time()), admin=admin, **_stored(secret), **columns)
             return self._get(db, user, name), secret
 
     def rotate(self, user, name):
         """Give a token a new secret and return both; the old secret stops working."""
         secret = SECRET_PREFIX + secrets.token_urlsafe(32)
-        return self.update(user, name, digest=digest_of(secret), hint=hint_of(secret)), secret
+        return self.update(user, name, **_stored(secret)), secret
 
     def update(self, user, name, **changes):
         """Change columns of a token: expires_at, admin or limits; return the token."""
-        with self._write() as db:
-            token = self._get(db, user, name)
+        with self._access(write=True) as db:
+            token = self._get(db, user, name)._replace(**changes)
+            check_rights(user, name, token.admin, token.models)
             for column, value in changes.items():
                 db.execute(f"UPDATE tokens SET {column} = ? WHERE id = ?", (value, token.id))
-            token = self._get(db, user, name)
-            check_rights(user, name, token.admin, token.models)
             return token
 
     def delete(self, user, name):
         """Delete a token and return it."""
-        with self._write() as db:
+        with self._access(write=True) as db:
             token = self._get(db, user, name)
             db.execute("DELETE FROM tokens WHERE id = ?", (token.id,))
             return token
 
     def get(self, token_id):
         """Return the token with an id."""
-        with self._read() as db:
-            found = self._select(db, "id = ?", token_id)
-        if not found:
-            raise Failure(f"no token has the number {token_id}", "no_such_token")
-        return found[0]
+        with self._access() as db:
+            for token in _select(db, "id = ?", token_id):
+                return token
+        raise Failure(f"no token has the number {token_id}", "no_such_token")
 
     def list(self, user=None):
         """Return the tokens of a user or of all, by user and name."""
-        with self._read() as db:
-            return self._select(db, "? IN (user, '')", "" if user is None else check_name("user", user))
+        with self._access() as db:
+            return _select(db, "? IN (user, '')", "" if user is None else check_name("user", user))
+
+    def import_rows(self, rows):
+        """Add exported tokens, all or none; an identical one is no change. Return how many were new."""
+        added = 0
+        with self._access(write=True) as db:
+            for row in rows:
+                known = _select(db, "user = ? AND name = ? OR digest = ?", row["user"], row["name"], row["digest"])
+                if any(token._replace(**{**row, "last_used_at": token.last_used_at}) != token for token in known):
+                    raise Failure(f'the token "{row["user"]}/{row["name"]}" clashes with one in {self.path}: '
+                                  "nothing was imported; delete or rename one of them first")
+                if not known:
+                    _insert(db, **row)
+                    added += 1
+        return added
 
     def add_usage(self, rows, uses):
         """Add {USAGE_KEY's values: UsageRow} to the usage, and set when tokens were last used: {id: Unix seconds}."""
         columns = USAGE_KEY + MEASURED
-        add = ", ".join(f"{column} = coalesce({column} + excluded.{column}, {column}, excluded.{column})"
-                        for column in MEASURED)
-        with self._write() as db:
+        sums = ", ".join(f"{name} = coalesce({name} + excluded.{name}, {name}, excluded.{name})" for name in MEASURED)
+        with self._access(write=True) as db:
             db.executemany(f"INSERT INTO usage ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))}) "
-                           f"ON CONFLICT ({', '.join(USAGE_KEY)}) DO UPDATE SET {add}",
+                           f"ON CONFLICT ({', '.join(USAGE_KEY)}) DO UPDATE SET {sums}",
                            [(*key, *row) for key, row in rows.items()])
             db.executemany("UPDATE tokens SET last_used_at = ? WHERE id = ? AND ifnull(last_used_at, 0) < ?",
                            [(when, token_id, when) for token_id, when in uses.items()])
@@ -2017,139 +1937,72 @@ class TokenStore(contextlib.AbstractContextManager):
         """Return the usage since the start of an hour, of a token or of all: a dictionary for each value of `by`."""
         keys, owner = USAGE_BY[by], (token.user, token.name) if token else ()
         sums = ", ".join("round(sum(seconds), 3)" if column == "seconds" else f"sum({column})" for column in MEASURED)
-        with self._read() as db:
-            rows = db.execute(
-                f"SELECT {', '.join(keys)}, {sums} FROM (SELECT *, date(hour, 'unixepoch') AS day FROM usage "
-                f"WHERE {'user = ? AND name = ? AND ' if owner else ''}hour >= ?) "
-                f"GROUP BY {', '.join(keys)} ORDER BY {'day' if by == 'day' else f'sum({TOKENS_USED}) DESC, 1'}",
-                (*owner, since)).fetchall()
-        return [dict(zip(keys + MEASURED, row)) for row in rows]
-
-    def _exported(self, db, condition, *values):
-        return [dict(zip(self.EXPORTED, row)) for row in db.execute(
-            f"SELECT {', '.join(self.EXPORTED)} FROM tokens WHERE {condition} ORDER BY user, name", values)]
-
-    def export_rows(self):
-        """Return the tokens to carry to another machine: a dictionary each, with digests, never secrets."""
-        with self._read() as db:
-            return self._exported(db, "1")
-
-    def import_rows(self, rows):
-        """Add exported rows, all or none; an identical row is no change. Return how many were new."""
-        added = 0
-        with self._write() as db:
-            for row in rows:
-                known = [dict(old, last_used_at=row["last_used_at"]) for old in self._exported(
-                    db, "user = ? AND name = ? OR digest = ?", row["user"], row["name"], row["digest"])]
-                if known and known != [row]:
-                    raise Failure(f'the token "{row["user"]}/{row["name"]}" clashes with one in {self.path}: '
-                                  "nothing was imported; delete or rename one of them first")
-                if not known:
-                    _insert(db, **row)
-                    added += 1
-        return added
-
-
-def open_store(path, create=False):
-    """Return the TokenStore of a path; `create` allows a missing or empty file. Raise Failure if it cannot be used."""
-    return TokenStore(os.path.abspath(path), create)
-
-
-DatabaseInfo = namedtuple("DatabaseInfo", "version tokens writable mode")    # writable by this user; mode of its file
-
-
-def describe_database(path):
-    """Return the DatabaseInfo of a database without any change to it; raise Failure if it cannot be used."""
-    path = os.path.abspath(path)
-    with _database_errors(path):
-        _find_file(path, create=False)
-        modes = ("mode=ro", "immutable=1") if os.path.exists(path + "-wal") else ("immutable=1",)
-        with contextlib.closing(_connect(path, False, modes=modes)) as db:
-            version = _check_version(db, path)
-            tokens = db.execute("SELECT count(*) FROM tokens").fetchone()[0]
-        return DatabaseInfo(version, tokens, _is_writable(path), os.stat(path).st_mode & 0o777)
+        query = (f"SELECT {', '.join(keys)}, {sums} FROM (SELECT *, date(hour, 'unixepoch') AS day FROM usage "
+                 f"WHERE {'user = ? AND name = ? AND ' if owner else ''}hour >= ?) "
+                 f"GROUP BY {', '.join(keys)} ORDER BY {'day' if by == 'day' else f'sum({TOKENS_USED}) DESC, 1'}")
+        with self._access() as db:
+            return [dict(zip(keys + MEASURED, row)) for row in db.execute(query, (*owner, since))]
 
 
 class TokenCache:
     """All tokens by digest, in memory, as new as the last commit of any process.
 
-    A lookup compares the file's device and inode, and the header of the WAL index, with those of the last refresh. If
-    they differ, and every RECHECK_SECONDS, it asks SQLite (`PRAGMA data_version`), which costs 42 µs of CPU with
-    8 threads; without a WAL index every lookup asks. Tokens are read again only if their generation has changed.
-    The connection never waits: while the database is locked, the old tokens count. If the file is replaced, the tokens
-    are read from the new one; while it is missing or cannot be read, a lookup fails.
+    A lookup queries SQLite, which costs 42 µs of CPU with 8 threads, only if the file's device and inode or the header
+    of its WAL index have changed, every RECHECK_SECONDS, and without a WAL index. Tokens are read again only if their
+    generation has changed. While the database is locked, the old tokens count; while it is unusable, a lookup fails.
     """
 
     def __init__(self, store):
         self._store, self._path, self._lock = store, store.path, threading.Lock()
-        self._db = self._file = self._files = self._header = None
-        self._wal_index, self._asked_at, self._complaint = b"", 0.0, ""
-        try:
-            with _database_errors(self._path):
-                self._reopen()
-        except Failure:
-            self.close()
-            raise
+        self._db, self._files, self._header, self._checked_at, self._complaint = None, [None], b"", 0.0, ""
+        self._refresh(None)
 
     def lookup(self, secret):
         """Return the token of a secret, expired or not, or None; raise Failure while the database cannot be read."""
         file, header, now = _identify(self._path), self._wal_index[:], time.monotonic()
-        if (file != self._file or not header or header != self._header
-                or self._files is not self._store.files or now - self._asked_at > RECHECK_SECONDS):
+        if (file != self._files[0] or self._files is not self._store.files
+                or not header or header != self._header or now - self._checked_at > RECHECK_SECONDS):
             with self._lock:
-                if self._update(file):
-                    self._header, self._asked_at = header, now
+                self._update(file, header, now)
         return self._tokens.get(digest_of(secret))
 
-    def _update(self, file):
-        """Update the tokens; return False if the database is locked; raise Failure, logged once, if it is unusable."""
+    def _update(self, file, header, now):
+        """Update the tokens unless the database is locked; raise Failure, logged once, if it is unusable."""
         try:
-            with _database_errors(self._path):
-                if file is None or file != self._file or self._files is not self._store.files:
-                    self._reopen()
-                self._refresh()
+            self._refresh(file)
         except Failure as error:
-            if "locked" in str(error.__cause__) and self._file:
-                return False
-            self._file = None
+            if "locked" in str(error.__cause__) and self._files[0]:
+                return
+            self._files = [None]    # connect again
             if str(error) != self._complaint:
                 LOG.error("requests are refused, because tokens cannot be checked: %s", error)
             self._complaint = str(error)
             raise
+        self._header, self._checked_at = header, now
         if self._complaint:
             LOG.warning("the database %s is readable again: requests are served", self._path)
             self._complaint = ""
-        return True
 
-    def _reopen(self):
-        """Connect to the present file and read its tokens; wait while it is locked."""
-        self._file = None
-        self.close()
-        self._db, files, self._wal_index = self._store.connect()
-        self._seen = self._generation = None
-        self._refresh()
-        self._db.execute("PRAGMA busy_timeout = 0")
-        self._file, self._files = files[0], files
-
-    def _refresh(self):
-        """Read the tokens if they have changed."""
-        version = self._db.execute("PRAGMA data_version").fetchone()
-        if version == self._seen:
-            return
-        with _transaction(self._db):
+    def _refresh(self, file):
+        """Connect to a replaced file, and read the tokens if they have changed."""
+        with _database_errors(self._path):
+            files = self._files
+            if file != files[0] or files is not self._store.files:
+                self._files, self._generation = [None], None
+                self.close()
+                self._db, files, self._wal_index = self._store.connect()
             generation = self._db.execute("SELECT generation FROM state").fetchone()
             if generation != self._generation:
-                rows = self._db.execute(f"SELECT {TokenStore.COLUMNS}, digest FROM tokens")
-                self._tokens = {digest: Token(*row) for *row, digest in rows}
-        self._generation, self._seen = generation, version
+                self._tokens = {token.digest: token for token in _select(self._db)}
+                self._generation = generation   # of before: the tokens may be newer, never older
+            self._files = files
 
     def tokens_used_on(self, token, day):
         """Return the tokens charged to a token's budget on a UTC day, as stored; raise Failure."""
         with self._lock, _database_errors(self._path):
             return self._db.execute(
-                f"SELECT ifnull(sum({TOKENS_USED}), 0) FROM usage "
-                "WHERE user = ? AND name = ? AND hour >= ? AND hour < ?",
-                (token.user, token.name, day * DAY, (day + 1) * DAY)).fetchone()[0]
+                f"SELECT ifnull(sum({TOKENS_USED}), 0) FROM usage WHERE user = ? AND name = ? AND hour BETWEEN ? AND ?",
+                (token.user, token.name, day * DAY, (day + 1) * DAY - 1)).fetchone()[0]
 
     def close(self):
         if self._db:
@@ -2872,7 +2725,7 @@ class UsageLedger:
 
     def __init__(self, store, tokens, clock=time.time):
         self._store, self._tokens, self._clock = store, tokens, clock
-        store.wait_at_most(LEDGER_BUSY_SECONDS)   # while the database is locked, log lines are still to be written
+        store.patience = LEDGER_BUSY_SECONDS    # while the database is locked, log lines are still to be written
         self._lock, self._storing = threading.Lock(), threading.Lock()
         self._running = {}      # {context: the UsageRow counted so far}, until the Journal has finished it
         self._pending = defaultdict(list)   # {USAGE_KEY: UsageRows} to be stored
@@ -4928,6 +4781,7 @@ DEFAULT_ARGS = dict(env_file=None, json=False, quiet=False, format=None)  # of e
 MIN_COLUMNS = 11            # of a table's column that was narrowed: a date and an ellipsis
 TOKEN_VARIABLE = "GATEWAY_TOKEN"
 EXPORT_VERSION = 2          # version 1 has no limits
+EXPORTED = Token._fields[1:]    # all but the id
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "'")  # a spreadsheet takes such a cell for a formula or a quote
 print_line = functools.partial(print, flush=True)   # to stdout; raises OSError if it cannot be written
 
@@ -4998,7 +4852,7 @@ def command_settings(args, *flags):
 
 def open_command_store(args, create=False):
     """Open the database that a command's flag, the environment or .env names."""
-    return open_store(command_settings(args, "--db").db, create)
+    return contextlib.closing(TokenStore(command_settings(args, "--db").db, create))
 
 
 def url_of(settings):
@@ -5093,12 +4947,12 @@ def cmd_token_export(args):
     if form not in ("csv", "json"):
         raise UsageError(f'token export: "{args.file}" ends neither in .csv nor in .json: add --format csv or json')
     with open_command_store(args) as store:
-        rows = store.export_rows()
-    for row in rows:
-        row.update({name: format_instant(row[name]) for name in row if name.endswith("_at")}, admin=bool(row["admin"]))
+        tokens = [dict(token._asdict(), admin=bool(token.admin)) for token in store.list()]
+    rows = [{column: format_instant(token[column]) if column.endswith("_at") else token[column] for column in EXPORTED}
+            for token in tokens]
     text = json.dumps({"version": EXPORT_VERSION, "tokens": rows}, indent=2)
     if form == "csv":
-        text = as_csv(("version", *store.EXPORTED), [dict(row, version=EXPORT_VERSION) for row in rows])
+        text = as_csv(("version", *EXPORTED), [dict(row, version=EXPORT_VERSION) for row in rows])
     if args.file == "-":
         return print_line(text)
     replace_file(args.file, text)
@@ -5240,7 +5094,7 @@ def cmd_serve(args):
     settings = load_settings(vars(args), os.environ, args.env_file)
     os.umask(0o077)  # also for logs and the files that SQLite creates beside the database
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # until the server is there
-    with configure_logging(settings) as log_file, open_store(settings.db, create=True) as store:
+    with configure_logging(settings) as log_file, contextlib.closing(TokenStore(settings.db, create=True)) as store:
         server = build_server(settings, store)
 
         def handle_hangup(*_):  # in a thread, since a blocked stderr must not stop the main one

@@ -793,11 +793,11 @@ class Case(unittest.TestCase):
         return event
 
     def open_store(self, path=None, create=True):
-        return self.enter(contextlib.closing(gateway.open_store(path or self.db, create=create)))
+        return self.enter(contextlib.closing(gateway.TokenStore(path or self.db, create=create)))
 
     def find(self, *secrets, db=None):
         """The tokens of these secrets, None for one that is unknown, as a server that opens the database sees them."""
-        with contextlib.closing(gateway.open_store(db or self.db)) as store, contextlib.closing(gateway.TokenCache(store)) as table:
+        with contextlib.closing(gateway.TokenStore(db or self.db)) as store, contextlib.closing(gateway.TokenCache(store)) as table:
             return [table.lookup(secret) for secret in secrets]
 
     def bytes_of_all_files(self):
@@ -2126,7 +2126,7 @@ class Store(Case):
             def open_at_once(path=path, start=start, failed=failed):
                 start.wait(GUARD)
                 try:
-                    gateway.open_store(path, create=True).close()
+                    gateway.TokenStore(path, create=True).close()
                 except gateway.Failure as error:
                     failed.append(str(error))
             threads = [threading.Thread(target=open_at_once) for _ in range(8)]
@@ -2152,7 +2152,7 @@ class Store(Case):
 
     @unittest.skipIf(os.name == "nt", "Windows has no such permissions")
     def test_a_file_that_others_could_read_is_made_private(self):
-        gateway.open_store(self.db, create=True).close()
+        gateway.TokenStore(self.db, create=True).close()
         os.chmod(self.db, 0o644)
         self.open_store()
         self.assertEqual(stat.S_IMODE(os.stat(self.db).st_mode), 0o600)
@@ -2160,6 +2160,15 @@ class Store(Case):
     def test_an_empty_file_becomes_a_database(self):
         self.write("tokens.db", b"")
         self.assertTrue(self.open_store().create("ada", "laptop"))
+
+    def test_a_commit_that_fails_is_undone(self):
+        store = self.open_store()
+        store._db.execute("PRAGMA foreign_keys = ON")
+        with self.assertRaisesRegex(gateway.Failure, "FOREIGN KEY"), store._access(write=True) as db:
+            db.execute("CREATE TABLE x (y INTEGER REFERENCES tokens (id) DEFERRABLE INITIALLY DEFERRED)")
+            db.execute("INSERT INTO x VALUES (99)")
+        store.create("ada", "laptop")
+        self.assertEqual([token.user for token in self.open_store().list()], ["ada"])
 
     def test_the_schema_is_numbered_and_writers_do_not_block_readers(self):
         self.open_store()
@@ -2170,9 +2179,9 @@ class Store(Case):
     def test_a_database_of_version_2_keeps_its_tokens_and_usage(self):
         hour = 20_000 * 86400
         with unittest.mock.patch.object(gateway, "MIGRATIONS", gateway.MIGRATIONS[:2]), \
-                contextlib.closing(gateway.open_store(self.db, create=True)) as store:
+                contextlib.closing(gateway.TokenStore(self.db, create=True)) as store:
             secret = store.create("ada", "laptop", tokens_per_day=1000)[1]
-            exported = store.export_rows()
+            kept = store.list()
         with contextlib.closing(sqlite3.connect(self.db)) as db, db:
             db.execute("INSERT INTO usage VALUES (?, 'ada', 'laptop', 'tiny:latest', '/api/chat', 4, 2, 1, 30, 60, 5.0)", (hour,))
             self.assertEqual(db.execute("PRAGMA user_version").fetchone()[0], 2)
@@ -2180,7 +2189,7 @@ class Store(Case):
         row = {"requests": 4, "errors": 2, "cancelled": 1, "prompt_tokens": 30, "cached_tokens": None, "completion_tokens": 60, "seconds": 5.0,
                "estimated_tokens": 0}
         self.assertEqual(store.usage("user", 0), [{"user": "ada", **row}])
-        self.assertEqual(store.export_rows(), exported)
+        self.assertEqual(store.list(), kept)
         with contextlib.closing(gateway.TokenCache(store)) as table:
             self.assertEqual(table.tokens_used_on(table.lookup(secret), 20_000), 90)
         store.add_usage({(hour, "ada", "laptop", "tiny:latest", "/api/chat"): (1, 0, 0, 10, 4, 5, 1.0, 2)}, {})
@@ -2194,7 +2203,7 @@ class OldDatabase(CommandCase):
         self.lay_old_database(self.db)
 
     def lay_old_database(self, path, journal="delete"):
-        """Write a database of the replaced system, with a deleted token's remains in a free page."""
+        """Write a database of the FastAPI gateway, with a deleted token's remains in a free page."""
         with contextlib.closing(sqlite3.connect(path)) as db:
             db.execute(f"PRAGMA journal_mode = {journal}")
             db.execute("PRAGMA secure_delete = OFF")
@@ -2296,10 +2305,10 @@ class OldDatabase(CommandCase):
 
 
 ROTATE = """
-import sys
+import contextlib, sys
 sys.path.insert(0, {here!r})
 import ollama_gateway
-with ollama_gateway.open_store({db!r}) as store:
+with contextlib.closing(ollama_gateway.TokenStore({db!r})) as store:
     for _ in sys.stdin:
         print(store.rotate("ada", "laptop")[1], flush=True)
 """
@@ -2395,15 +2404,14 @@ class TokenCacheAcrossProcesses(Case):
 
     def test_without_a_wal_index_each_lookup_asks_sqlite(self):
         self.store.close()
-        for name, broken in (("_use_wal", {"return_value": False}), ("mmap.mmap", {"side_effect": OSError("no memory")})):
-            with self.subTest(name), unittest.mock.patch("ollama_gateway." + name, **broken):
-                cache = self.open_cache(self.open_store())
-                self.assertEqual(cache._wal_index, b"")
-                self.follow(cache, times=3)
+        with unittest.mock.patch("mmap.mmap", side_effect=OSError("no memory")):
+            cache = self.open_cache(self.open_store())
+            self.assertEqual(cache._wal_index, b"")
+            self.follow(cache, times=3)
 
     def test_sqlite_is_asked_by_the_clock_too(self):
         with unittest.mock.patch.object(gateway, "_map_wal_index", return_value=b"never changes"), \
-                contextlib.closing(gateway.open_store(self.db)) as store, contextlib.closing(gateway.TokenCache(store)) as cache:
+                contextlib.closing(gateway.TokenStore(self.db)) as store, contextlib.closing(gateway.TokenCache(store)) as cache:
             self.assertTrue(cache.lookup(self.secret))
             self.store.delete("ada", "laptop")
             self.assertTrue(cache.lookup(self.secret))
@@ -2414,7 +2422,7 @@ class TokenCacheAcrossProcesses(Case):
     def test_sqlites_locks_on_the_wal_index_outlive_other_stores_and_caches_of_the_process(self):
         def is_locked():
             return bool(subprocess.run([sys.executable, "-c", TRY_LOCK, self.db + "-shm"], stderr=subprocess.DEVNULL).returncode)
-        with contextlib.closing(gateway.open_store(self.db)) as other, contextlib.closing(gateway.TokenCache(other)) as cache:
+        with contextlib.closing(gateway.TokenStore(self.db)) as other, contextlib.closing(gateway.TokenCache(other)) as cache:
             self.assertTrue(cache.lookup(self.secret))
             self.assertTrue(is_locked())
         self.assertTrue(is_locked())
@@ -2450,7 +2458,7 @@ class ReplacedDatabase(GatewayCase):
 
     def other(self, name="other.db"):
         """Make a database with another token of ada, and return its path and the token."""
-        with contextlib.closing(gateway.open_store(self.path(name), create=True)) as store:
+        with contextlib.closing(gateway.TokenStore(self.path(name), create=True)) as store:
             return self.path(name), store.create("ada", "new")[1]
 
     def assertOnlyRefused(self, *words, times=3):
@@ -2528,7 +2536,7 @@ class ReplacedDatabase(GatewayCase):
         self.assertStatus(self.ask("POST", "/api/chat", CHAT), 200)
         os.replace(copy, self.db)
         self.assertStatus(self.ask("POST", "/api/chat", CHAT), 200)
-        with contextlib.closing(gateway.open_store(self.db)) as store:
+        with contextlib.closing(gateway.TokenStore(self.db)) as store:
             eventually(lambda: [row["completion_tokens"] for row in store.usage("user", 0)] in ([5], [10]), "the storing")
         self.store.update("ada", "laptop", tokens_per_day=1)
         self.assertStatus(self.ask("POST", "/api/chat", CHAT), 429)
@@ -2580,7 +2588,9 @@ class ReplacedDatabase(GatewayCase):
         os.replace(self.path("aside.db"), self.db)
         with self.assertRaises(gateway.Failure):
             self.store.list()
-        self.delete_elsewhere()
+        self.delete_elsewhere()     # which makes a new -shm
+        with self.assertRaises(gateway.Failure):
+            self.store.list()
         self.assertEqual(eventually(lambda: {self.ask("GET", "/api/tags").status} - {503}), {401})
         self.assertEqual([token.user for token in self.store.list()], ["root"])
 
@@ -2594,7 +2604,8 @@ class ReplacedDatabase(GatewayCase):
 
     def test_an_older_database_is_upgraded(self):
         with contextlib.closing(sqlite3.connect(self.path("old.db"))) as db:
-            gateway._create_tokens(db, 0)
+            for statement in gateway.MIGRATIONS[0]:
+                db.execute(statement)
             db.execute("INSERT INTO tokens (user, name, digest, hint, created_at) VALUES ('ada', 'old', ?, '', 0)", (gateway.digest_of("old"),))
             db.execute("PRAGMA user_version = 1")
             db.commit()
@@ -2604,15 +2615,15 @@ class ReplacedDatabase(GatewayCase):
     def test_errors_of_sqlite_are_503_and_no_fault_of_the_gateway(self):
         for error in (sqlite3.DatabaseError("database disk image is malformed"), sqlite3.OperationalError("disk I/O error"),
                       sqlite3.OperationalError("attempt to write a readonly database")):
-            with self.subTest(error), unittest.mock.patch.object(gateway.TokenCache, "_refresh", side_effect=error):
-                self.store.update("ada", "laptop", rpm=1000)
+            self.store.update("ada", "laptop", rpm=1000)
+            with self.subTest(error), unittest.mock.patch.object(gateway, "_select", side_effect=error):
                 self.assertOnlyRefused(str(error))
             self.assertStatus(self.ask("GET", "/api/tags"), 200)
 
     def test_a_read_only_database_that_is_replaced_is_noticed(self):
         path, secret = self.other()
         with unittest.mock.patch("os.access", lambda path, mode: mode != os.W_OK):
-            with contextlib.closing(gateway.open_store(self.copy())) as store, contextlib.closing(gateway.TokenCache(store)) as table:
+            with contextlib.closing(gateway.TokenStore(self.copy())) as store, contextlib.closing(gateway.TokenCache(store)) as table:
                 self.assertIsNone(table.lookup(secret))
                 os.replace(path, store.path)
                 self.assertEqual(table.lookup(secret).name, "new")
@@ -2625,7 +2636,7 @@ class ReplacedDatabase(GatewayCase):
 
     def test_a_commit_while_the_database_is_replaced_is_no_success(self):
         copy = self.copy()
-        with self.assertRaisesRegex(gateway.Failure, "replaced meanwhile"), self.store._write() as db:
+        with self.assertRaisesRegex(gateway.Failure, "replaced meanwhile"), self.store._access(write=True) as db:
             db.execute("UPDATE tokens SET rpm = 1")
             os.replace(copy, self.db)
 
@@ -2647,18 +2658,18 @@ class ReplacedDatabase(GatewayCase):
         names = [self.path("x.db" + suffix) for suffix in ("", "-wal", "-shm")]
         script = f"import os, sqlite3; db = sqlite3.connect({names[0]!r}); db.execute('PRAGMA journal_mode = WAL'); " \
                  "db.execute('VACUUM'); db.execute('CREATE TABLE x (y)'); db.commit(); db.execute('DROP TABLE x'); db.commit(); os._exit(0)"
-        with contextlib.closing(gateway.open_store(names[0], create=True)):
+        with contextlib.closing(gateway.TokenStore(names[0], create=True)):
             pass
         subprocess.run([sys.executable, "-c", script], check=True)
         for name in names:
             os.chmod(name, 0o644)
-        with contextlib.closing(gateway.open_store(names[0])):
+        with contextlib.closing(gateway.TokenStore(names[0])):
             self.assertEqual([stat.S_IMODE(os.stat(name).st_mode) for name in names], [0o600] * 3)
 
     def test_a_mode_that_cannot_be_changed_is_a_warning(self):
         os.chmod(self.db, 0o644)
         refused = unittest.mock.patch("os.chmod", side_effect=PermissionError("not permitted"))
-        with refused, self.assertLogs("ollama_gateway", "WARNING") as logs, contextlib.closing(gateway.open_store(self.db)):
+        with refused, self.assertLogs("ollama_gateway", "WARNING") as logs, contextlib.closing(gateway.TokenStore(self.db)):
             self.assertIn("not permitted", logs.output[0])
 
 # == Server ===================================================================
@@ -2710,7 +2721,7 @@ class Concurrency(GatewayCase):
         self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(secret)), 401)
 
     def test_every_change_counts_at_the_next_request_however_fast_they_follow(self):
-        with Client(self.server.server_address) as client, contextlib.closing(gateway.open_store(self.db)) as store:
+        with Client(self.server.server_address) as client, contextlib.closing(gateway.TokenStore(self.db)) as store:
             for number in range(100):
                 store.update("ada", "laptop", admin=number % 2)
                 self.assertStatus(client.ask("GET", "/metrics", None, bearer(self.token)), 200 if number % 2 else 403)
@@ -3369,7 +3380,7 @@ class Stopping(Case):
             begin(server, *args)
             raise KeyboardInterrupt
         settings = gateway.load_settings({"ollama_url": self.fake.url, "db": self.db, "host": "127.0.0.1", "port": "0"}, {})
-        with contextlib.closing(gateway.open_store(self.db)) as store:
+        with contextlib.closing(gateway.TokenStore(self.db)) as store:
             server = gateway.build_server(settings, store)
             with Client(server.server_address) as client:
                 with unittest.mock.patch.object(socketserver.ThreadingMixIn, "process_request", begin), self.assertRaises(KeyboardInterrupt):
@@ -3863,7 +3874,7 @@ def open_and_die_at(statement, path):
             doomed = type("Doomed", (sqlite3.Connection,), {name: killing(name) for name in ("execute", "executemany", "executescript", "commit")})
             connect = sqlite3.connect
             sqlite3.connect = lambda *args, **kwargs: connect(*args, **{**kwargs, "factory": doomed})
-            gateway.open_store(path).close()
+            gateway.TokenStore(path).close()
         finally:
             os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -7369,7 +7380,7 @@ class Commands(CommandCase):
         self.assertLessEqual(max(len(line) for line in out.splitlines() if self.db not in line), 80, out)
 
     def expire(self, user, name):
-        with contextlib.closing(gateway.open_store(self.db)) as store:
+        with contextlib.closing(gateway.TokenStore(self.db)) as store:
             store.update(user, name, expires_at=1)
 
     def test_the_list_can_be_of_one_user(self):
@@ -7646,7 +7657,7 @@ class UsageCommand(CommandCase):
         super().setUp()
         self.create()
         self.hour = int(time.time()) // 3600 * 3600
-        with contextlib.closing(gateway.open_store(self.db)) as store:
+        with contextlib.closing(gateway.TokenStore(self.db)) as store:
             store.add_usage({
                 (self.hour, "ada", "laptop", "tiny:latest", "/api/chat"): [3, 1, 0, 30, 10, 60, 4.5, 0],
                 (self.hour, "ada", "phone", "", "/api/chat"): [1, 1, 0, 0, None, 0, 0.5, 0],
@@ -7680,7 +7691,7 @@ class UsageCommand(CommandCase):
                 self.assertEqual(gateway.usage_start(text, lambda: midnight + 11 * 3600 + 37 * 60), start)
 
     def test_usage_by_day_since_7d_has_seven_rows(self):
-        with contextlib.closing(gateway.open_store(self.db)) as store:
+        with contextlib.closing(gateway.TokenStore(self.db)) as store:
             store.add_usage({(self.hour - hours * 3600, "ada", "laptop", "", "/api/chat"): [1, 0, 0, 1, 0, 1, 1, 0] for hours in range(9 * 24)}, {})
         days = [row["day"] for row in self.rows("--by", "day", "--since", "7d")]
         self.assertEqual(days, [gateway.format_instant((self.hour // 86400 - back) * 86400)[:10] for back in range(6, -1, -1)])
@@ -7740,7 +7751,7 @@ class ServeCommand(Case):
         return self.enter(Serving(self.folder, "--port", "0", "--ollama-url", self.fake.url, *argv, **env))
 
     def make_token(self):
-        with contextlib.closing(gateway.open_store(self.db, create=True)) as store:
+        with contextlib.closing(gateway.TokenStore(self.db, create=True)) as store:
             return store.create("ada", "laptop")[1]
 
     def test_the_first_line_says_all_that_matters(self):
@@ -7824,7 +7835,7 @@ class ServeCommand(Case):
 
     def test_settings_come_from_dot_env_and_the_environment(self):
         self.write(".env", "TOKEN_DB_PATH=from-file.db\nBASE_PATH=/file\n")
-        with contextlib.closing(gateway.open_store(self.path("from-file.db"), create=True)) as store:
+        with contextlib.closing(gateway.TokenStore(self.path("from-file.db"), create=True)) as store:
             secret = store.create("ada", "laptop")[1]
         serving = self.serving(BASE_PATH="/env")
         with Client(serving.server_address) as client:
@@ -7970,7 +7981,7 @@ class Menu(CommandCase):
 
     def menu(self, *tokens, **how):
         """Start it in a database with some tokens, "user/name", and wait until it is there."""
-        with contextlib.closing(gateway.open_store(self.db, create=True)) as store:
+        with contextlib.closing(gateway.TokenStore(self.db, create=True)) as store:
             for token in tokens:
                 store.create(*token.split("/"))
         menu = self.enter(Terminal("token", "menu", "--db", self.db, **how))
@@ -8877,7 +8888,7 @@ class Bench:
         self.upstream = subprocess.Popen([sys.executable, TESTS, "--bench-upstream"], stdout=subprocess.PIPE)
         self.direct = int(self.upstream.stdout.readline())
         self.db = os.path.join(folder, "tokens.db")
-        with contextlib.closing(gateway.open_store(self.db, create=True)) as store:
+        with contextlib.closing(gateway.TokenStore(self.db, create=True)) as store:
             self.token = store.create("ada", "laptop")[1]
         self.gateway, self.through = None, None
 
@@ -9049,7 +9060,7 @@ class BenchItself(Case):
                     self.assertEqual((found["failed"], round(found["lines"] / found["answers"])), (0, lines))
         for port in measured.direct, measured.through:
             self.assertEqual(measured.measure(port, chat_of(100_000), 1, seconds=0)["failed"], 0)
-        with contextlib.closing(gateway.open_store(self.db)) as store:
+        with contextlib.closing(gateway.TokenStore(self.db)) as store:
             eventually(lambda: [row["requests"] for row in store.usage("user", 0)] == [7], "the account")
             self.assertEqual(store.usage("user", 0)[0]["completion_tokens"], 7 * len(WORDS))
 
