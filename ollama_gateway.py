@@ -6126,10 +6126,7 @@ class LinePrompt:
 
 
 class ArrowPrompt(LinePrompt):
-    """Asks on a terminal: lists by arrow keys, everything else by input() with readline.
-
-    The terminal is in raw mode only while a list is open. Keys are read byte by byte: the next ones may be for input().
-    """
+    """Asks on a terminal: lists by arrow keys, in raw mode; everything else by input(), with readline."""
 
     def __init__(self):
         import readline     # noqa: F401, input() uses it; Windows has neither module
@@ -6160,13 +6157,14 @@ class ArrowPrompt(LinePrompt):
         if set(self._signals) != {signal.SIGTSTP}:
             signal.setitimer(signal.ITIMER_REAL, 0)     # no second exception may interrupt the cleanup
             raise KeyboardInterrupt
+        self._signals.remove(signal.SIGTSTP)
         mode = self._termios.tcgetattr(sys.stdin)
-        print(ERASE if self._list else "", end="", flush=True)
+        if self._list:
+            print(ERASE, end="", flush=True)
         self._set_mode(self._normal)
         handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTSTP)    # returns when the process is continued
         signal.signal(signal.SIGTSTP, handler)
-        self._signals.clear()
         self._set_mode(mode)
         if self._list:
             self._draw(*self._list)
@@ -6180,8 +6178,7 @@ class ArrowPrompt(LinePrompt):
         try:
             self._set_mode(self._raw)
             while key not in ("\r", "\n", *BACK_KEYS):
-                numbers = [number for number in (typed + key, key) if number.isdigit()]
-                typed = next((number for number in numbers if 0 < int(number) <= len(labels)), "")
+                typed = next((n for n in (typed + key, key) if n.isdigit() and 0 < int(n) <= len(labels)), "")
                 at = int(typed) - 1 if typed else (at + STEPS.get(key, 0)) % len(labels)
                 self._list = title, labels, at
                 self._draw(*self._list)
@@ -6197,10 +6194,7 @@ class ArrowPrompt(LinePrompt):
 
     @staticmethod
     def _draw(title, labels, at):
-        """Draw a list over the last one, with the selected line in its middle where possible.
-
-        The cursor stays in the first line, so that ERASE works even if a narrower terminal has wrapped the others.
-        """
+        """Draw a list over the last one; the cursor stays at its top: ERASE works even if its lines are wrapped."""
         columns, lines = shutil.get_terminal_size()
         columns, rows = max(columns, 20) - 1, max(min(lines - 2, len(labels)), 1)
         start, pointer = max(min(at - rows // 2, len(labels) - rows), 0), "❯" if can_show("❯") else ">"
@@ -6213,14 +6207,13 @@ class ArrowPrompt(LinePrompt):
         print("\n".join(drawn) + f"\x1b[{rows}A\r\x1b[{text_width(title)}C", end="", flush=True)
 
     def _read_key(self):
-        """Return a character, or an escape sequence as "\\x1b" and its last letter; raise EOFError."""
+        """Read no byte after a key: it may be for input(). Return a sequence as Esc and its last character."""
         key = self._wait(os.read, sys.stdin.fileno(), 1)
         if key in (b"", b"\x04"):
             raise EOFError
         while re.fullmatch(rb"\x1b([\[O][0-9;]*)?", key) and select.select([sys.stdin], (), (), ESCAPE_SECONDS)[0]:
             key += os.read(sys.stdin.fileno(), 1)
-        sequence = re.fullmatch(rb"\x1b[\[O][0-9;]*([@-~])", key)
-        return (b"\x1b" + sequence[1] if sequence else key[-1:]).decode("ascii", "ignore")
+        return (key[:1] + key[-1:] if len(key) > 2 else key[-1:]).decode("ascii", "ignore")
 
 
 NO_YES = {False: "No", True: "Yes"}
@@ -6235,17 +6228,14 @@ class Menu:
         self._prompt, self._args = prompt, dict(DEFAULT_ARGS, **args)
 
     def run(self):
-        """Offer the actions until the user leaves."""
+        """Offer the actions until the user leaves; raise Back then."""
         at = 0
         while True:
             print_line("")
-            try:
-                at = self._prompt.choose("Ollama Gateway", [label for label, *_ in self.ACTIONS], at)
-            except Back:
-                return
+            at = self._prompt.choose("Ollama Gateway", [label for label, *_ in self.ACTIONS], at)
             _, action, *args = self.ACTIONS[at]
             if not action:
-                return
+                raise Back
             try:
                 action(self, *args)
             except Back:
@@ -6336,7 +6326,6 @@ class Menu:
 
 
 def cmd_token_menu(args):
-    """Offer the actions as a menu until the user leaves."""
     if sys.stdin is None:
         raise Failure("token menu: stdin is closed, and the answers come from there")
     if hasattr(sys.stdin, "reconfigure"):
@@ -6347,12 +6336,12 @@ def cmd_token_menu(args):
     if sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
         with contextlib.suppress(ImportError):
             prompts = ArrowPrompt().handling_signals()
-    print_line(f"The tokens are in {path}\nArrow keys or a number choose, Enter takes the choice or the value in [brackets],"
-               '\n"<" goes back, Ctrl-C leaves the menu.')
+    print_line(f"The tokens are in {path}\n"
+               'Enter takes the choice or the value in [brackets], "<" goes back, Ctrl-C leaves the menu.')
     try:
         with prompts as prompt:
             Menu(prompt, env_file=args.env_file, db=path).run()
-    except (EOFError, KeyboardInterrupt):
+    except (Back, EOFError, KeyboardInterrupt):
         print_line("\nLeft the menu.")
 
 
@@ -6360,8 +6349,7 @@ MENU = ("token menu", cmd_token_menu, "manage the tokens from a menu, with arrow
 
 # == Doctor ===================================================================
 
-# A check yields (True: passed, False: failed, None: unknown; text; advice, if there is any).
-
+# A check yields (True if it passed, False if it failed or None if that is unknown; text; advice, if there is any).
 FLOORS = (("Python", "%d.%d.%d" % sys.version_info[:3], (3, 8)), ("SQLite", SQLITE_VERSION, (3, 26)))
 STREAM_TOKENS = 48      # requested from a model to see whether they arrive one by one
 TELLING_SECONDS = 0.02  # a response that took less proves nothing
@@ -6386,12 +6374,6 @@ def is_local_host(host):
     return any(address.is_loopback or str(address) in local_addresses() for address in found)
 
 
-def check_versions():
-    for name, found, least in FLOORS:
-        ok = tuple(map(int, found.split(".")[:2])) >= least
-        yield ok, f"{name} {found}", "" if ok else "install {} {}.{} or newer".format(name, *least)
-
-
 def check_database(settings):
     """Check that the database can be used, and by its owner alone."""
     path, newest = os.path.abspath(settings.db), len(MIGRATIONS)
@@ -6409,7 +6391,7 @@ def check_database(settings):
 
 
 def upstream_at(url, settings, verify=True):
-    """Return an Upstream for a with block; do not verify this machine's servers: the URL is not in their certificates."""
+    """Return an Upstream for a with block; without `verify` it accepts a certificate of another name."""
     tls = ssl.create_default_context()
     if not verify:
         tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
@@ -6435,7 +6417,7 @@ def check_ollama(settings):
     elif status != 200 or "version" not in (about or ()):
         yield False, f"the server at {url} is not Ollama (status {status})", "set Ollama's address: --ollama-url URL"
     else:
-        shown = ", ".join(models[:5]) + (", …" if len(models) > 5 else "") or "get one: ollama pull llama3.2"
+        shown = ", ".join(models[:5]) + (", …" if len(models) > 5 else "") or "get one with ollama pull llama3.2"
         yield True, f"Ollama {about['version']} answers at {url}, with {plural(len(models), 'model')}: {shown}"
 
 
@@ -6478,32 +6460,6 @@ def check_tls(settings):
                "use --tls-cert, or a proxy that speaks HTTPS, and --host 127.0.0.1")
 
 
-def check_stream(where, gateway, base, secret):
-    """Check that a streamed response arrives piece by piece, and that no proxy before the gateway holds it back."""
-    untried = f"the stream test of {where} was not tried"
-    if not secret:
-        return (yield None, untried, f"set a token in the variable {TOKEN_VARIABLE}")
-    fields = f"Authorization: Bearer {secret}\r\nContent-Type: application/json\r\n"
-    status, listed = gateway.get_json(f"{base}/tags", fields)
-    if status != 200:
-        advice = f"set a valid one in {TOKEN_VARIABLE}, and the gateway's --base-path"
-        return (yield False, f"{where} answers {status} to the token: {(listed or {}).get('error', '')}",
-                advice if status in (401, 404) else "")
-    for model in names_in(listed):
-        body = {"model": model, "prompt": "Count from one to fifty.", "options": {"num_predict": STREAM_TOKENS}}
-        request = UpstreamRequest("POST", f"{base}/generate", fields, BufferedBody(json.dumps(body).encode()))
-        arrivals, data = [], b""
-        with gateway.send(request) as response:
-            while not response.complete:
-                data += response.read()
-                arrivals.append(time.monotonic())
-        if response.status == 200:
-            return (yield judge_stream(where, model, arrivals[-1] - arrivals[0], data))
-        if response.status != 400:  # which is for a model that makes no text
-            return (yield None, f"{untried}: it answers {response.status}")
-    yield None, f"{untried}: no model makes text"
-
-
 def judge_stream(where, model, took, data):
     """Return the result for a response that arrived within so many seconds; Ollama reports how long it took to make."""
     try:
@@ -6519,11 +6475,36 @@ def judge_stream(where, model, took, data):
     return True, f"{where} forwards streams without delay: {times}"
 
 
+def check_stream(where, gateway, base, secret):
+    """Check that a streamed response arrives piece by piece, and that no proxy before the gateway holds it back."""
+    untried = f"the stream test of {where} was not tried"
+    if not secret:
+        return (yield None, untried, f"set a token in the variable {TOKEN_VARIABLE}")
+    fields = f"Authorization: Bearer {secret}\r\nContent-Type: application/json\r\n"
+    status, listed = gateway.get_json(f"{base}/tags", fields)
+    if status != 200:
+        return (yield False, f"{where} answers {status} to the token: {(listed or {}).get('error', '')}",
+                f"see the token in {TOKEN_VARIABLE}, and the gateway's --base-path")
+    for model in names_in(listed):
+        body = {"model": model, "prompt": "Count from one to fifty.", "options": {"num_predict": STREAM_TOKENS}}
+        request = UpstreamRequest("POST", f"{base}/generate", fields, BufferedBody(json.dumps(body).encode()))
+        arrivals, data = [], b""
+        with gateway.send(request) as response:
+            while not response.complete:
+                data += response.read()
+                arrivals.append(time.monotonic())
+        if response.status == 200:
+            return (yield judge_stream(where, model, arrivals[-1] - arrivals[0], data))
+        if response.status != 400:  # which is for a model that makes no text
+            return (yield None, f"{untried}: it answers {response.status}")
+    yield None, f"{untried}: no model makes text"
+
+
 def guarded(check, subject="", advice=""):
     """Yield the results of a check; an exception that ends it is a failure of the subject."""
     try:
         yield from check
-    except (Failure, UpstreamError, Refusal, OSError) as error:
+    except (UsageError, Failure, UpstreamError, Refusal, OSError) as error:
         yield False, f"{subject}{error}", advice
 
 
@@ -6547,19 +6528,22 @@ def check_address(settings, secret):
         family, _, _, _, address = look_up(settings.host, settings.port, socket.AI_PASSIVE)[0]
         socket.create_server(address, family=family, dualstack_ipv6=family == socket.AF_INET6).close()
         yield True, f"{where} is free: no gateway runs there"
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError) as error:
         url = urllib.parse.urlsplit(url_of(settings))
         subject = f"cannot listen on {where}: {getattr(error, 'strerror', None) or error}; "
         advice = "choose another address with --host and --port"
         yield from guarded(check_gateway(url, settings, secret, verify=False), subject, advice)
 
 
-def check_all(settings, url, secret):
+def check_all(args, url, secret):
     """Yield the results of all checks; url: the gateway's public address, or None."""
+    for name, found, least in FLOORS:
+        ok = tuple(map(int, found.split(".")[:2])) >= least
+        yield ok, f"{name} {found}", "" if ok else "install {} {}.{} or newer".format(name, *least)
+    settings = load_settings(vars(args), os.environ, args.env_file)
     given = [f"{source} {raw}" if source.startswith("--") else f"{source}: {raw}"
              for source, raw in settings.given.values()]
     yield True, f"settings: {'; '.join(given) or 'all by default'}"
-    yield from check_versions()
     yield from guarded(check_database(settings))
     ollama, host = settings.ollama_url.geturl(), settings.ollama_url.hostname
     yield from guarded(check_ollama(settings), f"Ollama at {ollama}: ", "start it, or see --ollama-url")
@@ -6580,13 +6564,9 @@ def cmd_doctor(args):
         url = upstream_url(args.url) if hasattr(args, "url") else None
     except ValueError:
         raise UsageError(f'--url: "{args.url}" is not a URL like https://public.example/') from None
-    try:
-        results = check_all(load_settings(vars(args), os.environ, args.env_file), url, secret)
-    except UsageError as error:
-        results = [(False, f"settings: {error}", "the other checks need valid settings"), *check_versions()]
     markers = dict(zip((True, False, None), ("✓", "✗", "-") if can_show("✓✗") else ("ok  ", "FAIL", "--  ")))
     counts = Counter()
-    for ok, text, *advice in results:
+    for ok, text, *advice in guarded(check_all(args, url, secret), "settings: ", "the other checks need valid ones"):
         counts[ok] += 1
         print_line(f"{markers[ok]} {_printable(text)}")     # part of it may come from another server
         for line in filter(None, advice):

@@ -8254,8 +8254,8 @@ class Menu(CommandCase):
         self.script("5", "1", "1", "3", "tiny*", "8")
         file = self.path("out.json")
         out = self.script("2", "4", file, "4", file, "2", "4", file, "1", "7", "2", "1d", "6", "1", "1", "2", "9", "x", "8")
-        self.assertEqual([out.count(word) for word in ("USER  NAME", "Exported 1", "0 requests", "Gave a new secret", "not a whole number from 0 to 8")],
-                         [1, 2, 1, 1, 2], out)
+        words = ("USER  NAME", "Exported 1", "0 requests", "Gave a new secret", "not a whole number from 0 to 8")
+        self.assertEqual([out.count(word) for word in words], [1, 2, 1, 1, 2], out)
         self.script("1", "2", "", "", "", "", "3", "1", "2", "1", "3", "1", "2", "2")
         self.assertEqual(self.names(), ["ada/laptop"])
 
@@ -8354,7 +8354,7 @@ class Doctor(GatewayCase, CommandCase):
 
     def test_a_wrong_setting_is_told_and_the_other_checks_wait(self):
         status, lines = self.examine("--max-queue", "none")
-        self.assertEqual((status, lines[0][:14], lines[-1]), (1, "✗ settings: --", "1 of 3 checks failed"))
+        self.assertEqual((status, lines[2][:14], lines[-1]), (1, "✗ settings: --", "1 of 3 checks failed"))
 
     def test_old_versions_are_told(self):
         floors = (("Python", "3.7.1", (3, 8)), ("SQLite", "3.25.3", (3, 26)))
