@@ -6083,7 +6083,7 @@ class Parser(argparse.ArgumentParser):
 
 ESCAPE_SECONDS = 0.05       # the rest of a key's escape sequence arrives within this time, over a slow line too
 SIGNAL_SECONDS = 0.1        # interval at which signals are acted on
-STEPS = {"\x1bA": -1, "\x10": -1, "\x1bB": 1, "\x0e": 1}    # of the keys up, Ctrl-P, down, Ctrl-N in a list
+KEY_STEPS = {"\x1bA": -1, "\x10": -1, "\x1bB": 1, "\x0e": 1}    # of the keys up, Ctrl-P, down, Ctrl-N in a list
 BACK_KEYS = ("<", "\x1b", "\x1bD")  # <, Esc, left
 ERASE = "\r\x1b[J"          # from the cursor's line to the end of the screen
 
@@ -6179,7 +6179,7 @@ class ArrowPrompt(LinePrompt):
             self._set_mode(self._raw)
             while key not in ("\r", "\n", *BACK_KEYS):
                 typed = next((n for n in (typed + key, key) if n.isdigit() and 0 < int(n) <= len(labels)), "")
-                at = int(typed) - 1 if typed else (at + STEPS.get(key, 0)) % len(labels)
+                at = int(typed) - 1 if typed else (at + KEY_STEPS.get(key, 0)) % len(labels)
                 self._list = title, labels, at
                 self._draw(*self._list)
                 key = self._read_key()
@@ -6391,7 +6391,7 @@ def check_database(settings):
 
 
 def upstream_at(url, settings, verify=True):
-    """Return an Upstream for a with block; without `verify` it accepts a certificate of another name."""
+    """Return an Upstream for a with block; without `verify` it accepts any certificate."""
     tls = ssl.create_default_context()
     if not verify:
         tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
