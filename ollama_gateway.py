@@ -4796,6 +4796,12 @@ def format_minute(seconds, otherwise=""):
     return otherwise if seconds is None else format_instant(seconds)[:16].replace("T", " ")
 
 
+def can_show(text):
+    """Report whether stdout's encoding has these characters."""
+    encoding = sys.stdout.encoding or "ascii"
+    return text.encode(encoding, "ignore").decode(encoding) == text
+
+
 def text_width(text):
     """Return the columns that a text takes on a terminal."""
     import unicodedata  # `serve` does not need it
@@ -5191,381 +5197,266 @@ class Parser(argparse.ArgumentParser):
 # == Menu =====================================================================
 
 ESCAPE_SECONDS = 0.05       # the rest of a key's escape sequence arrives within this time, over a slow line too
-SIGNAL_SECONDS = 0.2        # a signal that arrives just before a wait for a key is noticed within this time
-BEGUN_SEQUENCE = re.compile(rb"\x1b([\[O][0-9;]*)?")
-KEYS = (("enter", rb"[\r\n]"), ("back", rb"\x1b"),
-        ("up", rb"\x1b[\[O][0-9;]*A|\x10"), ("down", rb"\x1b[\[O][0-9;]*B|\x0e"),
-        ("home", rb"\x1b[\[O][0-9;]*H|\x1b\[[17]~|\x01"), ("end", rb"\x1b[\[O][0-9;]*F|\x1b\[[48]~|\x05"),
-        ("page up", rb"\x1b\[5~"), ("page down", rb"\x1b\[6~"))
-BOLD, DIM, RED, CYAN = "1", "2", "31", "36"
-BACK = ("<", "\x1b")        # lines that go back to the question before
+SIGNAL_SECONDS = 0.1        # interval at which signals are acted on
+KEY_STEPS = {"\x1bA": -1, "\x10": -1, "\x1bB": 1, "\x0e": 1}    # of the keys up, Ctrl-P, down, Ctrl-N in a list
+BACK_KEYS = ("<", "\x1b", "\x1bD")  # <, Esc, left
+ERASE = "\r\x1b[J"          # from the cursor's line to the end of the screen
 
 
-def printable_text(text):
-    """Return a text as stdout can show it, on one line, without control characters."""
-    encoding = sys.stdout.encoding or "ascii"
-    return _printable(text).encode(encoding, "backslashreplace").decode(encoding)
-
-
-def move_cursor(key, at, digits, number, page):
-    """Return the index that a key leads to in a list of `number` lines, and the digits typed for it so far."""
-    if re.fullmatch("[0-9]", key):
-        for typed in digits + key, key:
-            if 1 <= int(typed) <= number:
-                return int(typed) - 1, typed
-    places = {"up": (at - 1) % number, "down": (at + 1) % number, "home": 0, "end": number - 1,
-              "page up": max(at - page, 0), "page down": min(at + page, number - 1)}
-    return places.get(key, at), ""
+class Back(Exception):
+    """The user goes back to the list of actions."""
 
 
 class LinePrompt:
     """Asks line by line: for pipes, plain terminals, and systems without termios or readline."""
 
     def choose(self, title, labels, at=0):
-        """Return the index of the chosen label, or None to go back."""
-        def check(text):
-            if not re.fullmatch("[0-9]{1,9}", text) or int(text) > len(labels):
-                raise ValueError(f"is not a number from 0 to {len(labels)}")
-        digits = len(str(len(labels)))
-        for number, label in (("", title), *enumerate(labels, 1), (0, "Back")):
-            print_line(printable_text(f"{number:{digits}}  {label}" if label is not title else title))
-        answer = self.ask("Number", str(at + 1), check)
-        return int(answer) - 1 if answer and int(answer) else None
+        """Return the index of the chosen label; raise Back."""
+        print_line(_printable(title))
+        for number, label in (*enumerate(labels, 1), (0, "Back")):
+            print_line(_printable(f"{number:{len(str(len(labels)))}}  {label}"))
+        number = int(self.ask("Number", str(at + 1), functools.partial(integer, low=0, high=len(labels))))
+        if not number:
+            raise Back
+        return number - 1
 
     def ask(self, question, default, check):
-        """Return a line that `check` accepts, the default for an empty line, or None to go back."""
-        prompt = printable_text(f"{question} [{default}]: " if default else f"{question}: ")
+        """Return a line that `check` accepts, the default for an empty line; raise Back."""
+        prompt = _printable(f"{question} [{default}]: " if default else f"{question}: ")
         while True:
-            answer = self._read_line(prompt).strip() or default
+            answer = self._wait(input, prompt).strip() or default
             if not sys.stdin.isatty():
-                print_line(printable_text(answer))  # else the next prompt would follow on the same line
-            if answer in BACK:
-                return None
+                print_line(_printable(answer))  # else the next prompt would follow on the same line
+            if answer == "<":
+                raise Back
             try:
                 check(answer)
                 return answer
-            except ValueError as error:
-                self.complain(f'"{answer}" {error}')
-            except (UsageError, Failure) as error:
-                self.complain(str(error))
+            except (ValueError, UsageError, Failure) as error:
+                print_line(_printable(f'"{answer}" {error}' if isinstance(error, ValueError) else str(error)))
 
-    def complain(self, text):
-        print_line(self._paint(printable_text(text), RED))
-
-    def _read_line(self, prompt):
-        return input(prompt)
-
-    def _paint(self, text, _):
-        return text
+    @staticmethod
+    def _wait(call, *args):
+        return call(*args)
 
 
 class ArrowPrompt(LinePrompt):
-    """Asks on a terminal: lists by arrow keys, everything else by input().
-
-    The terminal is in raw mode only while a list is open. Keys are read one byte at a time, as readline does:
-    the keys that follow may be for input().
-    """
+    """Asks on a terminal: lists by arrow keys, in raw mode; everything else by input(), with readline."""
 
     def __init__(self):
-        import readline     # input() uses it; Windows has neither module
+        import readline     # noqa: F401, input() uses it; Windows has neither module
         import termios
-        self._readline, self._termios = readline, termios
+        self._termios, self._signals, self._list = termios, [], ()
         self._normal, self._raw = termios.tcgetattr(sys.stdin), termios.tcgetattr(sys.stdin)
         self._raw[3] &= ~(termios.ICANON | termios.ECHO | termios.IEXTEN)
-        self._raw[6][termios.VMIN], self._raw[6][termios.VTIME] = 1, 0
-        self._drawn, self._ahead = [], b""
-        for enter in "jm":  # Escape and Enter go back from a line, too
-            readline.parse_and_bind(rf'"\e\C-{enter}": "\C-e\C-u{BACK[0]}\C-{enter}"')
 
     @contextlib.contextmanager
     def handling_signals(self):
         """Handle signals in the with block so that each of them leaves or suspends a terminal in its normal mode.
 
-        Python runs a handler when the wait for a key is interrupted. The timer interrupts it for a signal that came
-        just before, and alone raises: input() of Python 3.8 fails if a handler is left to run after an exception.
-        It raises in these waits only: elsewhere the exception may be ignored, as in a weak reference's callback.
+        They are only noted when they come. A timer acts on them, also on one that came just before a wait for input,
+        but only in such a wait: elsewhere an exception may be ignored, as in a weak reference's callback.
         """
-        left, waits = threading.Event(), (self._read_line.__code__, self._read_byte.__code__)
-
-        def leave(*_):
-            if not left.is_set():   # a second signal must not interrupt the cleanup
-                left.set()
-                signal.setitimer(signal.ITIMER_REAL, 1e-6, SIGNAL_SECONDS)
-
-        def interrupt(_, frame):
-            if left.is_set() and frame.f_code in waits:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                raise KeyboardInterrupt
-        handlers = dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT), leave)
-        handlers.update({signal.SIGTSTP: self._suspend, signal.SIGALRM: interrupt})
+        handlers = dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP),
+                                 lambda number, _: self._signals.append(number))
         with contextlib.ExitStack() as stack:
-            for number, handler in handlers.items():
+            for number, handler in {**handlers, signal.SIGALRM: self._act}.items():
                 stack.callback(signal.signal, number, signal.signal(number, handler))
             stack.callback(signal.setitimer, signal.ITIMER_REAL, 0)
             signal.setitimer(signal.ITIMER_REAL, SIGNAL_SECONDS, SIGNAL_SECONDS)
-            stack.callback(self._set_mode, self._normal)
             yield self
 
-    def choose(self, title, labels, at=0):
-        key = digits = ""
-        try:
-            self._set_mode(self._raw)
-            print_line(self._paint(printable_text(title), BOLD))
-            while key not in ("enter", "back"):
-                rows = max(min(shutil.get_terminal_size().lines - 3, len(labels)), 1)
-                at, digits = move_cursor(key, at, digits, len(labels), rows)
-                self._draw(self._list_lines(labels, at, rows))
-                key = self._read_key()
-        finally:
-            self._set_mode(self._normal)
-            self._draw(())
-        print_line(printable_text("> " + (re.sub("  +", ", ", labels[at]) if key == "enter" else "Back")))
-        return at if key == "enter" else None
-
-    @staticmethod
-    def _list_lines(labels, at, rows):
-        """Yield as many lines of a list as there are rows, with the selected one in the middle where possible."""
-        start, digits = max(min(at - rows // 2, len(labels) - rows), 0), len(str(len(labels)))
-        pointer = "❯" if printable_text("❯") == "❯" else ">"
-        for here in range(start, start + rows):
-            selected = here == at
-            yield f"{pointer if selected else ' '} {here + 1:{digits}}  {labels[here]}", CYAN if selected else ""
-        yield f"Enter chooses, Esc goes back ({at + 1}/{len(labels)})", DIM
-
-    def _draw(self, lines):
-        print(self._drawing(lines), end="", flush=True)
-
-    def _drawing(self, lines):
-        """Return the text that draws (text, colour) lines over the last ones, which a narrower terminal has wrapped."""
-        columns = max(shutil.get_terminal_size().columns, 20)
-        up = sum(max(1, -(-text_width(text) // columns)) for text, _ in self._drawn) - 1
-        self._drawn = [(fit_width(printable_text(text), columns - 1).rstrip(), colour) for text, colour in lines]
-        shown = "\n".join(self._paint(text, colour) for text, colour in self._drawn)
-        return (f"\x1b[{up}A" if up > 0 else "") + "\r\x1b[J" + shown
-
-    def _read_key(self):
-        """Return the name of the next key, or its text; raise EOFError for Ctrl-D and a closed terminal."""
-        key, self._ahead = self._ahead or self._read_byte(), b""
-        while BEGUN_SEQUENCE.fullmatch(key) and select.select([sys.stdin], (), (), ESCAPE_SECONDS)[0]:
-            key += self._read_byte()
-        if key[:1] == b"\x1b" and not re.fullmatch(rb"\x1b[\[O][0-9;]*[@-~]", key):
-            key, self._ahead = key[:1], key[1:]     # Escape, and another key close behind it
-        return next((name for name, pattern in KEYS if re.fullmatch(pattern, key)), key.decode("ascii", "ignore"))
-
-    @staticmethod
-    def _read_byte():
-        byte = b""
-        with contextlib.suppress(OSError):  # the terminal was closed
-            byte = os.read(sys.stdin.fileno(), 1)
-        if byte in (b"", b"\x04"):
-            raise EOFError
-        return byte
-
-    def _read_line(self, prompt):
-        ahead, self._ahead = self._ahead.decode("ascii", "ignore"), b""
-        if ahead in ("\n", "\x1b"):
-            print_line(prompt)
-            return ahead
-        self._readline.set_startup_hook(functools.partial(self._readline.insert_text, ahead))
-        return input(prompt)
-
-    def _suspend(self, *_):
+    def _act(self, _, frame):
+        if not self._signals or frame.f_code is not self._wait.__code__:
+            return
+        if set(self._signals) != {signal.SIGTSTP}:
+            signal.setitimer(signal.ITIMER_REAL, 0)     # no second exception may interrupt the cleanup
+            raise KeyboardInterrupt
+        self._signals.remove(signal.SIGTSTP)
         mode = self._termios.tcgetattr(sys.stdin)
+        if self._list:
+            print(ERASE, end="", flush=True)
         self._set_mode(self._normal)
-        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTSTP)    # returns when the process is continued
-        signal.signal(signal.SIGTSTP, self._suspend)
+        signal.signal(signal.SIGTSTP, handler)
         self._set_mode(mode)
-        lines, self._drawn = self._drawn, []    # the shell has written below the list
-        drawing = self._drawing(lines) if lines else ""
-        os.write(sys.stdout.fileno(), drawing.encode(sys.stdout.encoding))  # print() may be what was interrupted
+        if self._list:
+            self._draw(*self._list)
 
     def _set_mode(self, mode):
         with contextlib.suppress(self._termios.error):  # the terminal was closed
             self._termios.tcsetattr(sys.stdin, self._termios.TCSANOW, mode)
 
-    def _paint(self, text, colour):
-        return f"\x1b[{colour}m{text}\x1b[0m" if colour and not os.environ.get("NO_COLOR") else text
+    def choose(self, title, labels, at=0):
+        key = typed = ""
+        try:
+            self._set_mode(self._raw)
+            while key not in ("\r", "\n", *BACK_KEYS):
+                typed = next((n for n in (typed + key, key) if n.isdigit() and 0 < int(n) <= len(labels)), "")
+                at = int(typed) - 1 if typed else (at + KEY_STEPS.get(key, 0)) % len(labels)
+                self._list = title, labels, at
+                self._draw(*self._list)
+                key = self._read_key()
+        finally:
+            self._set_mode(self._normal)
+            self._list = ()
+            print(ERASE, end="", flush=True)
+        print_line(_printable(f"{title} > {'Back' if key in BACK_KEYS else labels[at]}"))
+        if key in BACK_KEYS:
+            raise Back
+        return at
+
+    @staticmethod
+    def _draw(title, labels, at):
+        """Draw a list over the last one; the cursor stays at its top: ERASE works even if its lines are wrapped."""
+        columns, lines = shutil.get_terminal_size()
+        columns, rows = max(columns, 20) - 1, max(min(lines - 2, len(labels)), 1)
+        start, pointer = max(min(at - rows // 2, len(labels) - rows), 0), "❯" if can_show("❯") else ">"
+        title = fit_width(_printable(f"{title} ({at + 1}/{len(labels)})"), columns).rstrip()
+        drawn = [ERASE + title]
+        for number, label in list(enumerate(labels, 1))[start:start + rows]:
+            mark, bold, plain = (pointer, "\x1b[1m", "\x1b[0m") if number == at + 1 else (" ", "", "")
+            line = fit_width(_printable(f"{mark} {number:{len(str(len(labels)))}}  {label}"), columns).rstrip()
+            drawn.append(f"{bold}{line}{plain}")
+        print("\n".join(drawn) + f"\x1b[{rows}A\r\x1b[{text_width(title)}C", end="", flush=True)
+
+    def _read_key(self):
+        """Read no byte after a key: it may be for input(). Return a sequence as Esc and its last character."""
+        key = self._wait(os.read, sys.stdin.fileno(), 1)
+        if key in (b"", b"\x04"):
+            raise EOFError
+        while re.fullmatch(rb"\x1b([\[O][0-9;]*)?", key) and select.select([sys.stdin], (), (), ESCAPE_SECONDS)[0]:
+            key += os.read(sys.stdin.fileno(), 1)
+        return (key[:1] + key[-1:] if len(key) > 2 else key[-1:]).decode("ascii", "ignore")
 
 
-SKIP = object()     # the answer of a question that the answers before it make needless
-NO_YES = (("No", False), ("Yes", True))
+NO_YES = {False: "No", True: "Yes"}
 QUESTIONS = {"expires_at": "Expires (30d, 2027-01-31, none)", "admin": "Admin (may manage models and tokens)",
              **{limit.column: limit.label + (limit.example and f" (as {limit.example})") for limit in LIMITS}}
 
 
 class Menu:
-    """The actions: each one asks for the arguments of a command and runs it.
-
-    A question returns a value, SKIP, or None to go back to the question before.
-    """
+    """The actions: each one asks for the arguments of a command and runs it."""
 
     def __init__(self, prompt, **args):
         self._prompt, self._args = prompt, dict(DEFAULT_ARGS, **args)
 
     def run(self):
-        """Offer the actions until the user leaves."""
+        """Offer the actions until the user leaves; raise Back then."""
         at = 0
         while True:
             print_line("")
             at = self._prompt.choose("Ollama Gateway", [label for label, *_ in self.ACTIONS], at)
-            _, command, *questions = self.ACTIONS[-1 if at is None else at]
-            if not command:
-                return
-            self._attempt(self._ask_and_run, command, questions)
-
-    def _attempt(self, call, *args):
-        """Call a function; report why it failed, and go on."""
-        try:
-            call(*args)
-        except (UsageError, Failure) as error:
-            self._prompt.complain(str(error))
-
-    def _ask_and_run(self, command, questions):
-        """Ask (name, question) pairs in order, each with the answers so far, and run the command with all answers."""
-        answers, answered, at = {}, [], 0
-        while at < len(questions):
-            name, question = questions[at]
-            answer = question(self, answers)
-            if answer is None:
-                if not answered:
-                    return
-                at = answered.pop()
-                answers.pop(questions[at][0], None)
+            _, action, *args = self.ACTIONS[at]
+            if not action:
+                raise Back
+            try:
+                action(self, *args)
+            except Back:
                 continue
-            if answer is not SKIP:
-                answers[name] = answer
-                answered.append(at)
-            at += 1
-        if answers.get("sure", True):
-            self._run(command, answers)
+            except (UsageError, Failure) as error:
+                print_line(_printable(str(error)))
 
-    def _run(self, command, answers):
-        command(argparse.Namespace(**self._args, **answers))
+    def _run(self, command, **args):
+        command(argparse.Namespace(**self._args, **args))
 
-    def _tokens(self, user=None):
+    def _tokens(self):
         with open_command_store(argparse.Namespace(**self._args)) as store:
-            return [token for token in store.list() if user in (None, token.user)]
+            return store.list()
 
-    def _choose(self, title, options, present=None):
-        """Return the value of the chosen (label, value) pair, or None to go back."""
-        labels, values = zip(*options)
-        at = self._prompt.choose(title, labels, values.index(present) if present in values else 0)
-        return None if at is None else values[at]
+    def _choose(self, title, labels, present=None):
+        """Return the chosen key of {key: label}."""
+        keys = list(labels)
+        return keys[self._prompt.choose(title, list(labels.values()), keys.index(present) if present in keys else 0)]
 
     def _ask_value(self, column, present):
         if column == "admin":
             return self._choose(QUESTIONS[column], NO_YES, present == "Yes")
         return self._prompt.ask(QUESTIONS[column], present, functools.partial(read_column, column))
 
-    def _ask_owner(self, _):
-        users = dict.fromkeys(token.user for token in self._tokens())
-        return self._choose("Whose token?", (("A new user", ""), *zip(users, users))) if users else SKIP
+    def _choose_token(self):
+        tokens = self._tokens()
+        if not tokens:
+            raise Failure("There are no tokens yet: generate one first.")
+        counts = Counter(token.user for token in tokens)
+        user = self._choose("Whose token?", {user: f"{user} ({plural(counts[user], 'token')})" for user in counts})
+        tokens, cells = [token for token in tokens if token.user == user], dict(TOKEN_COLUMNS)
+        rows = [[cells[heading](token) for heading in ("NAME", "SECRET", "EXPIRES")] for token in tokens]
+        return self._choose("Which token?", dict(zip(tokens, format_table(rows, 8))))
 
-    def _ask_new_user(self, answers):
-        if answers.get("user"):
-            return SKIP
-        return self._prompt.ask("User (a person)", "", functools.partial(check_name, "user"))
-
-    def _ask_new_name(self, answers):
-        """Ask for a name that the user has no token of yet."""
-        taken = {token.name for token in self._tokens(answers["user"])}
+    def _create(self):
+        tokens = self._tokens()
+        users = {token.user: token.user for token in tokens}
+        user = users and self._choose("Whose token?", {"": "A new user", **users})
+        user = user or self._prompt.ask("User (a person)", "", functools.partial(check_name, "user"))
+        taken = {token.name for token in tokens if token.user == user}
 
         def check(name):
             if check_name("name", name) in taken:
-                raise token_exists(answers["user"], name)
+                raise token_exists(user, name)
         names = itertools.chain(["laptop"], map("laptop-{}".format, itertools.count(2)))
-        return self._prompt.ask("Name (a device, a program)", next(name for name in names if name not in taken), check)
+        name = self._prompt.ask("Name (a device, a program)", next(name for name in names if name not in taken), check)
+        args = {"expires_at": self._ask_value("expires_at", "none"), "admin": self._ask_value("admin", "No")}
+        if self._choose("Limits", {False: "No limits", True: "Set them, one by one"}):
+            columns = [column for column in LIMIT_BY_COLUMN if column != "models" or not args["admin"]]
+            args.update((column, self._ask_value(column, "none")) for column in columns)
+        self._run(cmd_token_create, user=user, name=name, **args)
 
-    def _limit(column):     # noqa: N805, used in the table below
-        def ask(self, answers):
-            needless = not answers["limits"] or column == "models" and answers["admin"]
-            return SKIP if needless else self._ask_value(column, "none")
-        return column, ask
+    def _change(self):
+        token = self._choose_token()
+        present = {column: str(getattr(token, column) or "none") for column in QUESTIONS}
+        present.update(expires_at=format_instant(token.expires_at) or "none", admin=NO_YES[bool(token.admin)])
+        lines = format_table([(QUESTIONS[key].partition(" (")[0], present[key]) for key in QUESTIONS], 8)
+        column = self._choose(f'Change "{token.user}/{token.name}"', dict(zip(QUESTIONS, lines)))
+        value = self._ask_value(column, present[column])
+        self._run(cmd_token_update, user=token.user, name=token.name, **{column: value})
 
-    def _ask_user(self, _):
-        counts = Counter(token.user for token in self._tokens())
-        if not counts:
-            raise Failure("There are no tokens yet: generate one first.")
-        return self._choose("Whose token?", [(f"{user} ({plural(counts[user], 'token')})", user) for user in counts])
+    def _confirm(self, command, question):
+        token = self._choose_token()
+        if self._choose(question.format(token.user, token.name), NO_YES):
+            self._run(command, user=token.user, name=token.name)
 
-    def _ask_name(self, answers):
-        tokens, heads, cells = self._tokens(answers["user"]), ("NAME", "SECRET", "EXPIRES"), dict(TOKEN_COLUMNS)
-        rows = [heads, *([cells[head](token) for head in heads] for token in tokens)]
-        lines = format_table(rows, 8)[1:]   # 8: the pointer, the number, and one column
-        return self._choose("Which token?", list(zip(lines, (token.name for token in tokens))))
-
-    def _ask_changes(self, answers):
-        """Change one column of a token after the other until the user goes back."""
-        column = "expires_at"
-        while True:
-            token = next((token for token in self._tokens(answers["user"]) if token.name == answers["name"]), None)
-            if not token:   # it was deleted meanwhile
-                return None
-            present = {column: str(getattr(token, column) or "none") for column in QUESTIONS}
-            present.update(expires_at=format_instant(token.expires_at) or "none", admin="Yes" if token.admin else "No")
-            lines = format_table([(QUESTIONS[key].partition(" (")[0], present[key]) for key in QUESTIONS])
-            column = self._choose(f'Change "{token.user}/{token.name}"', list(zip(lines, QUESTIONS)), column)
-            if column is None:
-                return None
-            value = self._ask_value(column, present[column])
-            if value is not None:
-                self._attempt(self._run, cmd_token_update, {**answers, column: value})
-
-    def _ask_file(self, _):
-        def check(file):
-            if not file.lower().endswith((".csv", ".json")):
+    def _export(self):
+        def check(path):
+            if not path.lower().endswith((".csv", ".json")):
                 raise ValueError("ends neither in .csv nor in .json")
-        file = self._prompt.ask("File (.csv or .json)", "tokens.csv", check)
-        return file and os.path.expanduser(file)
+        file = os.path.expanduser(self._prompt.ask("File (.csv or .json)", "tokens.csv", check))
+        if not os.path.exists(file) or self._choose(f"Replace the existing file {file}?", NO_YES):
+            self._run(cmd_token_export, file=file)
 
-    def _ask_to_replace(self, answers):
-        file = answers["file"]
-        return self._choose(f"Replace the existing file {file}?", NO_YES) if os.path.exists(file) else SKIP
+    def _usage(self):
+        by = self._choose("Usage by", dict(zip(USAGE_BY, USAGE_BY)))
+        self._run(cmd_usage, by=by, since=self._prompt.ask("Since (7d, 12h, 2027-01-31)", "7d", usage_start))
 
-    def _sure(question):    # noqa: N805, used in the table below
-        return "sure", lambda self, answers: self._choose(question.format(**answers), NO_YES)
-
-    TOKEN = (("user", _ask_user), ("name", _ask_name))
-    ACTIONS = (     # label, command, its arguments; the first four in the order of the system that this one replaces
-        ("Generate a token", cmd_token_create,
-         ("user", _ask_owner), ("user", _ask_new_user), ("name", _ask_new_name),
-         ("expires_at", lambda self, _: self._ask_value("expires_at", "none")),
-         ("admin", lambda self, _: self._ask_value("admin", "No")),
-         ("limits", lambda self, _: self._choose("Limits", (("No limits", False), ("Set them, one by one", True)))),
-         *map(_limit, LIMIT_BY_COLUMN)),
-        ("List all users", cmd_token_list),
-        ("Delete a token", cmd_token_delete, *TOKEN, _sure('Delete "{user}/{name}"? It stops at its next request.')),
-        ("Export users to file", cmd_token_export, ("file", _ask_file), ("sure", _ask_to_replace)),
-        ("Change limits", cmd_token_update, *TOKEN, ("changes", _ask_changes)),
-        ("Rotate a token", cmd_token_rotate, *TOKEN, _sure('Rotate "{user}/{name}"? Its old secret stops working.')),
-        ("Usage", cmd_usage, ("by", lambda self, _: self._choose("Usage by", [(key, key) for key in USAGE_BY])),
-         ("since", lambda self, _: self._prompt.ask("Since (7d, 12h, 2027-01-31)", "7d", usage_start))),
+    ACTIONS = (     # label, function, its arguments; the first four are in the order of the FastAPI gateway
+        ("Generate a token", _create),
+        ("List all users", _run, cmd_token_list),
+        ("Delete a token", _confirm, cmd_token_delete, 'Delete "{}/{}"? It stops at its next request.'),
+        ("Export users to file", _export),
+        ("Change limits", _change),
+        ("Rotate a token", _confirm, cmd_token_rotate, 'Rotate "{}/{}"? Its old secret stops working.'),
+        ("Usage", _usage),
         ("Exit", None))
 
 
-def choose_prompt():
-    """Return a context manager of the prompt that the terminal is good for."""
-    if sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
-        with contextlib.suppress(ImportError):
-            return ArrowPrompt().handling_signals()
-    return contextlib.nullcontext(LinePrompt())
-
-
 def cmd_token_menu(args):
-    """Offer the actions as a menu until the user leaves."""
     if sys.stdin is None:
         raise Failure("token menu: stdin is closed, and the answers come from there")
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")     # check_name refuses what cannot be decoded
     with open_command_store(args, create=True) as store:
         path = store.path
+    prompts = contextlib.nullcontext(LinePrompt())
+    if sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        with contextlib.suppress(ImportError):
+            prompts = ArrowPrompt().handling_signals()
     print_line(f"The tokens are in {path}\n"
-               f'An empty line takes the value in [brackets], "{BACK[0]}" goes back, Ctrl-C leaves the menu.')
+               'Enter takes the choice or the value in [brackets], "<" goes back, Ctrl-C leaves the menu.')
     try:
-        with choose_prompt() as prompt:
+        with prompts as prompt:
             Menu(prompt, env_file=args.env_file, db=path).run()
-    except (EOFError, KeyboardInterrupt):
+    except (Back, EOFError, KeyboardInterrupt):
         print_line("\nLeft the menu.")
 
 
@@ -5573,17 +5464,10 @@ MENU = ("token menu", cmd_token_menu, "manage the tokens from a menu, with arrow
 
 # == Doctor ===================================================================
 
+# A check yields (True if it passed, False if it failed or None if that is unknown; text; advice, if there is any).
 FLOORS = (("Python", "%d.%d.%d" % sys.version_info[:3], (3, 8)), ("SQLite", SQLITE_VERSION, (3, 26)))
 STREAM_TOKENS = 48      # requested from a model to see whether they arrive one by one
 TELLING_SECONDS = 0.02  # a response that took less proves nothing
-
-
-class CheckResult(NamedTuple):
-    """The result of a check: passed (True), failed (False) or unknown (None), and what to do."""
-
-    ok: Optional[bool]
-    text: str
-    advice: str = ""
 
 
 def local_addresses():
@@ -5595,10 +5479,6 @@ def local_addresses():
         found.update(str(ipaddress.IPv6Address(int(line.split()[0], 16))) for line in file)
     with contextlib.suppress(OSError):
         found.update(entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None))
-    for family, elsewhere in (socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"):  # RFC 5737, RFC 3849
-        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((elsewhere, 9))   # sends nothing, but chooses the source address
-            found.add(probe.getsockname()[0])
     return sorted(str(address) for address in map(address_of, found)
                   if not (address.is_loopback or address.is_link_local or address.is_unspecified))
 
@@ -5609,39 +5489,29 @@ def is_local_host(host):
     return any(address.is_loopback or str(address) in local_addresses() for address in found)
 
 
-def check_settings(settings):
-    """Show the settings that differ from the defaults, with their sources."""
-    given = [f"{source} {raw}" if source.startswith("--") else f"{source}: {raw}"
-             for source, raw in settings.given.values()]
-    yield CheckResult(True, f"settings: {'; '.join(given) or 'all by default'}")
-
-
-def check_versions():
-    for name, found, least in FLOORS:
-        ok = tuple(map(int, found.split(".")[:2])) >= least
-        yield CheckResult(ok, f"{name} {found}", "" if ok else "install {} {}.{} or newer".format(name, *least))
-
-
 def check_database(settings):
     """Check that the database can be used, and by its owner alone."""
-    path = os.path.abspath(settings.db)
-    try:
-        found = describe_database(path)
-    except Failure as error:
-        return (yield CheckResult(False, str(error)))
-    newest, kind = len(MIGRATIONS), remote_file_system(path)
+    path, newest = os.path.abspath(settings.db), len(MIGRATIONS)
+    found, kind = describe_database(path), remote_file_system(path)
     upgrade = "" if found.version == newest else f", upgraded to {newest} at the next start"
-    tokens = plural(found.tokens, "token")
-    yield CheckResult(True, f"the database {path} has {tokens} (version {found.version}{upgrade})",
-                      "" if found.tokens else f"nobody has access yet: {PROGRAM} token create USER NAME")
-    for wrong, text, advice in (
-            (os.name == "posix" and found.mode & 0o077,
-             f"other users of this machine can read the database ({found.mode:o})", f"chmod 600 {path}"),
-            (kind, f"the database is on a network or FUSE file system ({kind}): its changes may be lost",
-             "move it to a local disk and name it with --db"),
-            (not found.writable, "the database is read-only for this user", f"make {path} and its folder writable")):
-        if wrong:
-            yield CheckResult(False, text, advice)
+    yield (True, f"the database {path} has {plural(found.tokens, 'token')} (version {found.version}{upgrade})",
+           "" if found.tokens else f"nobody has access yet: {PROGRAM} token create USER NAME")
+    if os.name == "posix" and found.mode & 0o077:
+        yield False, f"other users of this machine can read the database ({found.mode:o})", f"chmod 600 {path}"
+    if kind:
+        yield (False, f"the database is on a network or FUSE file system ({kind}): its changes may be lost",
+               "move it to a local disk and name it with --db")
+    if not found.writable:
+        yield False, "the database is read-only for this user", f"make {path} and its folder writable"
+
+
+def upstream_at(url, settings, verify=True):
+    """Return an Upstream for a with block; without `verify` it accepts any certificate."""
+    tls = ssl.create_default_context()
+    if not verify:
+        tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
+    return contextlib.closing(
+        Upstream(url, settings.connect_timeout, settings.first_byte_timeout, settings.stall_timeout, tls))
 
 
 def names_in(listed):
@@ -5650,225 +5520,172 @@ def names_in(listed):
     return [str(model.get("name")) for model in models if isinstance(model, dict)] if isinstance(models, list) else []
 
 
-def upstream_at(url, settings, tls=None):
-    return Upstream(url, settings.connect_timeout, settings.first_byte_timeout, settings.stall_timeout, tls)
-
-
 def check_ollama(settings):
-    """Check that Ollama answers; show its version and models, and whether it accepts the headers that matter."""
-    url, ollama = settings.ollama_url.geturl(), upstream_at(settings.ollama_url, settings)
-    with contextlib.closing(ollama):
-        try:
-            status, about = ollama.get_json("/api/version")
-            _, listed = ollama.get_json("/api/tags")
-            refused, _ = ollama.get_json("/api/version", "Origin: https://chat.example\r\n")
-        except (UpstreamError, Refusal) as error:
-            return (yield CheckResult(False, f"Ollama at {url}: {error}", "start it, or see --ollama-url"))
+    """Check that Ollama answers; show its version and models."""
+    url = settings.ollama_url.geturl()
+    with upstream_at(settings.ollama_url, settings) as ollama:
+        status, about = ollama.get_json("/api/version")
+        models = names_in(ollama.get_json("/api/tags")[1])
     if status == 403:
-        return (yield CheckResult(False, f"Ollama at {url} refuses requests for that host name",
-                                  "use localhost or its IP address in --ollama-url"))
-    if status != 200 or "version" not in (about or ()):
-        return (yield CheckResult(False, f"the server at {url} is not Ollama (status {status})",
-                                  "set Ollama's address: --ollama-url URL"))
-    models = names_in(listed)
-    shown = ", ".join(models[:5]) + (", …" if len(models) > 5 else "")
-    yield CheckResult(True, f"Ollama {about['version']} answers at {url}, with {plural(len(models), 'model')}"
-                      + (f": {shown}" if models else ""), "" if models else "get one: ollama pull llama3.2")
-    yield CheckResult(True, "Ollama accepts the gateway's Host" + (
-        "; it refuses other sites' Origin, but the gateway forwards none" if refused == 403 else " and any Origin"))
+        yield (False, f"Ollama at {url} refuses requests for that host name",
+               "use localhost or its IP address in --ollama-url")
+    elif status != 200 or "version" not in (about or ()):
+        yield False, f"the server at {url} is not Ollama (status {status})", "set Ollama's address: --ollama-url URL"
+    else:
+        shown = ", ".join(models[:5]) + (", …" if len(models) > 5 else "") or "get one with ollama pull llama3.2"
+        yield True, f"Ollama {about['version']} answers at {url}, with {plural(len(models), 'model')}: {shown}"
 
 
-def unverified(url):
-    """Return a TLS context for this machine's own servers: their certificates have other names than the URL."""
-    if url.scheme != "https":
-        return None
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
-
-
-def ollama_answers_at(host, url):
-    """Return whether an Ollama answers at a host, on the URL's port, to requests without a token."""
-    shown = f"[{host}]" if ":" in host else host
-    there = urllib.parse.urlsplit(f"{url.scheme}://{shown}:{port_of(url)}{url.path}")
-    with contextlib.closing(Upstream(there, 1, 1, 1, unverified(url))) as ollama:
-        try:
-            status, about = ollama.get_json("/api/version")
-            return status == 200 and "version" in (about or ())
-        except (UpstreamError, Refusal):
-            return False
+def ollama_answers_at(host, settings):
+    """Return whether an Ollama answers at a host, on the port of --ollama-url, to requests without a token."""
+    url = settings.ollama_url
+    there = url._replace(netloc=f"[{host}]:{port_of(url)}" if ":" in host else f"{host}:{port_of(url)}")
+    with contextlib.suppress(UpstreamError, Refusal), upstream_at(there, settings, verify=False) as ollama:
+        status, about = ollama.get_json("/api/version")
+        return status == 200 and "version" in (about or ())
+    return False
 
 
 def check_bypass(settings, addresses):
     """Check that others cannot reach Ollama itself, where they would need no token."""
-    url, port = settings.ollama_url, port_of(settings.ollama_url)
-    try:
-        local = is_local_host(url.hostname)
-    except OSError as error:
-        return CheckResult(False, f"the host name {url.hostname} has no address: {error.strerror}", "see --ollama-url")
-    if not local:
-        return CheckResult(None, f"who else can reach Ollama on {url.hostname} cannot be checked from here",
-                           "make sure there that only this machine can")
-    found = [address for address in addresses if ollama_answers_at(address, url)]
+    host, port = settings.ollama_url.hostname, port_of(settings.ollama_url)
+    if not is_local_host(host):
+        return (yield None, f"who else can reach Ollama on {host} cannot be checked from here",
+                "make sure there that only this machine can")
+    found = [address for address in addresses if ollama_answers_at(address, settings)]
     if found:
-        return CheckResult(False, f"Ollama answers at {', '.join(found)} port {port}: the gateway protects nothing",
-                           "let it listen on loopback only: OLLAMA_HOST=127.0.0.1 (systemctl edit ollama.service; "
-                           f"in Docker publish 127.0.0.1:{port}:{port}), or close the port to others")
-    if not ollama_answers_at(url.hostname, url):
-        return CheckResult(None, "whether others reach Ollama itself cannot be checked while it does not answer")
-    return CheckResult(True, f"Ollama's port {port} is closed at this machine's other addresses: "
-                       + (", ".join(addresses) or "it has none"))
+        yield (False, f"Ollama answers at {', '.join(found)} port {port}: the gateway protects nothing",
+               "let it listen on loopback only: OLLAMA_HOST=127.0.0.1 (systemctl edit ollama.service; "
+               f"in Docker publish 127.0.0.1:{port}:{port}), or close the port to others")
+    elif ollama_answers_at(host, settings):
+        others = ", ".join(addresses) or "it has none"
+        yield True, f"Ollama's port {port} is closed at this machine's other addresses: {others}"
+    else:
+        yield None, "whether others reach Ollama itself cannot be checked while it does not answer"
 
 
 def check_tls(settings):
     """Check certificate and key, or show who could read the tokens without them."""
-    if settings.tls_cert:
-        try:
-            server_tls(settings)
-            return CheckResult(True, f"the certificate {settings.tls_cert} and its key are readable and match")
-        except Failure as error:
-            return CheckResult(False, str(error), "see --tls-cert and --tls-key")
-    if is_loopback(settings.host):
-        return CheckResult(None, f"no TLS: only this machine can reach {settings.host}")
-    return CheckResult(None, f"no TLS: tokens travel to {settings.host} in clear text",
-                       "use --tls-cert, or a proxy that speaks HTTPS, and --host 127.0.0.1")
+    if settings.tls_cert and server_tls(settings):
+        yield True, f"the certificate {settings.tls_cert} and its key are readable and match"
+    elif is_loopback(settings.host):
+        yield None, f"no TLS: only this machine can reach {settings.host}"
+    else:
+        yield (None, f"no TLS: tokens travel to {settings.host} in clear text",
+               "use --tls-cert, or a proxy that speaks HTTPS, and --host 127.0.0.1")
 
 
-def check_health(where, gateway):
-    """Return whether a server is a gateway, and the CheckResult of its health."""
-    try:
-        status, about = gateway.get_json("/health")
-    except (UpstreamError, Refusal) as error:
-        return False, CheckResult(False, f"the gateway at {where}: {error}", "is it running there?")
-    if status != 200 or not {"status", "upstream", "version"} <= set(about or ()):
-        return False, CheckResult(False, f"the server at {where} is not this gateway (status {status} to /health)",
-                                  "see which server has that address, and where it forwards requests")
-    if about["upstream"] != "up":
-        return True, CheckResult(False, f"the gateway {about['version']} at {where} does not reach Ollama",
-                                 "see above, or its log")
-    return True, CheckResult(True, f"the gateway {about['version']} answers at {where}, and reaches Ollama")
-
-
-def check_address(settings, gateway):
-    """Return whether the gateway runs at its address, and a CheckResult: it must, or the address must be free."""
-    where = f"{settings.host} port {settings.port}"
-    try:
-        family, kind, _, _, address = look_up(settings.host, settings.port, socket.AI_PASSIVE)[0]
-        with socket.socket(family, kind) as probe:
-            if GatewayServer.allow_reuse_address:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            probe.listen()
-        return False, CheckResult(True, f"{where} is free: no gateway runs there")
-    except (OSError, UnicodeError) as error:
-        running, result = check_health(where, gateway)
-        failure = CheckResult(False, f"cannot listen on {where}: {getattr(error, 'strerror', None) or error}",
-                              "choose another address with --host and --port")
-        return running, result if running else failure
-
-
-def time_stream(where, gateway, base, fields, model):
-    """Return how a model's streamed response arrived, or None for a model that makes no text.
-
-    Ollama reports how long it generated. Pieces that arrive together after that were held back.
-    """
-    body = {"model": model, "prompt": "Count from one to fifty.", "options": {"num_predict": STREAM_TOKENS}}
-    arrivals, data = [], b""
-    request = UpstreamRequest("POST", f"{base}/generate", fields, BufferedBody(json.dumps(body).encode()))
-    with gateway.send(request) as response:
-        while not response.body.complete:
-            data += response.read()
-            arrivals.append(time.monotonic())
-        if response.status == 400:
-            return None
-        if response.status != 200:
-            return CheckResult(None, f"the stream test of {where} was not tried: it answers {response.status}")
+def judge_stream(where, model, took, data):
+    """Return the result for a response that arrived within so many seconds; Ollama reports how long it took to make."""
     try:
         made = json.loads(data.splitlines()[-1])["eval_duration"] / 1e9
     except (ValueError, LookupError, TypeError):
-        return CheckResult(False, f"a streamed response of {where} has no proper end", "see the gateway's log")
-    took = arrivals[-1] - arrivals[0]
+        return False, f"a streamed response of {where} has no proper end", "see the gateway's log"
     times = f"{model} took {made:.2f} s, and its response arrived within {took:.2f} s"
     if made < TELLING_SECONDS:
-        return CheckResult(None, f"whether {where} holds streams back is unknown: {times}")
+        return None, f"whether {where} holds streams back is unknown: {times}"
     if took < made / 2:
-        return CheckResult(False, f"{where} holds streams back: {times}", "let the proxy pass them on: nginx "
-                           "proxy_buffering off; Caddy flush_interval -1; and no compression of application/x-ndjson")
-    return CheckResult(True, f"{where} forwards streams without delay: {times}")
+        return (False, f"{where} holds streams back: {times}", "let the proxy pass them on: nginx proxy_buffering off; "
+                "Caddy flush_interval -1; and no compression of application/x-ndjson")
+    return True, f"{where} forwards streams without delay: {times}"
 
 
 def check_stream(where, gateway, base, secret):
-    """Check that streamed responses arrive piece by piece, and that no proxy before the gateway holds them back."""
+    """Check that a streamed response arrives piece by piece, and that no proxy before the gateway holds it back."""
+    untried = f"the stream test of {where} was not tried"
     if not secret:
-        return CheckResult(None, f"the stream test of {where} was not tried",
-                           f"set a token in the variable {TOKEN_VARIABLE}")
+        return (yield None, untried, f"set a token in the variable {TOKEN_VARIABLE}")
     fields = f"Authorization: Bearer {secret}\r\nContent-Type: application/json\r\n"
+    status, listed = gateway.get_json(f"{base}/tags", fields)
+    if status != 200:
+        return (yield False, f"{where} answers {status} to the token: {(listed or {}).get('error', '')}",
+                f"see the token in {TOKEN_VARIABLE}, and the gateway's --base-path")
+    for model in names_in(listed):
+        body = {"model": model, "prompt": "Count from one to fifty.", "options": {"num_predict": STREAM_TOKENS}}
+        request = UpstreamRequest("POST", f"{base}/generate", fields, BufferedBody(json.dumps(body).encode()))
+        arrivals, data = [], b""
+        with gateway.send(request) as response:
+            while not response.body.complete:
+                data += response.read()
+                arrivals.append(time.monotonic())
+        if response.status == 200:
+            return (yield judge_stream(where, model, arrivals[-1] - arrivals[0], data))
+        if response.status != 400:  # which is for a model that makes no text
+            return (yield None, f"{untried}: it answers {response.status}")
+    yield None, f"{untried}: no model makes text"
+
+
+def guarded(check, subject="", advice=""):
+    """Yield the results of a check; an exception that ends it is a failure of the subject."""
     try:
-        status, listed = gateway.get_json(f"{base}/tags", fields)
-        if status != 200:
-            advice = f"set a valid one in {TOKEN_VARIABLE}, and the gateway's --base-path"
-            return CheckResult(False, f"{where} answers {status} to the token: {(listed or {}).get('error', '')}",
-                               advice if status in (401, 404) else "")
-        results = (time_stream(where, gateway, base, fields, model) for model in names_in(listed))
-        untried = CheckResult(None, f"the stream test of {where} was not tried: no model makes text")
-        return next(filter(None, results), untried)
-    except (UpstreamError, Refusal) as error:
-        return CheckResult(False, f"a streamed response of {where}: {error}")
+        yield from check
+    except (UsageError, Failure, UpstreamError, Refusal, OSError) as error:
+        yield False, f"{subject}{error}", advice
 
 
-def secret_to_try(url):
-    """Return the token of the environment or, for a URL, one typed without echo; never an argument."""
-    secret = os.environ.get(TOKEN_VARIABLE, "")
-    if not secret and url and sys.stdin.isatty():
-        import getpass
-        secret = getpass.getpass("A token for the stream test (Enter: none): ")
-    secret = secret.strip()
-    if secret and not re.fullmatch(r"[\x21-\x7e]+", secret):
-        raise UsageError(f"{TOKEN_VARIABLE}: this is not a valid token: check that it was copied completely")
-    return secret
+def check_gateway(url, settings, secret, verify=True):
+    """Check that a gateway answers at a URL, reaches Ollama, and streams."""
+    where = url.geturl()
+    with upstream_at(url, settings, verify) as gateway:
+        status, about = gateway.get_json("/health")
+        if status != 200 or not {"status", "upstream", "version"} <= set(about or ()):
+            raise Failure(f"the server is not this gateway (status {status} to /health)")
+        if about["upstream"] != "up":
+            return (yield False, f"the gateway {about['version']} at {where} does not reach Ollama", "see its log")
+        yield True, f"the gateway {about['version']} answers at {where}, and reaches Ollama"
+        yield from guarded(check_stream(where, gateway, settings.base_path, secret), f"a stream of {where}: ")
 
 
-def check_gateway(url, settings, tls, check, secret):
-    """Yield the result of a check of the gateway at a URL and, if that passed, of a streamed response."""
-    with contextlib.closing(upstream_at(url, settings, tls)) as gateway:
-        running, result = check(gateway)
-        yield result
-        if running and result.ok:
-            yield check_stream(url.geturl(), gateway, settings.base_path, secret)
+def check_address(settings, secret):
+    """Check that the gateway runs at the address to listen on, or that the address is free."""
+    where = f"{settings.host} port {settings.port}"
+    try:
+        family, _, _, _, address = look_up(settings.host, settings.port, socket.AI_PASSIVE)[0]
+        socket.create_server(address, family=family, dualstack_ipv6=family == socket.AF_INET6).close()
+        yield True, f"{where} is free: no gateway runs there"
+    except (OSError, ValueError) as error:
+        url = urllib.parse.urlsplit(url_of(settings))
+        subject = f"cannot listen on {where}: {getattr(error, 'strerror', None) or error}; "
+        advice = "choose another address with --host and --port"
+        yield from guarded(check_gateway(url, settings, secret, verify=False), subject, advice)
 
 
-def check_all(settings, url, secret, addresses):
+def check_all(args, url, secret):
     """Yield the results of all checks; url: the gateway's public address, or None."""
-    for results in check_settings(settings), check_versions(), check_database(settings), check_ollama(settings):
-        yield from results
-    yield check_bypass(settings, addresses)
-    yield check_tls(settings)
-    local = urllib.parse.urlsplit(url_of(settings))
-    yield from check_gateway(local, settings, unverified(local), functools.partial(check_address, settings), secret)
+    for name, found, least in FLOORS:
+        ok = tuple(map(int, found.split(".")[:2])) >= least
+        yield ok, f"{name} {found}", "" if ok else "install {} {}.{} or newer".format(name, *least)
+    settings = load_settings(vars(args), os.environ, args.env_file)
+    given = [f"{source} {raw}" if source.startswith("--") else f"{source}: {raw}"
+             for source, raw in settings.given.values()]
+    yield True, f"settings: {'; '.join(given) or 'all by default'}"
+    yield from guarded(check_database(settings))
+    ollama, host = settings.ollama_url.geturl(), settings.ollama_url.hostname
+    yield from guarded(check_ollama(settings), f"Ollama at {ollama}: ", "start it, or see --ollama-url")
+    yield from guarded(check_bypass(settings, local_addresses()), f"the host name {host}: ", "see --ollama-url")
+    yield from guarded(check_tls(settings), "", "see --tls-cert and --tls-key")
+    yield from check_address(settings, secret)
     if url:
-        yield from check_gateway(url, settings, None, functools.partial(check_health, url.geturl()), secret)
+        yield from guarded(check_gateway(url, settings, secret), f"the gateway at {url.geturl()}: ",
+                           "see whether it runs, and where that address leads")
 
 
 def cmd_doctor(args):
     """Check what the gateway depends on, itself, and the way to it; return 1 if a check failed."""
+    secret = os.environ.get(TOKEN_VARIABLE, "").strip()
+    if not re.fullmatch(r"[\x21-\x7e]*", secret):
+        raise UsageError(f"{TOKEN_VARIABLE}: this is not a valid token: check that it was copied completely")
     try:
         url = upstream_url(args.url) if hasattr(args, "url") else None
     except ValueError:
         raise UsageError(f'--url: "{args.url}" is not a URL like https://public.example/') from None
-    secret = secret_to_try(url)
-    try:
-        settings = load_settings(vars(args), os.environ, args.env_file)
-        results = check_all(settings, url, secret, local_addresses())
-    except UsageError as error:
-        results = [CheckResult(False, f"settings: {error}", "the other checks need valid settings"), *check_versions()]
-    markers = dict(zip((True, False, None),
-                       ("✓", "✗", "-") if printable_text("✓✗") == "✓✗" else ("ok  ", "FAIL", "--  ")))
+    markers = dict(zip((True, False, None), ("✓", "✗", "-") if can_show("✓✗") else ("ok  ", "FAIL", "--  ")))
     counts = Counter()
-    for result in results:
-        counts[result.ok] += 1
-        print_line(f"{markers[result.ok]} {_printable(result.text)}")    # part of it may come from another server
-        if result.advice:
-            print_line(f"{' ' * len(markers[True])} {result.advice}")
+    for ok, text, *advice in guarded(check_all(args, url, secret), "settings: ", "the other checks need valid ones"):
+        counts[ok] += 1
+        print_line(f"{markers[ok]} {_printable(text)}")     # part of it may come from another server
+        for line in filter(None, advice):
+            print_line(f"{' ' * len(markers[ok])} {line}")
     checks, failed = plural(sum(counts.values()), "check"), counts[False]
     print_line(f"{failed} of {checks} failed" if failed else f"{checks}, none failed")
     return 1 if failed else 0
