@@ -1181,7 +1181,7 @@ def response_decoder(head, method):
 # == Request body =============================================================
 
 
-class Unreadable(Malformed):
+class AmbiguousBody(Malformed):
     """A body in which the gateway cannot determine what Ollama will read; `code` is one of REFUSALS."""
 
 
@@ -1192,10 +1192,7 @@ def fold_keys(pairs):
     """Return {key in lower case: [its values]} of a JSON object's members, as encoding/json matches keys."""
     members = {}
     for key, value in pairs:
-        key = key.lower()
-        if not key.isascii():
-            key = key.replace("\u017f", "s")    # Go folds the long s too
-        members.setdefault(key, []).append(value)
+        members.setdefault(key.lower().replace("\u017f", "s"), []).append(value)    # Go folds the long s too
     return members
 
 
@@ -1204,87 +1201,71 @@ DECODER = json.JSONDecoder(object_pairs_hook=tuple, parse_constant=lambda _: TOO
                            parse_int=None if hasattr(sys, "set_int_max_str_digits") else float)
 
 
-def masked_windows(data, at=0, size=WINDOW_BYTES):
-    """Yield (position, window) pairs of JSON, with masked escapes, from a position outside an escape.
+def split_at_quotes(data):
+    """Split JSON at its quotation marks, in windows: a method of bytes blocks all threads until it returns.
 
-    The windows start with a size and grow to WINDOW_BYTES: a method of bytes blocks all threads until it returns.
+    Yields (position of the window, whether it begins in a string, its texts, alternately outside and inside a string);
+    in the texts, "--" replaces escaped quotation marks and backslashes.
     """
+    at, quoted = 0, False
     while at < len(data):
-        window = data[at:at + size].replace(b"\\\\", b"--").replace(b'\\"', b"--")
-        if window.endswith(b"\\"):  # the next window has the rest of the escape
+        window = data[at:at + WINDOW_BYTES].replace(b"\\\\", b"--").replace(b'\\"', b"--")
+        if window.endswith(b"\\", 1):   # the next window has the rest of the escape
             window = window[:-1]
-        if not window:
-            return
-        yield at, window
+        texts = window.split(b'"')
+        yield at, quoted, texts
         at += len(window)
-        if size == WINDOW_BYTES and at > DECODED_BYTES:
+        quoted ^= len(texts) % 2 == 0
+        if at > DECODED_BYTES:
             time.sleep(1e-6)    # releases the interpreter's lock: a waiting thread would have to wait 5 ms for it
-        size = min(4 * size, WINDOW_BYTES)
 
 
-MARK, BRACKET = re.compile(rb'["{}\[\]]'), re.compile(rb"[{}\[\]]")
+TOKEN = re.compile(rb'"[^"]*(?:"|(?P<unclosed>\Z))|(?P<opening>[{\[])|(?P<closing>[}\]])')
 STEPS = bytes(1 if mark in b"{[" else 255 for mark in range(256))   # of depth, as signed bytes: 1 opens, -1 closes
 NO_BRACKETS = bytes(set(range(256)) - set(b"{}[]"))
-
-
-def nested_end(data, at, parts):
-    """Return the position after the object or array at a position; add its strings and brackets to a number of parts.
-
-    Raises ValueError if it does not end, and Unreadable at more than JSON_PARTS.
-    """
-    depth, quoted = 0, 0
-    for start, window in masked_windows(data, at, VALUE_BYTES // 8):
-        texts = window.split(b'"')  # alternately outside and inside a string
-        steps = b"".join(texts[quoted::2]).translate(STEPS, NO_BRACKETS)
-        parts += len(texts) // 2 + len(steps)
-        if parts > JSON_PARTS:
-            raise Unreadable(f"it has more than {JSON_PARTS} strings and brackets", "body_too_large")
-        closing = steps.count(255)
-        if depth <= closing and depth + min(itertools.accumulate(memoryview(steps).cast("b")), default=0) <= 0:
-            texts[1 - quoted::2] = [b"-" * len(text) for text in texts[1 - quoted::2]]
-            for bracket in BRACKET.finditer(b'"'.join(texts)):
-                depth += 1 if bracket[0] in b"{[" else -1
-                if depth <= 0:
-                    return start + bracket.end(), parts
-        depth += len(steps) - 2 * closing
-        quoted ^= len(texts) % 2 == 0
-    raise ValueError
 
 
 def reduce_object(data):
     """Return the JSON object at the start of data with NaN for each value of more than VALUE_BYTES, and its size.
 
-    Long strings and nested values are skipped in windows and not validated: Ollama refuses malformed ones. Raises
-    ValueError or StopIteration if the object does not end, and Unreadable if its top level is too large.
+    These values are not validated: Ollama refuses malformed ones. Raises ValueError if the object does not end, and
+    AmbiguousBody if it is too large to be scanned.
     """
-    kept, at, parts = bytearray(), 0, 0
-    while True:
-        mark = MARK.search(data, at, at + WINDOW_BYTES)
-        if mark is None:
-            raise ValueError
-        kept += data[at:mark.start()].translate(None, b" \t\r\n")
-        start, at = mark.span()
-        if mark[0] == b"}":
-            return (kept + b"}").decode(), at
-        if mark[0] == b'"':     # most strings are short
-            at = next(start + window.find(b'"') + 1 for start, window in masked_windows(data, at, VALUE_BYTES // 8)
-                      if b'"' in window)
-        elif kept:
-            at, parts = nested_end(data, start, parts)
-        kept += data[start:at] if at - start <= VALUE_BYTES else b"NaN"
-        if len(kept) > TOP_LEVEL_BYTES:
-            raise Unreadable(f"its keys and short values take more than {TOP_LEVEL_BYTES} bytes", "body_too_large")
+    kept, parts, depth = bytearray(), 0, 0
+    end, start = 0, None    # of the last token that was kept or replaced, and of the one that is open
+    for at, quoted, texts in split_at_quotes(data):
+        steps = memoryview(b"".join(texts[quoted::2]).translate(STEPS, NO_BRACKETS)).cast("b")
+        parts += len(texts) // 2 + len(steps)
+        if parts > JSON_PARTS:
+            raise AmbiguousBody(f"it has more than {JSON_PARTS} strings and brackets", "body_too_large")
+        if len(kept) + (at - end if start is None else 0) > TOP_LEVEL_BYTES:
+            raise AmbiguousBody(f"its keys and short values take more than {TOP_LEVEL_BYTES} bytes", "body_too_large")
+        if depth + min(itertools.accumulate(steps, initial=0)) > 1:     # the window lies within a nested value
+            depth += sum(steps)
+            continue
+        for token in TOKEN.finditer(b'"' * quoted + b'"'.join(texts)):
+            if start is None:
+                start = at - quoted + token.start()
+                kept += data[end:start].translate(None, b" \t\r\n")
+            kind = token.lastgroup
+            depth += (kind == "opening") - (kind == "closing")
+            if depth <= 1 and kind != "unclosed":
+                end = at - quoted + token.end()
+                kept += data[start:end] if end - start <= VALUE_BYTES else b"NaN"
+                start = None
+                if depth <= 0:
+                    return kept.decode(), end
+    raise ValueError
 
 
 def read_object(data):
-    """Return the (key, value) pairs of the JSON object at the start of data, and its size; raise Unreadable.
+    """Return the members of the JSON object at the start of data as (key, value) pairs, and the object's size in bytes.
 
-    A nested object is a tuple of pairs too; in a large object, a value of more than VALUE_BYTES is TOO_LONG.
+    A nested object is a tuple of pairs too; in a large object, a value of more than VALUE_BYTES is TOO_LONG. Raises
+    AmbiguousBody.
     """
     try:
         if len(data) > DECODED_BYTES:
-            windows = (data[at:at + WINDOW_BYTES] for at in range(0, len(data), WINDOW_BYTES))
-            deque(codecs.iterdecode(windows, "utf-8"), maxlen=0)    # raises UnicodeDecodeError
             reduced, size = reduce_object(data)
             pairs = DECODER.decode(reduced)
         else:
@@ -1292,11 +1273,11 @@ def read_object(data):
             pairs, end = DECODER.raw_decode(text, len(text) - len(text.lstrip(" \t\r\n")))
             size = end if text.isascii() else len(text[:end].encode())
     except UnicodeDecodeError:
-        raise Unreadable("it is not UTF-8") from None
-    except (ValueError, RecursionError, StopIteration):
-        raise Unreadable("it is not a JSON object") from None
+        raise AmbiguousBody("it is not UTF-8") from None
+    except (ValueError, RecursionError):
+        raise AmbiguousBody("it is not a JSON object") from None
     if not isinstance(pairs, tuple):
-        raise Unreadable("it is not a JSON object")
+        raise AmbiguousBody("it is not a JSON object")
     return pairs, size
 
 
@@ -1308,12 +1289,12 @@ class BodyInfo(NamedTuple):
 
 
 def single_text(members, key):
-    """Return the string that is a key's only value, "" for no value or another type; raise Unreadable."""
+    """Return the string that is a key's only value, "" for no value or another type; raise AmbiguousBody."""
     values = members.get(key, ("",))
     if len(values) > 1:
-        raise Unreadable(f'it has two keys "{key}"')
+        raise AmbiguousBody(f'it has two keys "{key}"')
     if values[0] is TOO_LONG or isinstance(values[0], str) and len(values[0]) > VALUE_BYTES:
-        raise Unreadable(f'its "{key}" is too long')
+        raise AmbiguousBody(f'its "{key}" is too long')
     return values[0] if isinstance(values[0], str) else ""
 
 
@@ -1322,14 +1303,14 @@ def requests_usage(members):
     requested = False
     for options in members.get("stream_options", ()):
         if options is TOO_LONG:
-            raise Unreadable('its "stream_options" are too long')
+            raise AmbiguousBody('its "stream_options" are too long')
         for value in fold_keys(options).get("include_usage", ()) if isinstance(options, tuple) else [False]:
             requested = requested if value is None else value is True
     return requested
 
 
 def inspect_json(data, usage_on_request=False):
-    """Return the BodyInfo of a JSON body: the model is the top-level key "model", or else "name"; raise Unreadable.
+    """Return the BodyInfo of a JSON body: the model is the top-level key "model", or else "name"; raise AmbiguousBody.
 
     usage_on_request: a streamed response reports its usage only if `stream_options` request it.
     """
@@ -1339,7 +1320,7 @@ def inspect_json(data, usage_on_request=False):
     if not usage_on_request or True not in members.get("stream", ()) or requests_usage(members):
         return BodyInfo(model or name)
     if len(data) - size > TRAILING_BYTES:   # an insertion moves it
-        raise Unreadable("too many bytes follow the JSON object")
+        raise AmbiguousBody("too many bytes follow the JSON object")
     return BodyInfo(model or name, size - 1)
 
 
@@ -1357,11 +1338,11 @@ PART_HEAD = re.compile(
 def form_parts(content_type, data):
     """Yield the head of each part of a form, and the start and end of its content (RFC 7578, RFC 2046 5.1.1).
 
-    Raises Unreadable for a form that two readers could split in two ways. The data is searched in windows.
+    Raises AmbiguousBody for a form that two readers could split in two ways. The data is searched in windows.
     """
     form = FORM.fullmatch(content_type)
     if not form:
-        raise Unreadable("it is not multipart/form-data with a plain boundary")
+        raise AmbiguousBody("it is not multipart/form-data with a plain boundary")
     delimiter = b"--" + (form[1] or form[2]).encode("latin-1")
     found, at = [], 0       # the positions of the delimiters
     while at < len(data) and len(found) < FORM_PARTS + 2:
@@ -1371,29 +1352,29 @@ def form_parts(content_type, data):
             found.append((position, at))
     if not found or data[:found[0][0]] not in (b"", b"\r\n") or len(found) > FORM_PARTS + 1 \
             or data[found[-1][1]:found[-1][1] + 5] not in (b"--", b"--\r\n"):
-        raise Unreadable(f"it is not a form, or has more than {FORM_PARTS} parts")
+        raise AmbiguousBody(f"it is not a form, or has more than {FORM_PARTS} parts")
     for (_, start), (end, _) in zip(found, found[1:]):
         head_end = data.find(b"\r\n\r\n", start, min(end, start + VALUE_BYTES))
         if data[start:start + 2] != b"\r\n" or data[end - 2:end] != b"\r\n" or not start < head_end <= end - 4 - 2:
-            raise Unreadable("a part of the form is malformed")
+            raise AmbiguousBody("a part of the form is malformed")
         yield data[start + 2:head_end], head_end + 4, end - 2
 
 
 def inspect_form(data, content_type):
-    """Return the BodyInfo of a form with a field "model"; raise Unreadable for a form that no client writes."""
+    """Return the BodyInfo of a form with a field "model"; raise AmbiguousBody for a form that no client writes."""
     models = []
     for head, start, end in form_parts(content_type, data):
         match = PART_HEAD.fullmatch(head)
         if not match:
-            raise Unreadable("a part of the form has no plain name, or other headers than clients send")
+            raise AmbiguousBody("a part of the form has no plain name, or other headers than clients send")
         if b"model" in (match[2], match[3]):
             if models or match[1] or match[4] or end - start > VALUE_BYTES:
-                raise Unreadable('it has more than one plain field "model"')
+                raise AmbiguousBody('it has more than one plain field "model"')
             models.append(data[start:end])
     try:
         return BodyInfo(models[0].decode() if models else "")
     except UnicodeDecodeError:
-        raise Unreadable("it is not UTF-8") from None
+        raise AmbiguousBody("it is not UTF-8") from None
 
 
 NAME_PART = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,79}", re.ASCII)
@@ -1447,14 +1428,12 @@ BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\\" 
 
 def prompt_text_bytes(data):
     """Return the number of bytes in all strings of a JSON body; long base64 strings, such as images, do not count."""
-    total, quoted = 0, 0
-    for _, window in masked_windows(data):
-        parts = window.split(b'"')
-        strings = parts[1 - quoted::2]
+    total = 0
+    for _, quoted, texts in split_at_quotes(data):
+        strings = texts[1 - quoted::2]
         images = [string for string in strings if len(string) > KIB
                   and not string[256:].translate(None, BASE64)]     # a prefix may name the type (RFC 2397)
         total += sum(map(len, strings)) - sum(map(len, images))
-        quoted ^= len(parts) % 2 == 0
     return total
 
 
@@ -2910,9 +2889,9 @@ def inspect_body(context, body):
         if route.model_in == "json":
             return body.inspect(inspect_json, route.path in USAGE_ON_REQUEST)
         if context.request.query:   # net/http looks there first for the fields of a form
-            raise Unreadable("there is a query beside the form")
+            raise AmbiguousBody("there is a query beside the form")
         return body.inspect(inspect_form, context.request.fields.get("content-type", ""))
-    except Unreadable as error:
+    except AmbiguousBody as error:
         if context.token.admin:
             return BodyInfo()
         raise Refusal(error.code, f"the model in the body cannot be determined: {error}") from None

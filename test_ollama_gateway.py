@@ -1712,7 +1712,7 @@ class ModelName(unittest.TestCase):
     def read(self, body):
         try:
             return gateway.inspect_json(body).model
-        except gateway.Unreadable as error:
+        except gateway.AmbiguousBody as error:
             return error
 
     def test_it_is_what_a_decoder_finds(self):
@@ -1727,7 +1727,7 @@ class ModelName(unittest.TestCase):
                 got = self.read(body)
             if any(len(values) > 1 or values and len(json.dumps(values[0])) > 4000 and (isinstance(values[0], str) or not decoded_bytes)
                    for values in found):
-                self.assertIsInstance(got, gateway.Unreadable, body)
+                self.assertIsInstance(got, gateway.AmbiguousBody, body)
             else:
                 names = [values[0] if values and isinstance(values[0], str) else "" for values in found]
                 self.assertEqual(got, names[0] or names[1], body)
@@ -1766,10 +1766,10 @@ class ModelName(unittest.TestCase):
     def test_a_number_of_many_digits_costs_linear_time(self):
         with unittest.mock.patch.object(gateway, "DECODED_BYTES", 10_000_000):  # int() without a limit would take minutes
             got = self.read(b'{"model":"tiny","x":' + b"7" * 5_000_000 + b"}")
-        self.assertTrue(got == "tiny" or isinstance(got, gateway.Unreadable), got)  # whether Python limits the digits of int()
+        self.assertTrue(got == "tiny" or isinstance(got, gateway.AmbiguousBody), got)  # whether Python limits the digits of int()
 
     def test_runs_of_backslashes_are_passed_over_in_one_go(self):
-        for label, prompt, name in (("even", b"\\" * 8_000_000, "tiny"), ("odd", b"\\" * 8_000_001, gateway.Unreadable),
+        for label, prompt, name in (("even", b"\\" * 8_000_000, "tiny"), ("odd", b"\\" * 8_000_001, gateway.AmbiguousBody),
                                     ("pairs", b"\\\\a" * 3_000_000, "tiny")):
             with self.subTest(label):
                 got = self.read(b'{"prompt":"' + prompt + b'","model":"tiny"}')
@@ -1778,7 +1778,7 @@ class ModelName(unittest.TestCase):
     def test_blanks_between_members_are_passed_over(self):
         blanks = b" \r\n\t" * 5000
         self.assertEqual(self.read(blanks.join((b"", b'{"model"', b":", b'"tiny"', b",", b'"x"', b":", b"[", b"1", b"]", b"}", b""))), "tiny")
-        self.assertIsInstance(self.read(b'{"model":' + blanks + b'"tiny" "x"}'), gateway.Unreadable)
+        self.assertIsInstance(self.read(b'{"model":' + blanks + b'"tiny" "x"}'), gateway.AmbiguousBody)
 
     def test_what_is_no_json_object_tells_nothing(self):
         for body in (b"", b"{", b"hello", b'{"model', b'{"model":', b'{"model":"', b'["model","x"]', b'{"model":"\\ud8"}', b"}" * 10,
@@ -1786,7 +1786,7 @@ class ModelName(unittest.TestCase):
                      b'\xef\xbb\xbf{"model":"a"}', '{"model":"a"}'.encode("utf-16"), b'{"model":"a\nb"}', b"[" * 200_000,
                      b'{"a":' * 3000 + b"1" + b"}" * 2999):
             with self.subTest(body[:60]):
-                self.assertIsInstance(self.read(body), gateway.Unreadable)
+                self.assertIsInstance(self.read(body), gateway.AmbiguousBody)
         for body in (b"{}", b'{"model":5}', b'{"a":{"model":"x"}}', b'{"model":null}', b'{"model":["a"]}'):
             with self.subTest(body):
                 self.assertEqual(self.read(body), "")
