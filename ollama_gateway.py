@@ -125,7 +125,6 @@ WINDOW_BYTES = 64 * KIB     # one step of a scan: no other thread can run for ab
 JSON_PARTS = 2_000_000      # most strings and brackets that a scan reads: about 0.1 s of CPU
 VALUE_BYTES = 4 * KIB       # longest value that is read; a model name in escapes may take 3.5 KiB
 TOP_LEVEL_BYTES = 64 * KIB  # a large body's keys and short values together
-TRAILING_BYTES = 64 * KIB   # after a body's object: an insertion moves them in memory
 FORM_PARTS = 100            # most parts of a form that is searched for its model
 PAGE_BODY_BYTES, PAGE_BODY_SECONDS = 16 * KIB, 15   # for the whole body of a request to an own page
 
@@ -900,24 +899,22 @@ class HeadDecoder:
     """Decodes a message's head, which is one piece, without the empty line at its end (RFC 9112 2.2)."""
 
     complete = False
-    _size = 0       # of the data so far, in which the head has no end
+    _size = 0       # of the data so far
 
     def decode(self, data):
         """Return (the head, the data behind it), or (b"", data) while the head is not complete; raise Malformed."""
-        if not data:
-            return b"", data
-        start = self._size and max(self._size - 3, 0)
+        start, self._size = max(self._size - 3, 0), len(data)   # the empty line may have begun before
         end = data.find(b"\r\n\r\n", start)
-        if 0 <= end <= LINE_BYTES:
-            return data[:end + 2], data[end + 4:]
-        self._size = len(data) if end < 0 else end
-        if self._size > LINE_BYTES and data.find(b"\r\n", 0, LINE_BYTES + 2) < 0:
+        size = len(data) if end < 0 else end
+        if size > LINE_BYTES and data.find(b"\r\n", 0, LINE_BYTES + 2) < 0:
             raise Malformed(f"the first line is longer than {LINE_BYTES} bytes", "line_too_long")
-        if self._size > HEAD_BYTES:
+        if size > HEAD_BYTES:
             raise Malformed(f"the headers are larger than {HEAD_BYTES} bytes", "head_too_large")
-        if end < 0 and BARE_LF.search(data, start):
+        if end >= 0:
+            return data[:end + 2], data[end + 4:]
+        if BARE_LF.search(data, start):
             raise Malformed("a line does not end in CR LF")
-        return (b"", data) if end < 0 else (data[:end + 2], data[end + 4:])
+        return b"", data
 
     def end(self):
         if not self._size:
@@ -926,10 +923,9 @@ class HeadDecoder:
 
 
 def parse_fields(block):
-    """Return the fields of a head as (name, value) pairs, as {name in lower case: value}, and the repeated names.
+    """Return a head's fields as (name, value) pairs and as {name in lower case: value}, and the repeated names.
 
-    The mapping is read-only; values of equal names are joined by commas (RFC 9110 5.3). Raises Malformed for a folded
-    line, a space before a colon (RFC 9112 5) or a repeated field of FRAMING.
+    Values of equal names are joined by commas (RFC 9110 5.3). Raises Malformed, for a repeated field of FRAMING too.
     """
     if not FIELD_BLOCK.fullmatch(block):
         raise Malformed("a header is malformed")
@@ -988,21 +984,11 @@ class Request(NamedTuple):
 
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])")  # RFC 9112 3
 HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")  # RFC 9110 7.2, RFC 3986 3.2.2
-ABSOLUTE = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
+ABSOLUTE = re.compile(r"https?://([^/?]+)/?(.*)", re.IGNORECASE)
 SECRET_IN_PATH = re.compile(rf"(?<=/t/)[^/]+|{SECRET_PREFIX}[\w-]+", re.IGNORECASE)
 PATH_TOKEN = re.compile("/t/([^/]+)(/.*)")
 BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)  # RFC 6750 2.1; RFC 9110 11.1: the case of the scheme is free
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
-
-
-def origin_form(target, host):
-    """Return a request target as a path and query, one in absolute form if it names the Host (RFC 9112 3.2)."""
-    absolute = None if target.startswith("/") else ABSOLUTE.fullmatch(target)
-    if absolute and absolute[1].lower() == host.lower():
-        target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
-    if not target.startswith("/") or "#" in target:
-        raise Malformed("the request target is not a path")
-    return target
 
 
 def parse_request(head):
@@ -1020,7 +1006,12 @@ def parse_request(head):
     host = fields.get("host", "")
     if not HOST.fullmatch(host):
         raise Malformed("the Host header is malformed")
-    path, mark, query = origin_form(target, host).partition("?")
+    absolute = None if target.startswith("/") else ABSOLUTE.fullmatch(target)
+    if absolute and absolute[1].lower() == host.lower():    # RFC 9112 3.2.2
+        target = "/" + absolute[2]
+    if not target.startswith("/") or "#" in target:
+        raise Malformed("the request target is not a path")
+    path, mark, query = target.partition("?")
     length = None
     with contextlib.suppress(Malformed):    # request_decoder raises it, when the request is known
         length, chunked = body_framing(fields, version)
@@ -1119,15 +1110,12 @@ class ChunkedBody:
     PART = re.compile(rb"(?:\r\n)?[0-9A-Fa-f]{0,16}\r?")
 
     def __init__(self):
-        self.complete = False
-        self.left = 0           # bytes of the current chunk
-        self._size_line = self.FIRST
-        self._ending = False    # the last chunk was read: trailers follow
+        self.complete, self.left, self._size_line = False, 0, self.FIRST    # left: bytes of the current chunk
 
     def decode(self, data):
         """Return (the data of all chunks, as far as they are there, and the data behind them); raise Malformed."""
         pieces, at = [], 0
-        while not self._ending:
+        while True:
             if self.left:
                 piece = data[at:at + self.left]
                 pieces.append(piece)
@@ -1140,21 +1128,19 @@ class ChunkedBody:
                 if not self.PART.fullmatch(data, at):
                     raise Malformed("a chunk is malformed")
                 return b"".join(pieces), data[at:]
-            self._size_line = self.NEXT
-            at = match.end()
             self.left = int(match[1], 16)
             if not self.left:
-                self._ending = True
-                at -= 2     # the trailers end at the first empty line, which may be their first line
-        return b"".join(pieces), self._trailers(data[at:])
+                return b"".join(pieces), self._without_trailers(data, at, match.end())
+            self._size_line, at = self.NEXT, match.end()
 
-    def _trailers(self, data):
-        end = data.find(b"\r\n\r\n")
+    def _without_trailers(self, data, last_chunk, start):
+        """Return the data behind the trailers, or that from the last chunk on if they are not complete."""
+        end = data.find(b"\r\n\r\n", start - 2)   # the last chunk's own line end, if there are none
         if end < 0:
-            if len(data) > TRAILER_BYTES or BARE_LF.search(data):
+            if len(data) - start > TRAILER_BYTES or BARE_LF.search(data, start):
                 raise Malformed("the trailers are too large, or have a line that does not end in CR LF")
-            return data
-        forbidden = FORBIDDEN_TRAILERS & parse_fields(data[2:end + 2])[1].keys()
+            return data[last_chunk:]
+        forbidden = FORBIDDEN_TRAILERS & parse_fields(data[start:end + 2])[1].keys()
         if forbidden:
             raise Malformed(f"{min(forbidden)} is not allowed in trailers")
         self.complete = True
@@ -1300,13 +1286,12 @@ def single_text(members, key):
 
 def requests_usage(members):
     """Return whether stream_options request the usage; the values of equal keys are merged as encoding/json does."""
-    requested = False
-    for options in members.get("stream_options", ()):
-        if options is TOO_LONG:
-            raise AmbiguousBody('its "stream_options" are too long')
-        for value in fold_keys(options).get("include_usage", ()) if isinstance(options, tuple) else [False]:
-            requested = requested if value is None else value is True
-    return requested
+    found = members.get("stream_options", ())
+    if TOO_LONG in found:
+        raise AmbiguousBody('its "stream_options" are too long')
+    values = [value for options in found
+              for value in (fold_keys(options).get("include_usage", ()) if isinstance(options, tuple) else [False])]
+    return [value for value in values if value is not None][-1:] == [True]
 
 
 def inspect_json(data, usage_on_request=False):
@@ -1316,11 +1301,10 @@ def inspect_json(data, usage_on_request=False):
     """
     pairs, size = read_object(data)
     members = fold_keys(pairs)
-    model, name = single_text(members, "model"), single_text(members, "name")
+    model = single_text(members, "model")
+    name = single_text(members, "name")
     if not usage_on_request or True not in members.get("stream", ()) or requests_usage(members):
         return BodyInfo(model or name)
-    if len(data) - size > TRAILING_BYTES:   # an insertion moves it
-        raise AmbiguousBody("too many bytes follow the JSON object")
     return BodyInfo(model or name, size - 1)
 
 
@@ -1467,7 +1451,8 @@ class BufferedBody(contextlib.AbstractContextManager):
 
     replayable = True
     _file = None
-    _reserved = 0       # bytes of the storage: disk space if there is a file, else memory
+    _reserved = 0               # bytes of the storage: disk space if there is a file, else memory
+    _insertion = (0, b"")       # a position, and bytes that are sent in front of those there
 
     def __init__(self, data=b"", declared=True, storage=None):
         self.size, self._data, self._declared, self._storage = len(data), data, declared, storage
@@ -1491,19 +1476,26 @@ class BufferedBody(contextlib.AbstractContextManager):
             self._reserved += len(piece)
             self._file.write(piece)
 
+    def insert(self, at, extra):
+        """Send extra bytes at a position."""
+        self._insertion = at, extra
+
     @property
     def framing(self):
-        return f"content-length: {self.size}\r\n" if self._declared else ""
+        return f"content-length: {self.size + len(self._insertion[1])}\r\n" if self._declared else ""
 
     def pieces(self, _=None):
         """Yield the bytes to send; raise Refusal if they cannot be read."""
+        at, extra = self._insertion
         if self._file is None:
-            yield self._data
+            yield self._data[:at] + extra + self._data[at:] if extra else self._data
             return
-        for at in range(0, self.size, FILE_PIECE_BYTES):
+        for start in range(0, self.size, FILE_PIECE_BYTES):
             with disk_errors():
-                self._file.seek(at)
+                self._file.seek(start)
                 piece = self._file.read(FILE_PIECE_BYTES)
+            if 0 <= at - start < FILE_PIECE_BYTES:
+                piece = piece[:at - start] + extra + piece[at - start:]
             yield piece
 
     def inspect(self, function, *args):
@@ -1516,19 +1508,6 @@ class BufferedBody(contextlib.AbstractContextManager):
         with view:
             return function(view, *args)
 
-    def insert(self, at, extra):
-        """Insert bytes at a position; the bytes after it must fit in memory."""
-        if self._file is None:
-            self._data = self._data[:at] + extra + self._data[at:]
-        else:
-            with disk_errors():
-                self._file.seek(at)
-                rest = self._file.read()
-                self._file.seek(at)
-                self._file.write(extra + rest)
-                self._file.flush()
-        self.size += len(extra)
-
     def __exit__(self, *_):
         if self._file is not None:
             with contextlib.suppress(OSError):  # unwritten data is not needed any more
@@ -1540,7 +1519,7 @@ class BufferedBody(contextlib.AbstractContextManager):
 NO_BODY = BufferedBody(declared=False)
 
 
-class StreamedBody(contextlib.AbstractContextManager):
+class StreamedBody:
     """A request body that is forwarded while it arrives, with the framing of the client; `judge` may raise Refusal."""
 
     replayable = False
@@ -1549,9 +1528,6 @@ class StreamedBody(contextlib.AbstractContextManager):
         self._client, self._judge = client, judge
         self._chunked = isinstance(client.body, ChunkedBody)
         self.framing = "transfer-encoding: chunked\r\n" if self._chunked else f"content-length: {client.body.left}\r\n"
-
-    def __exit__(self, *_):
-        """Do nothing: the body holds no resources."""
 
     def pieces(self, upstream):
         """Yield the bytes to send; a response of the upstream ends the wait for the client."""
@@ -4468,7 +4444,8 @@ class Gateway:
             authorize_model(context)
 
         connection.waited = False
-        with StreamedBody(client, check_again) if context.route.streamed else client.read_whole_body() as body:
+        with contextlib.nullcontext(StreamedBody(client, check_again)) if context.route.streamed \
+                else client.read_whole_body() as body:
             if connection.waited:
                 self._authorize(client)
             context.model, context.insert_at = inspect_body(context, body)
