@@ -78,6 +78,7 @@ import queue
 import re
 import secrets
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -663,8 +664,6 @@ class RequestContext:
 class Deadline:
     """A time limit that starts at the first wait; `flag` names the option that changes it."""
 
-    __slots__ = ("_at", "_seconds", "_flag")
-
     def __init__(self, seconds, flag="", at=None):
         self._at, self._seconds, self._flag = at, seconds, flag
 
@@ -679,7 +678,7 @@ class Deadline:
         return seconds
 
     def share(self, parts):
-        """Return a deadline for the first of a number of equal parts of the time left; raise TimeoutError."""
+        """Return the deadline of the first of some equal parts of the time left; raise TimeoutError."""
         return Deadline(self._seconds, self._flag, time.monotonic() + self.left() / parts)
 
 
@@ -688,15 +687,14 @@ def is_late(error):
     return isinstance(error, TimeoutError) and error.errno is None
 
 
-POLL_LIMIT = 2 ** 31 - 1    # milliseconds: the largest argument of poll
-READABLE, WRITABLE = getattr(select, "POLLIN", 1), getattr(select, "POLLOUT", 4)
-HUNG_UP = getattr(select, "POLLRDHUP", 0)  # reports a half-closed peer without a read; Linux only
+READABLE = selectors.EVENT_READ     # the value of POLLIN too
+WRITABLE = getattr(select, "POLLOUT", selectors.EVENT_WRITE)
+HUNG_UP = getattr(select, "POLLRDHUP", 0)   # reports a half-closed peer without a read; Linux only
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError)
-# A peer that vanished without a FIN, such as behind a NAT, is given up after 30 s: 15 s of silence and 3 probes 5 s
-# apart, few enough for a phone's battery. TCP_USER_TIMEOUT (ms) is for unacknowledged data; Linux applies it to the
-# probes too, and to a peer that takes no data for so long (RFC 1122 4.2.3.6, RFC 5482). macOS has TCP_KEEPALIVE.
+# A peer that vanished without a FIN is given up after 30 s: 15 s of silence and 3 probes 5 s apart, few enough for a
+# phone's battery. TCP_USER_TIMEOUT (ms, RFC 5482) is for unacknowledged data and, on Linux, for the probes too.
 KEEP_ALIVE = [(getattr(socket, option), value) for option, value in (
-    ("TCP_KEEPIDLE", 15), ("TCP_KEEPALIVE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3),
+    ("TCP_KEEPIDLE", 15), ("TCP_KEEPALIVE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3),  # TCP_KEEPALIVE: macOS
     ("TCP_USER_TIMEOUT", 30_000)) if hasattr(socket, option)]
 
 
@@ -730,60 +728,56 @@ def is_out_of_descriptors(error):
     return error.errno in OUT_OF_DESCRIPTORS
 
 
-class Poll(dict):
-    """The part of select.poll() that is used here, for Windows: {descriptor: its events}."""
-
-    register = dict.__setitem__
+class Poll(selectors.SelectSelector):
+    """The part of select.poll() that is used here, for Windows."""
 
     def poll(self, milliseconds):
-        """Return the descriptors that are ready, in the order of their registration, each with its events."""
-        readers, writers = ([fd for fd in self if self[fd] & event] for event in (READABLE, WRITABLE))
-        readable, writable, _ = select.select(readers, writers, [], milliseconds / 1000)
-        found = [(fd, READABLE * (fd in readable) | WRITABLE * (fd in writable)) for fd in self]
-        return [(fd, events) for fd, events in found if events]
+        return [(key.fd, events) for key, events in self.select(milliseconds / 1000)]
 
 
 new_poll = getattr(select, "poll", Poll)
 
 
-def wait_for(descriptor, events, deadline, cancel_on=None):
-    """Wait for events of a descriptor and return them; if `cancel_on` is ready first, call its on_readable().
+class Waitable:
+    """Has a descriptor to wait for. One that can cancel a wait has watched_events() and on_readable(), too."""
 
-    Raises TimeoutError, and what on_readable() raises.
-    """
-    while True:
-        poll = new_poll()
-        if cancel_on is not None:
-            poll.register(cancel_on.descriptor, cancel_on.watched_events())
-        poll.register(descriptor, events)
-        for ready, found in poll.poll(min(deadline.left() * 1000, POLL_LIMIT)):    # in the order of registration
-            if ready == descriptor:
-                return found
-            cancel_on.on_readable()
+    def wait(self, events, deadline, cancel_on=None):
+        """Return the events of the descriptor, once there are some; call on_readable() of `cancel_on` if it is ready.
+
+        Raises TimeoutError, and what on_readable() raises.
+        """
+        while True:
+            poll = new_poll()
+            if cancel_on is not None:
+                poll.register(cancel_on.descriptor, cancel_on.watched_events())
+            poll.register(self.descriptor, events)
+            ready = dict(poll.poll(min(deadline.left() * 1000, 2 ** 31 - 1)))   # the largest argument of poll
+            if cancel_on is not None and cancel_on.descriptor in ready:
+                cancel_on.on_readable()
+            if self.descriptor in ready:
+                return ready[self.descriptor]
 
 
-class Wakeup:
-    """Wakes the thread that waits for it; that wait can be cancelled."""
+class Wakeup(Waitable):
+    """Wakes the thread that waits until it is readable."""
 
     def __init__(self):
         self._write_end, self._read_end = socket.socketpair()
+        self.descriptor = self._read_end.fileno()
 
     def set(self):
         self._write_end.send(b"!")
-
-    def wait(self, deadline, cancel_on):
-        wait_for(self._read_end.fileno(), READABLE, deadline, cancel_on)
 
     def close(self):
         self._write_end.close()
         self._read_end.close()
 
 
-class Connection:
-    """A buffered non-blocking socket; each wait has a deadline, and another connection may cancel it."""
+class Connection(Waitable):
+    """A buffered non-blocking socket; subclasses define what `until_writable` does while the peer reads nothing."""
 
-    waited = False      # `fill` was called since this was last reset
-    is_shut = False     # by another thread
+    had_to_wait = False     # `fill` was called since this was last reset
+    is_shut = False         # by another thread
 
     def __init__(self, sock):
         sock.setblocking(False)
@@ -802,14 +796,8 @@ class Connection:
         while True:
             try:
                 return self.sock.do_handshake()
-            except ssl.SSLWantReadError:
-                self.wait(READABLE, deadline, cancel_on)
-            except ssl.SSLWantWriteError:
-                self.wait(WRITABLE, deadline, cancel_on)
-
-    def wait(self, events, deadline, cancel_on=None):
-        """Wait for events of this connection as `wait_for` does."""
-        return wait_for(self.descriptor, events, deadline, cancel_on)
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+                self.wait(READABLE if isinstance(error, ssl.SSLWantReadError) else WRITABLE, deadline, cancel_on)
 
     def watched_events(self):
         """Return the events to watch for: only the hang-up if much is unread."""
@@ -817,16 +805,13 @@ class Connection:
 
     def fill(self, deadline, cancel_on=None):
         """Read into the buffer as soon as there is data; return False at the end of the stream."""
-        self.waited = True
+        self.had_to_wait = True
         while True:
             if not (isinstance(self.sock, ssl.SSLSocket) and self.sock.pending()):  # poll cannot see what TLS holds
                 self.wait(READABLE, deadline, cancel_on)
             try:
                 data = self.sock.recv(RECEIVE_BYTES)
             except WOULD_BLOCK:
-                continue
-            except ssl.SSLWantWriteError:
-                self.wait(WRITABLE, deadline, cancel_on)
                 continue
             self.buffer += data
             return bool(data)
@@ -858,13 +843,8 @@ class Connection:
                 sent = self.sock.send(data)
             except (BlockingIOError, ssl.SSLWantWriteError):
                 self.until_writable(deadline, cancel_on)
-            except ssl.SSLWantReadError:
-                self.wait(READABLE, deadline, cancel_on)
             else:
                 data = memoryview(data)[sent:] if sent < len(data) else b""
-
-    def until_writable(self, deadline, cancel_on):
-        self.wait(WRITABLE, deadline, cancel_on)
 
     def shut_down(self):
         """End the connection from another thread: a thread that waits on it wakes up."""
@@ -872,16 +852,13 @@ class Connection:
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # SSLSocket.shutdown would go on without TLS
 
-    def close(self):
+    def close(self, notify=False):
+        """Close; notify: not without TLS's close_notify, or the end looks like a truncation (RFC 8446 6.1)."""
+        with contextlib.suppress(OSError, ValueError):
+            if notify and isinstance(self.sock, ssl.SSLSocket):
+                self.sock.unwrap()
         with contextlib.suppress(OSError):
             self.sock.close()
-
-    def close_notify(self):
-        """Close; under TLS, send close_notify, so that the end does not look like a truncation (RFC 8446 6.1)."""
-        if isinstance(self.sock, ssl.SSLSocket):
-            with contextlib.suppress(OSError, ValueError):
-                self.sock.unwrap()
-        self.close()
 
     def reset(self):
         """Close so that the peer sees an error instead of an end."""
@@ -895,15 +872,11 @@ BARE_LF = re.compile(rb"(?<!\r)\n")
 FIELD_BLOCK = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*")  # RFC 9110 5.1, 5.5
 
 
-class HeadDecoder:
-    """Decodes a message's head, which is one piece, without the empty line at its end (RFC 9112 2.2)."""
-
-    complete = False
-    _size = 0       # of the data so far
-
-    def decode(self, data):
-        """Return (the head, the data behind it), or (b"", data) while the head is not complete; raise Malformed."""
-        start, self._size = max(self._size - 3, 0), len(data)   # the empty line may have begun before
+def read_head(connection, deadline, cancel_on=None):
+    """Return the head of a message, without the empty line at its end (RFC 9112 2.2); raise Malformed or OSError."""
+    start = 0
+    while True:
+        data = connection.buffer
         end = data.find(b"\r\n\r\n", start)
         size = len(data) if end < 0 else end
         if size > LINE_BYTES and data.find(b"\r\n", 0, LINE_BYTES + 2) < 0:
@@ -911,15 +884,15 @@ class HeadDecoder:
         if size > HEAD_BYTES:
             raise Malformed(f"the headers are larger than {HEAD_BYTES} bytes", "head_too_large")
         if end >= 0:
-            return data[:end + 2], data[end + 4:]
+            connection.buffer = data[end + 4:]
+            return data[:end + 2]
         if BARE_LF.search(data, start):
             raise Malformed("a line does not end in CR LF")
-        return b"", data
-
-    def end(self):
-        if not self._size:
+        start = max(size - 3, 0)    # the empty line may have begun
+        if not connection.fill(deadline, cancel_on):
+            if data:
+                raise Malformed("the headers end early")
             raise ConnectionError("the connection was closed before any data")
-        raise Malformed("the headers end early")
 
 
 def parse_fields(block):
@@ -2191,7 +2164,7 @@ class ClientConnection(Connection):
 
     def wait(self, events, deadline, cancel_on=None):
         """Wait for events and return them; raise Refusal if `abort_for_shutdown` caused them."""
-        found = wait_for(self.descriptor, events, deadline, cancel_on)
+        found = super().wait(events, deadline, cancel_on)
         if self.shutting_down and events & READABLE:  # a read would end TLS, and no response could be sent
             raise Refusal("stopping")
         return found
@@ -2677,7 +2650,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.patience = self.server.settings.header_timeout     # for the first request; idle_timeout for later ones
 
     def finish(self):
-        self.request.close_notify()
+        self.request.close(notify=True)
 
     def handle_one_request(self):
         """Wait for a request and serve it; end without a response if none arrives or the connection is evicted."""
@@ -2690,7 +2663,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         context = RequestContext(self.client_address[0], time.monotonic())
         context.id = server.next_id()
         try:
-            head = connection.read_piece(HeadDecoder(), Deadline(server.settings.header_timeout))
+            head = read_head(connection, Deadline(server.settings.header_timeout))
         except (Malformed, OSError) as error:
             head = client_failure(error, f"the headers took longer than {server.settings.header_timeout:g} s")
         if not server.connections.mark_active(connection):
@@ -3180,7 +3153,7 @@ class FairQueue:
             return 0.0
         started = time.monotonic()
         try:
-            slot.wakeup.wait(Deadline(self._timeout), cancel_on)
+            slot.wakeup.wait(READABLE, Deadline(self._timeout), cancel_on)
             slot.wakeup.close()     # before the descriptor of the upstream connection is needed
         except TimeoutError:
             if not slot.granted:
@@ -3480,7 +3453,7 @@ class Resolver:
                     self._running = True
                 self._waiting.add(wakeup)
             try:
-                wakeup.wait(deadline, cancel_on)
+                wakeup.wait(READABLE, deadline, cancel_on)
             except TimeoutError as error:
                 raise ConnectionError(f"the look-up of {self._host} has not ended: {error}") from None
             finally:
@@ -3681,7 +3654,7 @@ class Upstream(urllib.request.BaseHandler):
             whole = self._send(connection, request)
             deadline = request.deadline or Deadline(request.timeout, "--first-byte-timeout")
             while True:
-                head = connection.read_piece(HeadDecoder(), deadline, request.cancel_on)
+                head = read_head(connection, deadline, request.cancel_on)
                 connection.reused = False   # it is alive: a later failure is not retried
                 response = Response(head, request, connection, self.pool, self._stall_timeout)
                 if response.status >= 200:
@@ -3716,10 +3689,6 @@ class Stopped(Exception):
 class StopSignal(Wakeup):
     """Cancels a wait by Stopped as soon as it is set."""
 
-    @property
-    def descriptor(self):
-        return self._read_end.fileno()
-
     def watched_events(self):
         return READABLE
 
@@ -3753,7 +3722,7 @@ class HealthProbe:
                     LOG.exception("the health probe failed")
                 self._upstream.pool.close_idle(IDLE_SECONDS)
                 with contextlib.suppress(TimeoutError):
-                    return self._stop.wait(Deadline(HEALTH_SECONDS), None)
+                    return self._stop.wait(READABLE, Deadline(HEALTH_SECONDS))
 
     def _probe(self):
         deadline = Deadline(PROBE_SECONDS)
@@ -4443,10 +4412,10 @@ class Gateway:
             self._authorize(client)
             authorize_model(context)
 
-        connection.waited = False
+        connection.had_to_wait = False
         with contextlib.nullcontext(StreamedBody(client, check_again)) if context.route.streamed \
                 else client.read_whole_body() as body:
-            if connection.waited:
+            if connection.had_to_wait:
                 self._authorize(client)
             context.model, context.insert_at = inspect_body(context, body)
             authorize_model(context)

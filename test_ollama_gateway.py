@@ -5114,7 +5114,7 @@ class Leaving(GatewayCase):
                 self.leave(way, body, reply, read)
 
     def test_it_is_dropped_where_there_is_no_poll(self):
-        with unittest.mock.patch.object(gateway, "new_poll", gateway.Poll):    # as on Windows
+        with unittest.mock.patch.multiple(gateway, new_poll=gateway.Poll, WRITABLE=2, HUNG_UP=0):    # as on Windows
             for (phase, body, reply, read), (how, way) in itertools.product(PHASES, LEAVING):
                 with self.subTest(phase, client=how):
                     self.leave(way, body, reply, read)
@@ -5153,13 +5153,8 @@ class Leaving(GatewayCase):
         self.assertEqual(self.fake.received, [])
 
     def test_client_that_vanished_within_its_request_body_is_logged_as_left(self):
-        read_piece = gateway.ClientConnection.read_piece
-
-        def lose_body(connection, decoder, *args):
-            if isinstance(decoder, gateway.HeadDecoder):
-                return read_piece(connection, decoder, *args)
-            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))   # what keep-alive makes of a read
-        with unittest.mock.patch.object(gateway.ClientConnection, "read_piece", lose_body):
+        lost = TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))      # what keep-alive makes of a read
+        with unittest.mock.patch.object(gateway.ClientConnection, "read_piece", side_effect=lost):
             self.begin("POST", "/api/chat", CHAT)
             self.assertEqual(self.logged()["outcome"], "left")
 
@@ -5688,15 +5683,15 @@ class Relaying(GatewayCase):
         client.close()
 
     def test_retry_on_a_new_connection_if_the_upstream_vanished_behind_a_reused_one(self):
-        client, read_piece = self.primed(), gateway.UpstreamConnection.read_piece
+        client, fill = self.primed(), gateway.UpstreamConnection.fill
 
         def vanish_once(wire, *args):
             if wire.reused:
                 raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))   # as the system reports it
-            return read_piece(wire, *args)
-        with unittest.mock.patch.object(gateway.UpstreamConnection, "read_piece", vanish_once):
+            return fill(wire, *args)
+        with unittest.mock.patch.object(gateway.UpstreamConnection, "fill", vanish_once):
             self.assertStatus(self.again(client), 200)
-        with unittest.mock.patch.object(gateway.UpstreamConnection, "read_piece", side_effect=TimeoutError(errno.ETIMEDOUT, "timed out")):
+        with unittest.mock.patch.object(gateway.UpstreamConnection, "fill", side_effect=TimeoutError(errno.ETIMEDOUT, "timed out")):
             self.assertIn("cannot be reached", self.assertRefused(self.again(client), 502))
 
     def test_an_upstream_that_restarted_is_found_again(self):
