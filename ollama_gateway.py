@@ -917,18 +917,16 @@ def parse_fields(block):
     return pairs, types.MappingProxyType(fields), frozenset(repeated)
 
 
-def comma_list(value):
-    """Return the members of a comma list, in lower case (RFC 9110 5.6.1)."""
-    return {member.strip(" \t") for member in value.lower().split(",")}
+def body_framing(fields, version, default=None):
+    """Return the length of a body, and whether it is chunked (RFC 9112 6); raise Malformed if readers could differ.
 
-
-def body_framing(fields, version):
-    """Return (length or None, whether chunked) of a body (RFC 9112 6); raise Malformed if readers could differ."""
+    The length is None for a chunked body, and `default` if the head does not tell.
+    """
     coding, length = fields.get("transfer-encoding"), fields.get("content-length")
     if coding is None:
         if length is not None and not (length.isascii() and length.isdigit() and len(length) <= 18):
             raise Malformed(f'Content-Length is "{length[:40]}", not a number')
-        return length and int(length), False
+        return default if length is None else int(length), False
     if length is not None:
         raise Malformed("there are both Content-Length and Transfer-Encoding")
     if version == "1.0":
@@ -947,7 +945,6 @@ class Request(NamedTuple):
     version: str
     fields: Mapping[str, str]           # by names in lower case
     repeated: frozenset                 # names of fields that came more than once
-    length: Optional[int]               # of the body, None if it is chunked or ambiguous
     closes: bool                        # the client sends no other request on the connection
     bearer: Optional[str]               # the secret in Authorization: "" if it has none, None without that field
     redacted_path: str                  # the path without secrets
@@ -985,16 +982,12 @@ def parse_request(head):
     if not target.startswith("/") or "#" in target:
         raise Malformed("the request target is not a path")
     path, mark, query = target.partition("?")
-    length = None
-    with contextlib.suppress(Malformed):    # request_decoder raises it, when the request is known
-        length, chunked = body_framing(fields, version)
-        length = None if chunked else length or 0
-    hop = comma_list(fields.get("connection", ""))
+    hop = {option.strip(" \t") for option in fields.get("connection", "").lower().split(",")}
     authorization = fields.get("authorization")
     bearer = None if authorization is None else (BEARER.fullmatch(authorization) or ("", ""))[1]
     forwarded = "".join(f"{name}: {value}\r\n" for name, value in fields.items()
                         if (name in FORWARDED or name.startswith(FORWARDED_PREFIXES)) and name not in hop)
-    return Request(method, path, mark + query, version, fields, repeated, length, version == "1.0" or "close" in hop,
+    return Request(method, path, mark + query, version, fields, repeated, version == "1.0" or "close" in hop,
                    bearer, SECRET_IN_PATH.sub("*", path), forwarded)
 
 
@@ -1004,8 +997,7 @@ parse_cached_request = functools.lru_cache(HEAD_CACHE_SIZE)(parse_request)
 
 def dialect_of(path):
     """Return the dialect of error objects that clients expect at a path, which may begin with /t/SECRET."""
-    behind_token = PATH_TOKEN.fullmatch(path)
-    path = behind_token[2] if behind_token else path
+    path = re.sub("^/t/[^/]+/", "/", path)
     if f"{path}/".startswith("/v1/messages/"):
         return "anthropic"
     return "openai" if path.startswith("/v1/") else "ollama"
@@ -1035,10 +1027,10 @@ def parse_response_head(head):
     if not match or match[2] == b"101":
         raise Malformed("its response has no status line")
     pairs, fields, _ = parse_fields(block)
-    version, hop = match[1].decode(), comma_list(fields.get("connection", ""))
-    dropped = hop | NOT_RELAYED
+    version = match[1].decode()
+    hop = {option.strip(" \t") for option in fields.get("connection", "").lower().split(",")}
     lines = "".join(f"{name}: {value}\r\n" for name, value in pairs
-                    if name.lower() not in dropped and not name.lower().startswith("access-control-"))
+                    if name.lower() not in hop | NOT_RELAYED and not name.lower().startswith("access-control-"))
     return ResponseHead(int(match[2]), (match[3] or b"").decode("latin-1"), fields, lines,
                         fields.get("content-type", "").partition(";")[0].strip().lower(),
                         *body_framing(fields, version), version == "1.1" and "close" not in hop)
@@ -1053,89 +1045,64 @@ def encode_chunk(piece, last=False):
     return (b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b"") + (b"0\r\n\r\n" if last else b"")
 
 
-class LengthBody:
-    """Decodes a body of known length, 0 for none; without a length it ends with the connection (RFC 9112 6.3)."""
+class BodyDecoder:
+    """Decodes a body of a known length, one that ends with the connection (no length), or a chunked one (RFC 9112 6.3).
 
-    def __init__(self, length):
-        self.left, self.complete = length, length == 0
+    Sizes of chunks are plain hex without extensions (RFC 9112 7.1); trailers are read and dropped.
+    """
 
-    def decode(self, data):
-        """Return (the next piece of the body, the data behind it)."""
-        if self.left is None:
-            return data, b""
-        piece = data[:self.left]
-        self.left -= len(piece)
-        self.complete = not self.left
-        return piece, data[len(piece):]
+    FIRST_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
+    NEXT_SIZE = re.compile(rb"\r\n([0-9A-Fa-f]{1,16})\r\n")
+    PART_OF_SIZE = re.compile(rb"(?:\r\n)?[0-9A-Fa-f]{0,16}\r?")
 
-    def end(self):
-        """Note the end of the stream; raise Malformed if the body is not complete."""
-        if self.left is not None:
-            raise Malformed(f"the body ends {self.left} bytes early")
-        self.complete = True
-
-
-class ChunkedBody:
-    """Decodes a chunked body (RFC 9112 7.1): sizes in plain hex, no extensions; trailers are read and dropped."""
-
-    FIRST = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
-    NEXT = re.compile(rb"\r\n([0-9A-Fa-f]{1,16})\r\n")
-    PART = re.compile(rb"(?:\r\n)?[0-9A-Fa-f]{0,16}\r?")
-
-    def __init__(self):
-        self.complete, self.left, self._size_line = False, 0, self.FIRST    # left: bytes of the current chunk
+    def __init__(self, length, chunked=False):
+        self.chunked, self.complete, self._size_line = chunked, length == 0, self.FIRST_SIZE
+        self._ends_with_connection = length is None and not chunked
+        self.left = sys.maxsize if self._ends_with_connection else length or 0  # bytes of the body, or of a chunk
 
     def decode(self, data):
-        """Return (the data of all chunks, as far as they are there, and the data behind them); raise Malformed."""
+        """Return (the data of the body, as far as it is there, and the bytes behind it); raise Malformed."""
         pieces, at = [], 0
-        while True:
+        while not self.complete:
             if self.left:
                 piece = data[at:at + self.left]
                 pieces.append(piece)
                 at += len(piece)
                 self.left -= len(piece)
                 if self.left:
-                    return b"".join(pieces), b""
+                    break
+                self.complete = not self.chunked
+                continue
             match = self._size_line.match(data, at)
             if not match:
-                if not self.PART.fullmatch(data, at):
+                if not self.PART_OF_SIZE.fullmatch(data, at):
                     raise Malformed("a chunk is malformed")
-                return b"".join(pieces), data[at:]
-            self.left = int(match[1], 16)
-            if not self.left:
-                return b"".join(pieces), self._without_trailers(data, at, match.end())
-            self._size_line, at = self.NEXT, match.end()
+                break
+            size = int(match[1], 16)
+            end = match.end() if size else self._trailers_end(data, match.end())
+            if not end:
+                break
+            self.left, self.complete, self._size_line, at = size, not size, self.NEXT_SIZE, end
+        return b"".join(pieces), data[at:]
 
-    def _without_trailers(self, data, last_chunk, start):
-        """Return the data behind the trailers, or that from the last chunk on if they are not complete."""
-        end = data.find(b"\r\n\r\n", start - 2)   # the last chunk's own line end, if there are none
+    @staticmethod
+    def _trailers_end(data, at):
+        """Return the position after the trailers and their empty line, 0 if these are not complete."""
+        end = data.find(b"\r\n\r\n", at - 2)   # without trailers, the line before ends at `at`
         if end < 0:
-            if len(data) - start > TRAILER_BYTES or BARE_LF.search(data, start):
+            if len(data) - at > TRAILER_BYTES or BARE_LF.search(data, at):
                 raise Malformed("the trailers are too large, or have a line that does not end in CR LF")
-            return data[last_chunk:]
-        forbidden = FORBIDDEN_TRAILERS & parse_fields(data[start:end + 2])[1].keys()
+            return 0
+        forbidden = FORBIDDEN_TRAILERS & parse_fields(data[at:end + 2])[1].keys()
         if forbidden:
             raise Malformed(f"{min(forbidden)} is not allowed in trailers")
-        self.complete = True
-        return data[end + 4:]
+        return end + 4
 
     def end(self):
-        raise Malformed("the body ends before its last chunk")
-
-
-def request_decoder(request):
-    """Return the decoder of a request's body; raise Malformed."""
-    if request.length is not None:
-        return LengthBody(request.length)
-    body_framing(request.fields, request.version)   # raises Malformed unless the body is chunked
-    return ChunkedBody()
-
-
-def response_decoder(head, method):
-    """Return the decoder of the body of a response to a method (RFC 9112 6.3)."""
-    if method == "HEAD" or head.status in (204, 304):
-        return LengthBody(0)
-    return ChunkedBody() if head.chunked else LengthBody(head.length)
+        """Note the end of the connection; raise Malformed if the body is not complete."""
+        if not self._ends_with_connection:
+            raise Malformed("the body ends early")
+        self.complete = True
 
 # == Request body =============================================================
 
@@ -1499,8 +1466,8 @@ class StreamedBody:
 
     def __init__(self, client, judge):
         self._client, self._judge = client, judge
-        self._chunked = isinstance(client.body, ChunkedBody)
-        self.framing = "transfer-encoding: chunked\r\n" if self._chunked else f"content-length: {client.body.left}\r\n"
+        chunked, left = client.body.chunked, client.body.left
+        self.framing = "transfer-encoding: chunked\r\n" if chunked else f"content-length: {left}\r\n"
 
     def pieces(self, upstream):
         """Yield the bytes to send; a response of the upstream ends the wait for the client."""
@@ -1510,7 +1477,7 @@ class StreamedBody:
             if time.monotonic() - judged > REJUDGE_SECONDS:
                 self._judge()
                 judged = time.monotonic()
-            yield encode_chunk(piece, self._client.body.complete) if self._chunked else piece
+            yield encode_chunk(piece, self._client.body.complete) if self._client.body.chunked else piece
 
 # == Store ====================================================================
 
@@ -2475,7 +2442,7 @@ class RequestReader:
 
     def __init__(self, server, connection, context, head):
         self.connection, self.context, self._server, self._head = connection, context, server, head
-        self.body = LengthBody(None)    # until the head is parsed: all that arrives belongs to this request
+        self.body = BodyDecoder(None)   # until the head is parsed: all that arrives belongs to this request
 
     def read_request(self):
         """Parse and return the request's head; raise Refusal or ClientLeft."""
@@ -2488,7 +2455,7 @@ class RequestReader:
             given = request.fields.get("x-request-id")
             if given and REQUEST_ID.fullmatch(given):
                 context.id = given
-            self.body = request_decoder(request)
+            self.body = BodyDecoder(*body_framing(request.fields, request.version, 0))
         except Malformed as error:
             raise Refusal(error.code, str(error)) from None
         self.keep_alive = not request.closes
@@ -3552,7 +3519,8 @@ class Response:
         parse = parse_cached_response_head if len(head) <= CACHED_HEAD_BYTES else parse_response_head
         self.head = head = parse(head)
         self.status, self.length, self.reusable = head.status, head.length, head.keep_alive
-        self._body = response_decoder(head, request.method)
+        bodiless = request.method == "HEAD" or head.status in (204, 304)    # RFC 9112 6.3
+        self._body = BodyDecoder(0) if bodiless else BodyDecoder(head.length, head.chunked)
         self._connection, self._pool, self._request = connection, pool, request
         self._stall_timeout = stall_timeout
 
