@@ -896,10 +896,7 @@ def read_head(connection, deadline, cancel_on=None):
 
 
 def parse_fields(block):
-    """Return a head's fields as (name, value) pairs and as {name in lower case: value}, and the repeated names.
-
-    Values of equal names are joined by commas (RFC 9110 5.3). Raises Malformed, for a repeated field of FRAMING too.
-    """
+    """Return a head's (name, value) pairs, {name in lower case: values, joined by commas} and the names that repeat."""
     if not FIELD_BLOCK.fullmatch(block):
         raise Malformed("a header is malformed")
     lines = block.decode("latin-1").split("\r\n")[:-1]
@@ -907,21 +904,17 @@ def parse_fields(block):
         raise Malformed(f"there are more than {FIELD_COUNT} headers", "head_too_large")
     pairs = [(name, value.strip(" \t")) for name, _, value in (line.partition(":") for line in lines)]
     fields, repeated = {}, set()
-    for name, value in pairs:
-        name = name.lower()
+    for name, value in ((name.lower(), value) for name, value in pairs):
         if name in fields:
             repeated.add(name)
-        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value  # RFC 9110 5.3
     if repeated & FRAMING:
         raise Malformed(f"there are two {min(repeated & FRAMING)} headers")
     return pairs, types.MappingProxyType(fields), frozenset(repeated)
 
 
 def body_framing(fields, version, default=None):
-    """Return the length of a body, and whether it is chunked (RFC 9112 6); raise Malformed if readers could differ.
-
-    The length is None for a chunked body, and `default` if the head does not tell.
-    """
+    """Return (length or None, whether chunked) of a body (RFC 9112 6); raise Malformed if readers could differ."""
     coding, length = fields.get("transfer-encoding"), fields.get("content-length")
     if coding is None:
         if length is not None and not (length.isascii() and length.isdigit() and len(length) <= 18):
@@ -1128,10 +1121,9 @@ DECODER = json.JSONDecoder(object_pairs_hook=tuple, parse_constant=lambda _: TOO
 
 
 def split_at_quotes(data):
-    """Split JSON at its quotation marks, in windows: a method of bytes blocks all threads until it returns.
+    """Yield (position, whether it begins in a string, texts between quotation marks) for each window of a JSON text.
 
-    Yields (position of the window, whether it begins in a string, its texts, alternately outside and inside a string);
-    in the texts, "--" replaces escaped quotation marks and backslashes.
+    In the texts, "--" replaces escapes. Windows, because a method of bytes blocks all threads until it returns.
     """
     at, quoted = 0, False
     while at < len(data):
@@ -1154,8 +1146,7 @@ NO_BRACKETS = bytes(set(range(256)) - set(b"{}[]"))
 def reduce_object(data):
     """Return the JSON object at the start of data with NaN for each value of more than VALUE_BYTES, and its size.
 
-    These values are not validated: Ollama refuses malformed ones. Raises ValueError if the object does not end, and
-    AmbiguousBody if it is too large to be scanned.
+    These values are not validated: Ollama refuses malformed ones. Raises ValueError and AmbiguousBody.
     """
     kept, parts, depth = bytearray(), 0, 0
     end, start = 0, None    # of the last token that was kept or replaced, and of the one that is open
@@ -1185,10 +1176,9 @@ def reduce_object(data):
 
 
 def read_object(data):
-    """Return the members of the JSON object at the start of data as (key, value) pairs, and the object's size in bytes.
+    """Return the (key, value) pairs of the JSON object at the start of data, and its size; raise AmbiguousBody.
 
-    A nested object is a tuple of pairs too; in a large object, a value of more than VALUE_BYTES is TOO_LONG. Raises
-    AmbiguousBody.
+    A nested object is a tuple of pairs too; in a large object, a value of more than VALUE_BYTES is TOO_LONG.
     """
     try:
         if len(data) > DECODED_BYTES:
@@ -1241,11 +1231,9 @@ def inspect_json(data, usage_on_request=False):
     """
     pairs, size = read_object(data)
     members = fold_keys(pairs)
-    model = single_text(members, "model")
-    name = single_text(members, "name")
-    if not usage_on_request or True not in members.get("stream", ()) or requests_usage(members):
-        return BodyInfo(model or name)
-    return BodyInfo(model or name, size - 1)
+    model, name = single_text(members, "model"), single_text(members, "name")
+    inserts = usage_on_request and True in members.get("stream", ()) and not requests_usage(members)
+    return BodyInfo(model or name, size - 1 if inserts else 0)
 
 
 FORM = re.compile(r'multipart/form-data(?: *; *charset=[\w-]+)? *; *boundary=(?:"([^"\\]{1,70})"|([^\s";]{1,70}))'
@@ -1259,18 +1247,18 @@ PART_HEAD = re.compile(
     % (PART_FIELD, FILE_NAME, UNQUOTED, FILE_NAME, PART_FIELD), re.IGNORECASE)
 
 
-def form_parts(content_type, data):
-    """Yield the head of each part of a form, and the start and end of its content (RFC 7578, RFC 2046 5.1.1).
+def inspect_form(data, content_type):
+    """Return the BodyInfo of a form with a field "model" (RFC 7578, RFC 2046 5.1.1).
 
-    Raises AmbiguousBody for a form that two readers could split in two ways. The data is searched in windows.
+    Raises AmbiguousBody for a form that no client writes, or that two readers could split in two ways.
     """
     form = FORM.fullmatch(content_type)
     if not form:
         raise AmbiguousBody("it is not multipart/form-data with a plain boundary")
     delimiter = b"--" + (form[1] or form[2]).encode("latin-1")
-    found, at = [], 0       # the positions of the delimiters
+    found, at, models = [], 0, []       # found: the positions of the delimiters
     while at < len(data) and len(found) < FORM_PARTS + 2:
-        position = data.find(delimiter, at, at + WINDOW_BYTES)
+        position = data.find(delimiter, at, at + WINDOW_BYTES)      # a longer search would block all threads
         at = position + len(delimiter) if position >= 0 else at + WINDOW_BYTES - len(delimiter) + 1
         if position >= 0:
             found.append((position, at))
@@ -1281,20 +1269,13 @@ def form_parts(content_type, data):
         head_end = data.find(b"\r\n\r\n", start, min(end, start + VALUE_BYTES))
         if data[start:start + 2] != b"\r\n" or data[end - 2:end] != b"\r\n" or not start < head_end <= end - 4 - 2:
             raise AmbiguousBody("a part of the form is malformed")
-        yield data[start + 2:head_end], head_end + 4, end - 2
-
-
-def inspect_form(data, content_type):
-    """Return the BodyInfo of a form with a field "model"; raise AmbiguousBody for a form that no client writes."""
-    models = []
-    for head, start, end in form_parts(content_type, data):
-        match = PART_HEAD.fullmatch(head)
-        if not match:
+        head = PART_HEAD.fullmatch(data[start + 2:head_end])
+        if not head:
             raise AmbiguousBody("a part of the form has no plain name, or other headers than clients send")
-        if b"model" in (match[2], match[3]):
-            if models or match[1] or match[4] or end - start > VALUE_BYTES:
+        if b"model" in (head[2], head[3]):
+            if models or head[1] or head[4] or end - head_end > VALUE_BYTES:
                 raise AmbiguousBody('it has more than one plain field "model"')
-            models.append(data[start:end])
+            models.append(data[head_end + 4:end - 2])
     try:
         return BodyInfo(models[0].decode() if models else "")
     except UnicodeDecodeError:
@@ -1308,10 +1289,7 @@ CLOUD_MODEL = re.compile(r"[:-]\s*cloud(?:\s*:\s*local)*\s*\Z")     # Ollama's i
 
 @functools.lru_cache(MODEL_CACHE_SIZE)
 def name_variants(model):
-    """Return the full spellings of a model's name, the shortest first; () for an invalid name.
-
-    Names ignore case. The defaults are Ollama's registry, "library" and "latest" (Ollama's types/model/name.go).
-    """
+    """Return a model's full names in lower case (Ollama's types/model/name.go), shortest first; () if it is invalid."""
     *before, name = model.strip().lower().split("/")
     name = name if ":" in name else name + ":latest"
     if len(before) == 4 and before[0].endswith(":") and not before[1]:
@@ -1338,10 +1316,9 @@ def is_cloud_model(model):
 
 def model_allowed(model, globs):
     """Return whether a list of globs allows a model in any spelling; a cloud model only by a glob with "cloud"."""
-    variants = name_variants(model)
     for glob in globs.split(","):
         tagged = glob if glob.endswith("*") or ":" in glob.rpartition("/")[2] else glob + ":latest"
-        if any(fnmatch.fnmatchcase(name, tagged) for name in variants) \
+        if any(fnmatch.fnmatchcase(name, tagged) for name in name_variants(model)) \
                 and ("cloud" in glob or not is_cloud_model(model)):
             return True
     return False
