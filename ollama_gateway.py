@@ -816,15 +816,6 @@ class Connection(Waitable):
             self.buffer += data
             return bool(data)
 
-    def read_piece(self, decoder, deadline, cancel_on=None):
-        """Return the next piece as soon as it is there, b"" only at the end; raise Malformed if that is early."""
-        while True:
-            piece, self.buffer = decoder.decode(self.buffer)
-            if piece or decoder.complete:
-                return piece
-            if not self.fill(deadline, cancel_on):
-                decoder.end()
-
     def alive(self):
         """Return whether the peer is still there; data that it has sent is read, without a wait."""
         try:
@@ -964,11 +955,9 @@ def parse_request(head):
     if version not in ("1.0", "1.1"):
         raise Malformed(f"HTTP/{version} is not supported, HTTP/1.1 is", "unknown_version")
     _, fields, repeated = parse_fields(block)
-    if version == "1.1" and "host" not in fields:
-        raise Malformed("there is no Host header")
-    host = fields.get("host", "")
-    if not HOST.fullmatch(host):
-        raise Malformed("the Host header is malformed")
+    host = fields.get("host", "" if version == "1.0" else None)
+    if host is None or not HOST.fullmatch(host):
+        raise Malformed("the Host header is missing or malformed")
     absolute = None if target.startswith("/") else ABSOLUTE.fullmatch(target)
     if absolute and absolute[1].lower() == host.lower():    # RFC 9112 3.2.2
         target = "/" + absolute[2]
@@ -1091,11 +1080,16 @@ class BodyDecoder:
             raise Malformed(f"{min(forbidden)} is not allowed in trailers")
         return end + 4
 
-    def end(self):
-        """Note the end of the connection; raise Malformed if the body is not complete."""
-        if not self._ends_with_connection:
-            raise Malformed("the body ends early")
-        self.complete = True
+    def read(self, connection, deadline, cancel_on=None):
+        """Return the next piece of the body as soon as it is there, b"" only at its end; raise Malformed or OSError."""
+        while True:
+            piece, connection.buffer = self.decode(connection.buffer)
+            if piece or self.complete:
+                return piece
+            if not connection.fill(deadline, cancel_on):
+                if not self._ends_with_connection:
+                    raise Malformed("the body ends early")
+                self.complete = True
 
 # == Request body =============================================================
 
@@ -1188,10 +1182,9 @@ def read_object(data):
             text = data[:].decode()
             pairs, end = DECODER.raw_decode(text, len(text) - len(text.lstrip(" \t\r\n")))
             size = end if text.isascii() else len(text[:end].encode())
-    except UnicodeDecodeError:
-        raise AmbiguousBody("it is not UTF-8") from None
-    except (ValueError, RecursionError):
-        raise AmbiguousBody("it is not a JSON object") from None
+    except (ValueError, RecursionError) as error:
+        problem = "UTF-8" if isinstance(error, UnicodeDecodeError) else "a JSON object"
+        raise AmbiguousBody(f"it is not {problem}") from None
     if not isinstance(pairs, tuple):
         raise AmbiguousBody("it is not a JSON object")
     return pairs, size
@@ -1331,10 +1324,8 @@ def prompt_text_bytes(data):
     """Return the number of bytes in all strings of a JSON body; long base64 strings, such as images, do not count."""
     total = 0
     for _, quoted, texts in split_at_quotes(data):
-        strings = texts[1 - quoted::2]
-        images = [string for string in strings if len(string) > KIB
-                  and not string[256:].translate(None, BASE64)]     # a prefix may name the type (RFC 2397)
-        total += sum(map(len, strings)) - sum(map(len, images))
+        total += sum(len(string) for string in texts[1 - quoted::2]
+                     if len(string) <= KIB or string[256:].translate(None, BASE64))     # after the type (RFC 2397)
     return total
 
 
@@ -1368,8 +1359,8 @@ class BufferedBody(contextlib.AbstractContextManager):
 
     replayable = True
     _file = None
-    _reserved = 0               # bytes of the storage: disk space if there is a file, else memory
-    _insertion = (0, b"")       # a position, and bytes that are sent in front of those there
+    _reserved = 0           # bytes of the storage: disk space if there is a file, else memory
+    insertion = (0, b"")    # a position, and bytes that are sent in front of those there
 
     def __init__(self, data=b"", declared=True, storage=None):
         self.size, self._data, self._declared, self._storage = len(data), data, declared, storage
@@ -1385,25 +1376,20 @@ class BufferedBody(contextlib.AbstractContextManager):
             if self._file is None:
                 import tempfile  # few requests need it, and every start would wait for it
                 self._file = tempfile.TemporaryFile()
-                piece, self._data = self._data + piece, b""
                 self._storage.take("memory", -self._reserved)
-                self._reserved = 0
+                piece, self._data, self._reserved = self._data + piece, b"", 0
             if not self._storage.take("disk", len(piece)):
                 raise Refusal("no_room", "request bodies already take the disk space of --max-spool: try again later")
             self._reserved += len(piece)
             self._file.write(piece)
 
-    def insert(self, at, extra):
-        """Send extra bytes at a position."""
-        self._insertion = at, extra
-
     @property
     def framing(self):
-        return f"content-length: {self.size + len(self._insertion[1])}\r\n" if self._declared else ""
+        return f"content-length: {self.size + len(self.insertion[1])}\r\n" if self._declared else ""
 
     def pieces(self, _=None):
         """Yield the bytes to send; raise Refusal if they cannot be read."""
-        at, extra = self._insertion
+        at, extra = self.insertion
         if self._file is None:
             yield self._data[:at] + extra + self._data[at:] if extra else self._data
             return
@@ -2448,7 +2434,7 @@ class RequestReader:
             if self._expects_continue and not self.body.complete and not self.connection.buffer:
                 self.connection.send(b"HTTP/1.1 100 Continue\r\n\r\n", Deadline(SEND_SECONDS))
             self._expects_continue = False
-            return self.connection.read_piece(self.body, deadline or Deadline(BODY_SECONDS), cancel_on)
+            return self.body.read(self.connection, deadline or Deadline(BODY_SECONDS), cancel_on)
         except (Malformed, OSError) as error:
             raise client_failure(error, late.format(PAGE_BODY_SECONDS if deadline else BODY_SECONDS)) from None
 
@@ -3518,7 +3504,7 @@ class Response:
         """Return the next piece of the body as soon as it is there, b"" only at its end; raise BadResponse."""
         deadline = self._request.deadline or Deadline(self._stall_timeout, "--stall-timeout")
         try:
-            return self._connection.read_piece(self._body, deadline, self._request.cancel_on)
+            return self._body.read(self._connection, deadline, self._request.cancel_on)
         except (OSError, Malformed) as error:
             raise BadResponse(f"broke off its response: {error}") from None
 
@@ -4365,7 +4351,7 @@ class Gateway:
             context.model, context.insert_at = inspect_body(context, body)
             authorize_model(context)
             if context.insert_at:
-                body.insert(context.insert_at, INCLUDE_USAGE)
+                body.insertion = context.insert_at, INCLUDE_USAGE
             if slot:
                 slot.wait(connection, check_again)
             fields = f"X-Request-Id: {context.id}\r\n{context.request.forwarded}"

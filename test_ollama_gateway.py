@@ -5154,7 +5154,7 @@ class Leaving(GatewayCase):
 
     def test_client_that_vanished_within_its_request_body_is_logged_as_left(self):
         lost = TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))      # what keep-alive makes of a read
-        with unittest.mock.patch.object(gateway.ClientConnection, "read_piece", side_effect=lost):
+        with unittest.mock.patch.object(gateway.BodyDecoder, "read", side_effect=lost):
             self.begin("POST", "/api/chat", CHAT)
             self.assertEqual(self.logged()["outcome"], "left")
 
