@@ -742,10 +742,7 @@ class Waitable:
     """Has a descriptor to wait for. One that can cancel a wait has watched_events() and on_readable(), too."""
 
     def wait(self, events, deadline, cancel_on=None):
-        """Return the events of the descriptor, once there are some; call on_readable() of `cancel_on` if it is ready.
-
-        Raises TimeoutError, and what on_readable() raises.
-        """
+        """Return the descriptor's events, once there are some; raise TimeoutError, and what on_readable() raises."""
         while True:
             poll = new_poll()
             if cancel_on is not None:
@@ -829,13 +826,12 @@ class Connection(Waitable):
 
     def send(self, data, deadline, cancel_on=None):
         """Send all data."""
+        data = memoryview(data)
         while data:
             try:
-                sent = self.sock.send(data)
+                data = data[self.sock.send(data):]
             except (BlockingIOError, ssl.SSLWantWriteError):
                 self.until_writable(deadline, cancel_on)
-            else:
-                data = memoryview(data)[sent:] if sent < len(data) else b""
 
     def shut_down(self):
         """End the connection from another thread: a thread that waits on it wakes up."""
@@ -973,7 +969,7 @@ def parse_request(head):
                    bearer, SECRET_IN_PATH.sub("*", path), forwarded)
 
 
-# Clients send equal heads again and again: parsing one takes a tenth of the CPU of a small response.
+# Equal heads come again and again; parsing one takes a tenth of the CPU of a small response.
 parse_cached_request = functools.lru_cache(HEAD_CACHE_SIZE)(parse_request)
 
 
@@ -1018,7 +1014,6 @@ def parse_response_head(head):
                         *body_framing(fields, version), version == "1.1" and "close" not in hop)
 
 
-# Within a second, heads are equal: parsing one takes a tenth of the CPU of a small response.
 parse_cached_response_head = functools.lru_cache(HEAD_CACHE_SIZE)(parse_response_head)
 
 
@@ -1060,25 +1055,18 @@ class BodyDecoder:
                 if not self.PART_OF_SIZE.fullmatch(data, at):
                     raise Malformed("a chunk is malformed")
                 break
-            size = int(match[1], 16)
-            end = match.end() if size else self._trailers_end(data, match.end())
-            if not end:
-                break
+            size, end = int(match[1], 16), match.end()
+            if not size:    # the end, after the trailers
+                trailers, end = end, data.find(b"\r\n\r\n", end - 2) + 4     # up to the first empty line
+                if end < 4:
+                    if len(data) - at > TRAILER_BYTES or BARE_LF.search(data, at):
+                        raise Malformed("the trailers are too large, or have a line that does not end in CR LF")
+                    break
+                forbidden = FORBIDDEN_TRAILERS & parse_fields(data[trailers:end - 2])[1].keys()
+                if forbidden:
+                    raise Malformed(f"{min(forbidden)} is not allowed in trailers")
             self.left, self.complete, self._size_line, at = size, not size, self.NEXT_SIZE, end
         return b"".join(pieces), data[at:]
-
-    @staticmethod
-    def _trailers_end(data, at):
-        """Return the position after the trailers and their empty line, 0 if these are not complete."""
-        end = data.find(b"\r\n\r\n", at - 2)   # without trailers, the line before ends at `at`
-        if end < 0:
-            if len(data) - at > TRAILER_BYTES or BARE_LF.search(data, at):
-                raise Malformed("the trailers are too large, or have a line that does not end in CR LF")
-            return 0
-        forbidden = FORBIDDEN_TRAILERS & parse_fields(data[at:end + 2])[1].keys()
-        if forbidden:
-            raise Malformed(f"{min(forbidden)} is not allowed in trailers")
-        return end + 4
 
     def read(self, connection, deadline, cancel_on=None):
         """Return the next piece of the body as soon as it is there, b"" only at its end; raise Malformed or OSError."""
@@ -1199,12 +1187,12 @@ class BodyInfo(NamedTuple):
 
 def single_text(members, key):
     """Return the string that is a key's only value, "" for no value or another type; raise AmbiguousBody."""
-    values = members.get(key, ("",))
-    if len(values) > 1:
+    text, *others = members.get(key, ("",))
+    if others:
         raise AmbiguousBody(f'it has two keys "{key}"')
-    if values[0] is TOO_LONG or isinstance(values[0], str) and len(values[0]) > VALUE_BYTES:
+    if text is TOO_LONG or isinstance(text, str) and len(text) > VALUE_BYTES:
         raise AmbiguousBody(f'its "{key}" is too long')
-    return values[0] if isinstance(values[0], str) else ""
+    return text if isinstance(text, str) else ""
 
 
 def requests_usage(members):
@@ -1235,9 +1223,8 @@ UNQUOTED = rb"[\w!#$%&+.^`|~-]+"
 FILE_NAME = rb'(?:; *filename=(?:"(?:[^"\\\r\n]|\\[^\r\n])*"|%b))?(?:; *filename\*=[^\s";]*)?' % UNQUOTED
 PART_FIELD = (rb"(?:(?:content-(?:type|length|id)|mime-version):[^\r\n]*"
               rb"|content-transfer-encoding: *(?:7bit|8bit|binary) *)")
-PART_HEAD = re.compile(
-    rb'(?:%b\r\n)*content-disposition: *form-data(%b); *name=(?:"([^"\\\r\n]*)"|(%b))(%b)(?:\r\n%b)*'
-    % (PART_FIELD, FILE_NAME, UNQUOTED, FILE_NAME, PART_FIELD), re.IGNORECASE)
+PART_HEAD = re.compile(rb'(?:%b\r\n)*content-disposition: *form-data(%b); *name=(?:"([^"\\\r\n]*)"|(%b))(%b)(?:\r\n%b)*'
+                       % (PART_FIELD, FILE_NAME, UNQUOTED, FILE_NAME, PART_FIELD), re.IGNORECASE)
 
 
 def inspect_form(data, content_type):
@@ -1303,18 +1290,14 @@ def normalize_model(model):
 
 def is_cloud_model(model):
     """Return whether Ollama runs a model on its owner's ollama.com account, by the model's name."""
-    model = model.lower()
-    return "cloud" in model and CLOUD_MODEL.search(model) is not None
+    return CLOUD_MODEL.search(model.lower()) is not None
 
 
 def model_allowed(model, globs):
     """Return whether a list of globs allows a model in any spelling; a cloud model only by a glob with "cloud"."""
-    for glob in globs.split(","):
-        tagged = glob if glob.endswith("*") or ":" in glob.rpartition("/")[2] else glob + ":latest"
-        if any(fnmatch.fnmatchcase(name, tagged) for name in name_variants(model)) \
-                and ("cloud" in glob or not is_cloud_model(model)):
-            return True
-    return False
+    globs = [glob for glob in globs.split(",") if "cloud" in glob or not is_cloud_model(model)]
+    tagged = [glob if glob.endswith("*") or ":" in glob.rpartition("/")[2] else glob + ":latest" for glob in globs]
+    return any(fnmatch.fnmatchcase(name, glob) for name in name_variants(model) for glob in tagged)
 
 
 BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\\"   # a backslash may escape the slash

@@ -2852,9 +2852,10 @@ class Load(GatewayCase):
         body = compact({**CHAT, "stream": True, "images": ["x" * 2_000_000]})
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(body) - 5, hard))
         self.assertRefused(self.ask("POST", "/v1/chat/completions", body), 503, "/v1/chat/completions")
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(body) + 5, hard))     # enough for it, and not for what is put in
-        self.assertRefused(self.ask("POST", "/v1/chat/completions", body), 503, "/v1/chat/completions")
         self.assertEqual(self.fake.received, [])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(body), hard))     # what is inserted takes no room
+        self.assertStatus(self.ask("POST", "/v1/chat/completions", body), 200)
+        self.assertTrue(self.upstream().body == body[:-1] + b',"stream_options":{"include_usage":true}}')
 
     def test_without_room_for_a_large_body_small_ones_go_on(self):
         with unittest.mock.patch("tempfile.TemporaryFile", side_effect=OSError(errno.ENOSPC, "No space left on device")):
