@@ -1007,8 +1007,9 @@ def parse_response_head(head):
     pairs, fields, _ = parse_fields(block)
     version = match[1].decode()
     hop = {option.strip(" \t") for option in fields.get("connection", "").lower().split(",")}
+    dropped = hop | NOT_RELAYED
     lines = "".join(f"{name}: {value}\r\n" for name, value in pairs
-                    if name.lower() not in hop | NOT_RELAYED and not name.lower().startswith("access-control-"))
+                    if name.lower() not in dropped and not name.lower().startswith("access-control-"))
     return ResponseHead(int(match[2]), (match[3] or b"").decode("latin-1"), fields, lines,
                         fields.get("content-type", "").partition(";")[0].strip().lower(),
                         *body_framing(fields, version), version == "1.1" and "close" not in hop)
@@ -1048,8 +1049,9 @@ class BodyDecoder:
                 self.left -= len(piece)
                 if self.left:
                     break
-                self.complete = not self.chunked
-                continue
+                if not self.chunked:
+                    self.complete = True
+                    break
             match = self._size_line.match(data, at)
             if not match:
                 if not self.PART_OF_SIZE.fullmatch(data, at):
