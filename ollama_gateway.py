@@ -54,7 +54,6 @@ from __future__ import annotations
 import argparse
 import base64
 import bisect
-import codecs
 import contextlib
 import csv
 import email.utils
@@ -78,6 +77,7 @@ import queue
 import re
 import secrets
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -125,7 +125,6 @@ WINDOW_BYTES = 64 * KIB     # one step of a scan: no other thread can run for ab
 JSON_PARTS = 2_000_000      # most strings and brackets that a scan reads: about 0.1 s of CPU
 VALUE_BYTES = 4 * KIB       # longest value that is read; a model name in escapes may take 3.5 KiB
 TOP_LEVEL_BYTES = 64 * KIB  # a large body's keys and short values together
-TRAILING_BYTES = 64 * KIB   # after a body's object: an insertion moves them in memory
 FORM_PARTS = 100            # most parts of a form that is searched for its model
 PAGE_BODY_BYTES, PAGE_BODY_SECONDS = 16 * KIB, 15   # for the whole body of a request to an own page
 
@@ -596,8 +595,6 @@ class RequestContext:
 class Deadline:
     """A time limit that starts at the first wait; `flag` names the option that changes it."""
 
-    __slots__ = ("_at", "_seconds", "_flag")
-
     def __init__(self, seconds, flag="", at=None):
         self._at, self._seconds, self._flag = at, seconds, flag
 
@@ -612,7 +609,7 @@ class Deadline:
         return seconds
 
     def share(self, parts):
-        """Return a deadline for the first of a number of equal parts of the time left; raise TimeoutError."""
+        """Return the deadline of the first of some equal parts of the time left; raise TimeoutError."""
         return Deadline(self._seconds, self._flag, time.monotonic() + self.left() / parts)
 
 
@@ -621,15 +618,14 @@ def is_late(error):
     return isinstance(error, TimeoutError) and error.errno is None
 
 
-POLL_LIMIT = 2 ** 31 - 1    # milliseconds: the largest argument of poll
-READABLE, WRITABLE = getattr(select, "POLLIN", 1), getattr(select, "POLLOUT", 4)
-HUNG_UP = getattr(select, "POLLRDHUP", 0)  # reports a half-closed peer without a read; Linux only
+READABLE = selectors.EVENT_READ     # the value of POLLIN too
+WRITABLE = getattr(select, "POLLOUT", selectors.EVENT_WRITE)
+HUNG_UP = getattr(select, "POLLRDHUP", 0)   # reports a half-closed peer without a read; Linux only
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError)
-# A peer that vanished without a FIN, such as behind a NAT, is given up after 30 s: 15 s of silence and 3 probes 5 s
-# apart, few enough for a phone's battery. TCP_USER_TIMEOUT (ms) is for unacknowledged data; Linux applies it to the
-# probes too, and to a peer that takes no data for so long (RFC 1122 4.2.3.6, RFC 5482). macOS has TCP_KEEPALIVE.
+# A peer that vanished without a FIN is given up after 30 s: 15 s of silence and 3 probes 5 s apart, few enough for a
+# phone's battery. TCP_USER_TIMEOUT (ms, RFC 5482) is for unacknowledged data and, on Linux, for the probes too.
 KEEP_ALIVE = [(getattr(socket, option), value) for option, value in (
-    ("TCP_KEEPIDLE", 15), ("TCP_KEEPALIVE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3),
+    ("TCP_KEEPIDLE", 15), ("TCP_KEEPALIVE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3),  # TCP_KEEPALIVE: macOS
     ("TCP_USER_TIMEOUT", 30_000)) if hasattr(socket, option)]
 
 
@@ -663,60 +659,53 @@ def is_out_of_descriptors(error):
     return error.errno in OUT_OF_DESCRIPTORS
 
 
-class Poll(dict):
-    """The part of select.poll() that is used here, for Windows: {descriptor: its events}."""
-
-    register = dict.__setitem__
+class Poll(selectors.SelectSelector):
+    """The part of select.poll() that is used here, for Windows."""
 
     def poll(self, milliseconds):
-        """Return the descriptors that are ready, in the order of their registration, each with its events."""
-        readers, writers = ([fd for fd in self if self[fd] & event] for event in (READABLE, WRITABLE))
-        readable, writable, _ = select.select(readers, writers, [], milliseconds / 1000)
-        found = [(fd, READABLE * (fd in readable) | WRITABLE * (fd in writable)) for fd in self]
-        return [(fd, events) for fd, events in found if events]
+        return [(key.fd, events) for key, events in self.select(milliseconds / 1000)]
 
 
 new_poll = getattr(select, "poll", Poll)
 
 
-def wait_for(descriptor, events, deadline, cancel_on=None):
-    """Wait for events of a descriptor and return them; if `cancel_on` is ready first, call its on_readable().
+class Waitable:
+    """Has a descriptor to wait for. One that can cancel a wait has watched_events() and on_readable(), too."""
 
-    Raises TimeoutError, and what on_readable() raises.
-    """
-    while True:
-        poll = new_poll()
-        if cancel_on is not None:
-            poll.register(cancel_on.descriptor, cancel_on.watched_events())
-        poll.register(descriptor, events)
-        for ready, found in poll.poll(min(deadline.left() * 1000, POLL_LIMIT)):    # in the order of registration
-            if ready == descriptor:
-                return found
-            cancel_on.on_readable()
+    def wait(self, events, deadline, cancel_on=None):
+        """Return the descriptor's events, once there are some; raise TimeoutError, and what on_readable() raises."""
+        while True:
+            poll = new_poll()
+            if cancel_on is not None:
+                poll.register(cancel_on.descriptor, cancel_on.watched_events())
+            poll.register(self.descriptor, events)
+            ready = dict(poll.poll(min(deadline.left() * 1000, 2 ** 31 - 1)))   # the largest argument of poll
+            if cancel_on is not None and cancel_on.descriptor in ready:
+                cancel_on.on_readable()
+            if self.descriptor in ready:
+                return ready[self.descriptor]
 
 
-class Wakeup:
-    """Wakes the thread that waits for it; that wait can be cancelled."""
+class Wakeup(Waitable):
+    """Wakes the thread that waits until it is readable."""
 
     def __init__(self):
         self._write_end, self._read_end = socket.socketpair()
+        self.descriptor = self._read_end.fileno()
 
     def set(self):
         self._write_end.send(b"!")
-
-    def wait(self, deadline, cancel_on):
-        wait_for(self._read_end.fileno(), READABLE, deadline, cancel_on)
 
     def close(self):
         self._write_end.close()
         self._read_end.close()
 
 
-class Connection:
-    """A buffered non-blocking socket; each wait has a deadline, and another connection may cancel it."""
+class Connection(Waitable):
+    """A buffered non-blocking socket; subclasses define what `until_writable` does while the peer reads nothing."""
 
-    waited = False      # `fill` was called since this was last reset
-    is_shut = False     # by another thread
+    had_to_wait = False     # `fill` was called since this was last reset
+    is_shut = False         # by another thread
 
     def __init__(self, sock):
         sock.setblocking(False)
@@ -735,14 +724,8 @@ class Connection:
         while True:
             try:
                 return self.sock.do_handshake()
-            except ssl.SSLWantReadError:
-                self.wait(READABLE, deadline, cancel_on)
-            except ssl.SSLWantWriteError:
-                self.wait(WRITABLE, deadline, cancel_on)
-
-    def wait(self, events, deadline, cancel_on=None):
-        """Wait for events of this connection as `wait_for` does."""
-        return wait_for(self.descriptor, events, deadline, cancel_on)
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+                self.wait(READABLE if isinstance(error, ssl.SSLWantReadError) else WRITABLE, deadline, cancel_on)
 
     def watched_events(self):
         """Return the events to watch for: only the hang-up if much is unread."""
@@ -750,7 +733,7 @@ class Connection:
 
     def fill(self, deadline, cancel_on=None):
         """Read into the buffer as soon as there is data; return False at the end of the stream."""
-        self.waited = True
+        self.had_to_wait = True
         while True:
             if not (isinstance(self.sock, ssl.SSLSocket) and self.sock.pending()):  # poll cannot see what TLS holds
                 self.wait(READABLE, deadline, cancel_on)
@@ -758,20 +741,8 @@ class Connection:
                 data = self.sock.recv(RECEIVE_BYTES)
             except WOULD_BLOCK:
                 continue
-            except ssl.SSLWantWriteError:
-                self.wait(WRITABLE, deadline, cancel_on)
-                continue
             self.buffer += data
             return bool(data)
-
-    def read_piece(self, decoder, deadline, cancel_on=None):
-        """Return the next piece as soon as it is there, b"" only at the end; raise Malformed if that is early."""
-        while True:
-            piece, self.buffer = decoder.decode(self.buffer)
-            if piece or decoder.complete:
-                return piece
-            if not self.fill(deadline, cancel_on):
-                decoder.end()
 
     def alive(self):
         """Return whether the peer is still there; data that it has sent is read, without a wait."""
@@ -786,18 +757,12 @@ class Connection:
 
     def send(self, data, deadline, cancel_on=None):
         """Send all data."""
+        data = memoryview(data)
         while data:
             try:
-                sent = self.sock.send(data)
+                data = data[self.sock.send(data):]
             except (BlockingIOError, ssl.SSLWantWriteError):
                 self.until_writable(deadline, cancel_on)
-            except ssl.SSLWantReadError:
-                self.wait(READABLE, deadline, cancel_on)
-            else:
-                data = memoryview(data)[sent:] if sent < len(data) else b""
-
-    def until_writable(self, deadline, cancel_on):
-        self.wait(WRITABLE, deadline, cancel_on)
 
     def shut_down(self, how=socket.SHUT_RDWR):
         """End the connection from another thread: a thread that waits on it wakes up."""
@@ -805,16 +770,13 @@ class Connection:
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.sock, how)  # SSLSocket.shutdown would go on without TLS
 
-    def close(self):
+    def close(self, notify=False):
+        """Close; notify: not without TLS's close_notify, or the end looks like a truncation (RFC 8446 6.1)."""
+        with contextlib.suppress(OSError, ValueError):
+            if notify and isinstance(self.sock, ssl.SSLSocket):
+                self.sock.unwrap()
         with contextlib.suppress(OSError):
             self.sock.close()
-
-    def close_notify(self):
-        """Close; under TLS, send close_notify, so that the end does not look like a truncation (RFC 8446 6.1)."""
-        if isinstance(self.sock, ssl.SSLSocket):
-            with contextlib.suppress(OSError, ValueError):
-                self.sock.unwrap()
-        self.close()
 
     def reset(self):
         """Close so that the peer sees an error instead of an end."""
@@ -828,41 +790,31 @@ BARE_LF = re.compile(rb"(?<!\r)\n")
 FIELD_BLOCK = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*")  # RFC 9110 5.1, 5.5
 
 
-class HeadDecoder:
-    """Decodes a message's head, which is one piece, without the empty line at its end (RFC 9112 2.2)."""
-
-    complete = False
-    _size = 0       # of the data so far, in which the head has no end
-
-    def decode(self, data):
-        """Return (the head, the data behind it), or (b"", data) while the head is not complete; raise Malformed."""
-        if not data:
-            return b"", data
-        start = self._size and max(self._size - 3, 0)
+def read_head(connection, deadline, cancel_on=None):
+    """Return the head of a message, without the empty line at its end (RFC 9112 2.2); raise Malformed or OSError."""
+    start = 0
+    while True:
+        data = connection.buffer
         end = data.find(b"\r\n\r\n", start)
-        if 0 <= end <= LINE_BYTES:
-            return data[:end + 2], data[end + 4:]
-        self._size = len(data) if end < 0 else end
-        if self._size > LINE_BYTES and data.find(b"\r\n", 0, LINE_BYTES + 2) < 0:
+        size = len(data) if end < 0 else end
+        if size > LINE_BYTES and data.find(b"\r\n", 0, LINE_BYTES + 2) < 0:
             raise Malformed(f"the first line is longer than {LINE_BYTES} bytes", "line_too_long")
-        if self._size > HEAD_BYTES:
+        if size > HEAD_BYTES:
             raise Malformed(f"the headers are larger than {HEAD_BYTES} bytes", "head_too_large")
-        if end < 0 and BARE_LF.search(data, start):
+        if end >= 0:
+            connection.buffer = data[end + 4:]
+            return data[:end + 2]
+        if BARE_LF.search(data, start):
             raise Malformed("a line does not end in CR LF")
-        return (b"", data) if end < 0 else (data[:end + 2], data[end + 4:])
-
-    def end(self):
-        if not self._size:
+        start = max(size - 3, 0)    # the empty line may have begun
+        if not connection.fill(deadline, cancel_on):
+            if data:
+                raise Malformed("the headers end early")
             raise ConnectionError("the connection was closed before any data")
-        raise Malformed("the headers end early")
 
 
 def parse_fields(block):
-    """Return the fields of a head as (name, value) pairs, as {name in lower case: value}, and the repeated names.
-
-    The mapping is read-only; values of equal names are joined by commas (RFC 9110 5.3). Raises Malformed for a folded
-    line, a space before a colon (RFC 9112 5) or a repeated field of FRAMING.
-    """
+    """Return a head's (name, value) pairs, {name in lower case: values, joined by commas} and the names that repeat."""
     if not FIELD_BLOCK.fullmatch(block):
         raise Malformed("a header is malformed")
     lines = block.decode("latin-1").split("\r\n")[:-1]
@@ -870,28 +822,22 @@ def parse_fields(block):
         raise Malformed(f"there are more than {FIELD_COUNT} headers", "head_too_large")
     pairs = [(name, value.strip(" \t")) for name, _, value in (line.partition(":") for line in lines)]
     fields, repeated = {}, set()
-    for name, value in pairs:
-        name = name.lower()
+    for name, value in ((name.lower(), value) for name, value in pairs):
         if name in fields:
             repeated.add(name)
-        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value  # RFC 9110 5.3
     if repeated & FRAMING:
         raise Malformed(f"there are two {min(repeated & FRAMING)} headers")
     return pairs, types.MappingProxyType(fields), frozenset(repeated)
 
 
-def comma_list(value):
-    """Return the members of a comma list, in lower case (RFC 9110 5.6.1)."""
-    return {member.strip(" \t") for member in value.lower().split(",")}
-
-
-def body_framing(fields, version):
+def body_framing(fields, version, default=None):
     """Return (length or None, whether chunked) of a body (RFC 9112 6); raise Malformed if readers could differ."""
     coding, length = fields.get("transfer-encoding"), fields.get("content-length")
     if coding is None:
         if length is not None and not (length.isascii() and length.isdigit() and len(length) <= 18):
             raise Malformed(f'Content-Length is "{length[:40]}", not a number')
-        return length and int(length), False
+        return default if length is None else int(length), False
     if length is not None:
         raise Malformed("there are both Content-Length and Transfer-Encoding")
     if version == "1.0":
@@ -910,7 +856,6 @@ class Request(NamedTuple):
     version: str
     fields: Mapping[str, str]           # by names in lower case
     repeated: frozenset                 # names of fields that came more than once
-    length: Optional[int]               # of the body, None if it is chunked or ambiguous
     closes: bool                        # the client sends no other request on the connection
     bearer: Optional[str]               # the secret in Authorization: "" if it has none, None without that field
     redacted_path: str                  # the path without secrets
@@ -920,21 +865,11 @@ class Request(NamedTuple):
 
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])")  # RFC 9112 3
 HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")  # RFC 9110 7.2, RFC 3986 3.2.2
-ABSOLUTE = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
+ABSOLUTE = re.compile(r"https?://([^/?]+)/?(.*)", re.IGNORECASE)
 SECRET_IN_PATH = re.compile(rf"(?<=/t/)[^/]+|{SECRET_PREFIX}[\w-]+", re.IGNORECASE)
 PATH_TOKEN = re.compile("/t/([^/]+)(/.*)")
 BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)  # RFC 6750 2.1; RFC 9110 11.1: the case of the scheme is free
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
-
-
-def origin_form(target, host):
-    """Return a request target as a path and query, one in absolute form if it names the Host (RFC 9112 3.2)."""
-    absolute = None if target.startswith("/") else ABSOLUTE.fullmatch(target)
-    if absolute and absolute[1].lower() == host.lower():
-        target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
-    if not target.startswith("/") or "#" in target:
-        raise Malformed("the request target is not a path")
-    return target
 
 
 def parse_request(head):
@@ -947,33 +882,31 @@ def parse_request(head):
     if version not in ("1.0", "1.1"):
         raise Malformed(f"HTTP/{version} is not supported, HTTP/1.1 is", "unknown_version")
     _, fields, repeated = parse_fields(block)
-    if version == "1.1" and "host" not in fields:
-        raise Malformed("there is no Host header")
-    host = fields.get("host", "")
-    if not HOST.fullmatch(host):
-        raise Malformed("the Host header is malformed")
-    path, mark, query = origin_form(target, host).partition("?")
-    length = None
-    with contextlib.suppress(Malformed):    # request_decoder raises it, when the request is known
-        length, chunked = body_framing(fields, version)
-        length = None if chunked else length or 0
-    hop = comma_list(fields.get("connection", ""))
+    host = fields.get("host", "" if version == "1.0" else None)
+    if host is None or not HOST.fullmatch(host):
+        raise Malformed("the Host header is missing or malformed")
+    absolute = None if target.startswith("/") else ABSOLUTE.fullmatch(target)
+    if absolute and absolute[1].lower() == host.lower():    # RFC 9112 3.2.2
+        target = "/" + absolute[2]
+    if not target.startswith("/") or "#" in target:
+        raise Malformed("the request target is not a path")
+    path, mark, query = target.partition("?")
+    hop = {option.strip(" \t") for option in fields.get("connection", "").lower().split(",")}
     authorization = fields.get("authorization")
     bearer = None if authorization is None else (BEARER.fullmatch(authorization) or ("", ""))[1]
     forwarded = "".join(f"{name}: {value}\r\n" for name, value in fields.items()
                         if (name in FORWARDED or name.startswith(FORWARDED_PREFIXES)) and name not in hop)
-    return Request(method, path, mark + query, version, fields, repeated, length, version == "1.0" or "close" in hop,
+    return Request(method, path, mark + query, version, fields, repeated, version == "1.0" or "close" in hop,
                    bearer, SECRET_IN_PATH.sub("*", path), forwarded)
 
 
-# Clients send equal heads again and again: parsing one takes a tenth of the CPU of a small response.
+# Equal heads come again and again; parsing one takes a tenth of the CPU of a small response.
 parse_cached_request = functools.lru_cache(HEAD_CACHE_SIZE)(parse_request)
 
 
 def dialect_of(path):
     """Return the dialect of error objects that clients expect at a path, which may begin with /t/SECRET."""
-    behind_token = PATH_TOKEN.fullmatch(path)
-    path = behind_token[2] if behind_token else path
+    path = re.sub("^/t/[^/]+/", "/", path)
     if f"{path}/".startswith("/v1/messages/"):
         return "anthropic"
     return "openai" if path.startswith("/v1/") else "ollama"
@@ -1003,7 +936,8 @@ def parse_response_head(head):
     if not match or match[2] == b"101":
         raise Malformed("its response has no status line")
     pairs, fields, _ = parse_fields(block)
-    version, hop = match[1].decode(), comma_list(fields.get("connection", ""))
+    version = match[1].decode()
+    hop = {option.strip(" \t") for option in fields.get("connection", "").lower().split(",")}
     dropped = hop | NOT_RELAYED
     lines = "".join(f"{name}: {value}\r\n" for name, value in pairs
                     if name.lower() not in dropped and not name.lower().startswith("access-control-"))
@@ -1012,7 +946,6 @@ def parse_response_head(head):
                         *body_framing(fields, version), version == "1.1" and "close" not in hop)
 
 
-# Within a second, heads are equal: parsing one takes a tenth of the CPU of a small response.
 parse_cached_response_head = functools.lru_cache(HEAD_CACHE_SIZE)(parse_response_head)
 
 
@@ -1021,99 +954,68 @@ def encode_chunk(piece, last=False):
     return (b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b"") + (b"0\r\n\r\n" if last else b"")
 
 
-class LengthBody:
-    """Decodes a body of known length, 0 for none; without a length it ends with the connection (RFC 9112 6.3)."""
+class BodyDecoder:
+    """Decodes a body of a known length, one that ends with the connection (no length), or a chunked one (RFC 9112 6.3).
 
-    def __init__(self, length):
-        self.left, self.complete = length, length == 0
+    Sizes of chunks are plain hex without extensions (RFC 9112 7.1); trailers are read and dropped.
+    """
 
-    def decode(self, data):
-        """Return (the next piece of the body, the data behind it)."""
-        if self.left is None:
-            return data, b""
-        piece = data[:self.left]
-        self.left -= len(piece)
-        self.complete = not self.left
-        return piece, data[len(piece):]
+    FIRST_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
+    NEXT_SIZE = re.compile(rb"\r\n([0-9A-Fa-f]{1,16})\r\n")
+    PART_OF_SIZE = re.compile(rb"(?:\r\n)?[0-9A-Fa-f]{0,16}\r?")
 
-    def end(self):
-        """Note the end of the stream; raise Malformed if the body is not complete."""
-        if self.left is not None:
-            raise Malformed(f"the body ends {self.left} bytes early")
-        self.complete = True
-
-
-class ChunkedBody:
-    """Decodes a chunked body (RFC 9112 7.1): sizes in plain hex, no extensions; trailers are read and dropped."""
-
-    FIRST = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
-    NEXT = re.compile(rb"\r\n([0-9A-Fa-f]{1,16})\r\n")
-    PART = re.compile(rb"(?:\r\n)?[0-9A-Fa-f]{0,16}\r?")
-
-    def __init__(self):
-        self.complete = False
-        self.left = 0           # bytes of the current chunk
-        self._size_line = self.FIRST
-        self._ending = False    # the last chunk was read: trailers follow
+    def __init__(self, length, chunked=False):
+        self.chunked, self.complete, self._size_line = chunked, length == 0, self.FIRST_SIZE
+        self._ends_with_connection = length is None and not chunked
+        self.left = sys.maxsize if self._ends_with_connection else length or 0  # bytes of the body, or of a chunk
 
     def decode(self, data):
-        """Return (the data of all chunks, as far as they are there, and the data behind them); raise Malformed."""
+        """Return (the data of the body, as far as it is there, and the bytes behind it); raise Malformed."""
         pieces, at = [], 0
-        while not self._ending:
+        while not self.complete:
             if self.left:
                 piece = data[at:at + self.left]
                 pieces.append(piece)
                 at += len(piece)
                 self.left -= len(piece)
                 if self.left:
-                    return b"".join(pieces), b""
+                    break
+                if not self.chunked:
+                    self.complete = True
+                    break
             match = self._size_line.match(data, at)
             if not match:
-                if not self.PART.fullmatch(data, at):
+                if not self.PART_OF_SIZE.fullmatch(data, at):
                     raise Malformed("a chunk is malformed")
-                return b"".join(pieces), data[at:]
-            self._size_line = self.NEXT
-            at = match.end()
-            self.left = int(match[1], 16)
-            if not self.left:
-                self._ending = True
-                at -= 2     # the trailers end at the first empty line, which may be their first line
-        return b"".join(pieces), self._trailers(data[at:])
+                break
+            size, end = int(match[1], 16), match.end()
+            if not size:    # the end, after the trailers
+                trailers, end = end, data.find(b"\r\n\r\n", end - 2) + 4     # up to the first empty line
+                if end < 4:
+                    if len(data) - at > TRAILER_BYTES or BARE_LF.search(data, at):
+                        raise Malformed("the trailers are too large, or have a line that does not end in CR LF")
+                    break
+                forbidden = FORBIDDEN_TRAILERS & parse_fields(data[trailers:end - 2])[1].keys()
+                if forbidden:
+                    raise Malformed(f"{min(forbidden)} is not allowed in trailers")
+            self.left, self.complete, self._size_line, at = size, not size, self.NEXT_SIZE, end
+        return b"".join(pieces), data[at:]
 
-    def _trailers(self, data):
-        end = data.find(b"\r\n\r\n")
-        if end < 0:
-            if len(data) > TRAILER_BYTES or BARE_LF.search(data):
-                raise Malformed("the trailers are too large, or have a line that does not end in CR LF")
-            return data
-        forbidden = FORBIDDEN_TRAILERS & parse_fields(data[2:end + 2])[1].keys()
-        if forbidden:
-            raise Malformed(f"{min(forbidden)} is not allowed in trailers")
-        self.complete = True
-        return data[end + 4:]
-
-    def end(self):
-        raise Malformed("the body ends before its last chunk")
-
-
-def request_decoder(request):
-    """Return the decoder of a request's body; raise Malformed."""
-    if request.length is not None:
-        return LengthBody(request.length)
-    body_framing(request.fields, request.version)   # raises Malformed unless the body is chunked
-    return ChunkedBody()
-
-
-def response_decoder(head, method):
-    """Return the decoder of the body of a response to a method (RFC 9112 6.3)."""
-    if method == "HEAD" or head.status in (204, 304):
-        return LengthBody(0)
-    return ChunkedBody() if head.chunked else LengthBody(head.length)
+    def read(self, connection, deadline, cancel_on=None):
+        """Return the next piece of the body as soon as it is there, b"" only at its end; raise Malformed or OSError."""
+        while True:
+            piece, connection.buffer = self.decode(connection.buffer)
+            if piece or self.complete:
+                return piece
+            if not connection.fill(deadline, cancel_on):
+                if not self._ends_with_connection:
+                    raise Malformed("the body ends early")
+                self.complete = True
 
 # == Request body =============================================================
 
 
-class Unreadable(Malformed):
+class AmbiguousBody(Malformed):
     """A body in which the gateway cannot determine what Ollama will read; `code` is one of REFUSALS."""
 
 
@@ -1124,10 +1026,7 @@ def fold_keys(pairs):
     """Return {key in lower case: [its values]} of a JSON object's members, as encoding/json matches keys."""
     members = {}
     for key, value in pairs:
-        key = key.lower()
-        if not key.isascii():
-            key = key.replace("\u017f", "s")    # Go folds the long s too
-        members.setdefault(key, []).append(value)
+        members.setdefault(key.lower().replace("\u017f", "s"), []).append(value)    # Go folds the long s too
     return members
 
 
@@ -1136,99 +1035,79 @@ DECODER = json.JSONDecoder(object_pairs_hook=tuple, parse_constant=lambda _: TOO
                            parse_int=None if hasattr(sys, "set_int_max_str_digits") else float)
 
 
-def masked_windows(data, at=0, size=WINDOW_BYTES):
-    """Yield (position, window) pairs of JSON, with masked escapes, from a position outside an escape.
+def split_at_quotes(data):
+    """Yield (position, whether it begins in a string, texts between quotation marks) for each window of a JSON text.
 
-    The windows start with a size and grow to WINDOW_BYTES: a method of bytes blocks all threads until it returns.
+    In the texts, "--" replaces escapes. Windows, because a method of bytes blocks all threads until it returns.
     """
+    at, quoted = 0, False
     while at < len(data):
-        window = data[at:at + size].replace(b"\\\\", b"--").replace(b'\\"', b"--")
-        if window.endswith(b"\\"):  # the next window has the rest of the escape
+        window = data[at:at + WINDOW_BYTES].replace(b"\\\\", b"--").replace(b'\\"', b"--")
+        if window.endswith(b"\\", 1):   # the next window has the rest of the escape
             window = window[:-1]
-        if not window:
-            return
-        yield at, window
+        texts = window.split(b'"')
+        yield at, quoted, texts
         at += len(window)
-        if size == WINDOW_BYTES and at > DECODED_BYTES:
+        quoted ^= len(texts) % 2 == 0
+        if at > DECODED_BYTES:
             time.sleep(1e-6)    # releases the interpreter's lock: a waiting thread would have to wait 5 ms for it
-        size = min(4 * size, WINDOW_BYTES)
 
 
-MARK, BRACKET = re.compile(rb'["{}\[\]]'), re.compile(rb"[{}\[\]]")
+TOKEN = re.compile(rb'"[^"]*(?:"|(?P<unclosed>\Z))|(?P<opening>[{\[])|(?P<closing>[}\]])')
 STEPS = bytes(1 if mark in b"{[" else 255 for mark in range(256))   # of depth, as signed bytes: 1 opens, -1 closes
 NO_BRACKETS = bytes(set(range(256)) - set(b"{}[]"))
-
-
-def nested_end(data, at, parts):
-    """Return the position after the object or array at a position; add its strings and brackets to a number of parts.
-
-    Raises ValueError if it does not end, and Unreadable at more than JSON_PARTS.
-    """
-    depth, quoted = 0, 0
-    for start, window in masked_windows(data, at, VALUE_BYTES // 8):
-        texts = window.split(b'"')  # alternately outside and inside a string
-        steps = b"".join(texts[quoted::2]).translate(STEPS, NO_BRACKETS)
-        parts += len(texts) // 2 + len(steps)
-        if parts > JSON_PARTS:
-            raise Unreadable(f"it has more than {JSON_PARTS} strings and brackets", "body_too_large")
-        closing = steps.count(255)
-        if depth <= closing and depth + min(itertools.accumulate(memoryview(steps).cast("b")), default=0) <= 0:
-            texts[1 - quoted::2] = [b"-" * len(text) for text in texts[1 - quoted::2]]
-            for bracket in BRACKET.finditer(b'"'.join(texts)):
-                depth += 1 if bracket[0] in b"{[" else -1
-                if depth <= 0:
-                    return start + bracket.end(), parts
-        depth += len(steps) - 2 * closing
-        quoted ^= len(texts) % 2 == 0
-    raise ValueError
 
 
 def reduce_object(data):
     """Return the JSON object at the start of data with NaN for each value of more than VALUE_BYTES, and its size.
 
-    Long strings and nested values are skipped in windows and not validated: Ollama refuses malformed ones. Raises
-    ValueError or StopIteration if the object does not end, and Unreadable if its top level is too large.
+    These values are not validated: Ollama refuses malformed ones. Raises ValueError and AmbiguousBody.
     """
-    kept, at, parts = bytearray(), 0, 0
-    while True:
-        mark = MARK.search(data, at, at + WINDOW_BYTES)
-        if mark is None:
-            raise ValueError
-        kept += data[at:mark.start()].translate(None, b" \t\r\n")
-        start, at = mark.span()
-        if mark[0] == b"}":
-            return (kept + b"}").decode(), at
-        if mark[0] == b'"':     # most strings are short
-            at = next(start + window.find(b'"') + 1 for start, window in masked_windows(data, at, VALUE_BYTES // 8)
-                      if b'"' in window)
-        elif kept:
-            at, parts = nested_end(data, start, parts)
-        kept += data[start:at] if at - start <= VALUE_BYTES else b"NaN"
-        if len(kept) > TOP_LEVEL_BYTES:
-            raise Unreadable(f"its keys and short values take more than {TOP_LEVEL_BYTES} bytes", "body_too_large")
+    kept, parts, depth = bytearray(), 0, 0
+    end, start = 0, None    # of the last token that was kept or replaced, and of the one that is open
+    for at, quoted, texts in split_at_quotes(data):
+        steps = memoryview(b"".join(texts[quoted::2]).translate(STEPS, NO_BRACKETS)).cast("b")
+        parts += len(texts) // 2 + len(steps)
+        if parts > JSON_PARTS:
+            raise AmbiguousBody(f"it has more than {JSON_PARTS} strings and brackets", "body_too_large")
+        if len(kept) + (at - end if start is None else 0) > TOP_LEVEL_BYTES:
+            raise AmbiguousBody(f"its keys and short values take more than {TOP_LEVEL_BYTES} bytes", "body_too_large")
+        if depth + min(itertools.accumulate(steps, initial=0)) > 1:     # the window lies within a nested value
+            depth += sum(steps)
+            continue
+        for token in TOKEN.finditer(b'"' * quoted + b'"'.join(texts)):
+            if start is None:
+                start = at - quoted + token.start()
+                kept += data[end:start].translate(None, b" \t\r\n")
+            kind = token.lastgroup
+            depth += (kind == "opening") - (kind == "closing")
+            if depth <= 1 and kind != "unclosed":
+                end = at - quoted + token.end()
+                kept += data[start:end] if end - start <= VALUE_BYTES else b"NaN"
+                start = None
+                if depth <= 0:
+                    return kept.decode(), end
+    raise ValueError
 
 
 def read_object(data):
-    """Return the (key, value) pairs of the JSON object at the start of data, and its size; raise Unreadable.
+    """Return the (key, value) pairs of the JSON object at the start of data, and its size; raise AmbiguousBody.
 
     A nested object is a tuple of pairs too; in a large object, a value of more than VALUE_BYTES is TOO_LONG.
     """
     try:
         if len(data) > DECODED_BYTES:
-            windows = (data[at:at + WINDOW_BYTES] for at in range(0, len(data), WINDOW_BYTES))
-            deque(codecs.iterdecode(windows, "utf-8"), maxlen=0)    # raises UnicodeDecodeError
             reduced, size = reduce_object(data)
             pairs = DECODER.decode(reduced)
         else:
             text = data[:].decode()
             pairs, end = DECODER.raw_decode(text, len(text) - len(text.lstrip(" \t\r\n")))
             size = end if text.isascii() else len(text[:end].encode())
-    except UnicodeDecodeError:
-        raise Unreadable("it is not UTF-8") from None
-    except (ValueError, RecursionError, StopIteration):
-        raise Unreadable("it is not a JSON object") from None
+    except (ValueError, RecursionError) as error:
+        problem = "UTF-8" if isinstance(error, UnicodeDecodeError) else "a JSON object"
+        raise AmbiguousBody(f"it is not {problem}") from None
     if not isinstance(pairs, tuple):
-        raise Unreadable("it is not a JSON object")
+        raise AmbiguousBody("it is not a JSON object")
     return pairs, size
 
 
@@ -1240,39 +1119,35 @@ class BodyInfo(NamedTuple):
 
 
 def single_text(members, key):
-    """Return the string that is a key's only value, "" for no value or another type; raise Unreadable."""
-    values = members.get(key, ("",))
-    if len(values) > 1:
-        raise Unreadable(f'it has two keys "{key}"')
-    if values[0] is TOO_LONG or isinstance(values[0], str) and len(values[0]) > VALUE_BYTES:
-        raise Unreadable(f'its "{key}" is too long')
-    return values[0] if isinstance(values[0], str) else ""
+    """Return the string that is a key's only value, "" for no value or another type; raise AmbiguousBody."""
+    text, *others = members.get(key, ("",))
+    if others:
+        raise AmbiguousBody(f'it has two keys "{key}"')
+    if text is TOO_LONG or isinstance(text, str) and len(text) > VALUE_BYTES:
+        raise AmbiguousBody(f'its "{key}" is too long')
+    return text if isinstance(text, str) else ""
 
 
 def requests_usage(members):
     """Return whether stream_options request the usage; the values of equal keys are merged as encoding/json does."""
-    requested = False
-    for options in members.get("stream_options", ()):
-        if options is TOO_LONG:
-            raise Unreadable('its "stream_options" are too long')
-        for value in fold_keys(options).get("include_usage", ()) if isinstance(options, tuple) else [False]:
-            requested = requested if value is None else value is True
-    return requested
+    found = members.get("stream_options", ())
+    if TOO_LONG in found:
+        raise AmbiguousBody('its "stream_options" are too long')
+    values = [value for options in found
+              for value in (fold_keys(options).get("include_usage", ()) if isinstance(options, tuple) else [False])]
+    return [value for value in values if value is not None][-1:] == [True]
 
 
 def inspect_json(data, usage_on_request=False):
-    """Return the BodyInfo of a JSON body: the model is the top-level key "model", or else "name"; raise Unreadable.
+    """Return the BodyInfo of a JSON body: the model is the top-level key "model", or else "name"; raise AmbiguousBody.
 
     usage_on_request: a streamed response reports its usage only if `stream_options` request it.
     """
     pairs, size = read_object(data)
     members = fold_keys(pairs)
     model, name = single_text(members, "model"), single_text(members, "name")
-    if not usage_on_request or True not in members.get("stream", ()) or requests_usage(members):
-        return BodyInfo(model or name)
-    if len(data) - size > TRAILING_BYTES:   # an insertion moves it
-        raise Unreadable("too many bytes follow the JSON object")
-    return BodyInfo(model or name, size - 1)
+    inserts = usage_on_request and True in members.get("stream", ()) and not requests_usage(members)
+    return BodyInfo(model or name, size - 1 if inserts else 0)
 
 
 FORM = re.compile(r'multipart/form-data(?: *; *charset=[\w-]+)? *; *boundary=(?:"([^"\\]{1,70})"|([^\s";]{1,70}))'
@@ -1281,51 +1156,43 @@ UNQUOTED = rb"[\w!#$%&+.^`|~-]+"
 FILE_NAME = rb'(?:; *filename=(?:"(?:[^"\\\r\n]|\\[^\r\n])*"|%b))?(?:; *filename\*=[^\s";]*)?' % UNQUOTED
 PART_FIELD = (rb"(?:(?:content-(?:type|length|id)|mime-version):[^\r\n]*"
               rb"|content-transfer-encoding: *(?:7bit|8bit|binary) *)")
-PART_HEAD = re.compile(
-    rb'(?:%b\r\n)*content-disposition: *form-data(%b); *name=(?:"([^"\\\r\n]*)"|(%b))(%b)(?:\r\n%b)*'
-    % (PART_FIELD, FILE_NAME, UNQUOTED, FILE_NAME, PART_FIELD), re.IGNORECASE)
+PART_HEAD = re.compile(rb'(?:%b\r\n)*content-disposition: *form-data(%b); *name=(?:"([^"\\\r\n]*)"|(%b))(%b)(?:\r\n%b)*'
+                       % (PART_FIELD, FILE_NAME, UNQUOTED, FILE_NAME, PART_FIELD), re.IGNORECASE)
 
 
-def form_parts(content_type, data):
-    """Yield the head of each part of a form, and the start and end of its content (RFC 7578, RFC 2046 5.1.1).
+def inspect_form(data, content_type):
+    """Return the BodyInfo of a form with a field "model" (RFC 7578, RFC 2046 5.1.1).
 
-    Raises Unreadable for a form that two readers could split in two ways. The data is searched in windows.
+    Raises AmbiguousBody for a form that no client writes, or that two readers could split in two ways.
     """
     form = FORM.fullmatch(content_type)
     if not form:
-        raise Unreadable("it is not multipart/form-data with a plain boundary")
+        raise AmbiguousBody("it is not multipart/form-data with a plain boundary")
     delimiter = b"--" + (form[1] or form[2]).encode("latin-1")
-    found, at = [], 0       # the positions of the delimiters
+    found, at, models = [], 0, []       # found: the positions of the delimiters
     while at < len(data) and len(found) < FORM_PARTS + 2:
-        position = data.find(delimiter, at, at + WINDOW_BYTES)
+        position = data.find(delimiter, at, at + WINDOW_BYTES)      # a longer search would block all threads
         at = position + len(delimiter) if position >= 0 else at + WINDOW_BYTES - len(delimiter) + 1
         if position >= 0:
             found.append((position, at))
     if not found or data[:found[0][0]] not in (b"", b"\r\n") or len(found) > FORM_PARTS + 1 \
             or data[found[-1][1]:found[-1][1] + 5] not in (b"--", b"--\r\n"):
-        raise Unreadable(f"it is not a form, or has more than {FORM_PARTS} parts")
+        raise AmbiguousBody(f"it is not a form, or has more than {FORM_PARTS} parts")
     for (_, start), (end, _) in zip(found, found[1:]):
         head_end = data.find(b"\r\n\r\n", start, min(end, start + VALUE_BYTES))
         if data[start:start + 2] != b"\r\n" or data[end - 2:end] != b"\r\n" or not start < head_end <= end - 4 - 2:
-            raise Unreadable("a part of the form is malformed")
-        yield data[start + 2:head_end], head_end + 4, end - 2
-
-
-def inspect_form(data, content_type):
-    """Return the BodyInfo of a form with a field "model"; raise Unreadable for a form that no client writes."""
-    models = []
-    for head, start, end in form_parts(content_type, data):
-        match = PART_HEAD.fullmatch(head)
-        if not match:
-            raise Unreadable("a part of the form has no plain name, or other headers than clients send")
-        if b"model" in (match[2], match[3]):
-            if models or match[1] or match[4] or end - start > VALUE_BYTES:
-                raise Unreadable('it has more than one plain field "model"')
-            models.append(data[start:end])
+            raise AmbiguousBody("a part of the form is malformed")
+        head = PART_HEAD.fullmatch(data[start + 2:head_end])
+        if not head:
+            raise AmbiguousBody("a part of the form has no plain name, or other headers than clients send")
+        if b"model" in (head[2], head[3]):
+            if models or head[1] or head[4] or end - head_end > VALUE_BYTES:
+                raise AmbiguousBody('it has more than one plain field "model"')
+            models.append(data[head_end + 4:end - 2])
     try:
         return BodyInfo(models[0].decode() if models else "")
     except UnicodeDecodeError:
-        raise Unreadable("it is not UTF-8") from None
+        raise AmbiguousBody("it is not UTF-8") from None
 
 
 NAME_PART = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,79}", re.ASCII)
@@ -1335,10 +1202,7 @@ CLOUD_MODEL = re.compile(r"[:-]\s*cloud(?:\s*:\s*local)*\s*\Z")     # Ollama's i
 
 @functools.lru_cache(MODEL_CACHE_SIZE)
 def name_variants(model):
-    """Return the full spellings of a model's name, the shortest first; () for an invalid name.
-
-    Names ignore case. The defaults are Ollama's registry, "library" and "latest" (Ollama's types/model/name.go).
-    """
+    """Return a model's full names in lower case (Ollama's types/model/name.go), shortest first; () if it is invalid."""
     *before, name = model.strip().lower().split("/")
     name = name if ":" in name else name + ":latest"
     if len(before) == 4 and before[0].endswith(":") and not before[1]:
@@ -1359,19 +1223,14 @@ def normalize_model(model):
 
 def is_cloud_model(model):
     """Return whether Ollama runs a model on its owner's ollama.com account, by the model's name."""
-    model = model.lower()
-    return "cloud" in model and CLOUD_MODEL.search(model) is not None
+    return CLOUD_MODEL.search(model.lower()) is not None
 
 
 def model_allowed(model, globs):
     """Return whether a list of globs allows a model in any spelling; a cloud model only by a glob with "cloud"."""
-    variants = name_variants(model)
-    for glob in globs.split(","):
-        tagged = glob if glob.endswith("*") or ":" in glob.rpartition("/")[2] else glob + ":latest"
-        if any(fnmatch.fnmatchcase(name, tagged) for name in variants) \
-                and ("cloud" in glob or not is_cloud_model(model)):
-            return True
-    return False
+    globs = [glob for glob in globs.split(",") if "cloud" in glob or not is_cloud_model(model)]
+    tagged = [glob if glob.endswith("*") or ":" in glob.rpartition("/")[2] else glob + ":latest" for glob in globs]
+    return any(fnmatch.fnmatchcase(name, glob) for name in name_variants(model) for glob in tagged)
 
 
 BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\\"   # a backslash may escape the slash
@@ -1379,14 +1238,10 @@ BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\\" 
 
 def prompt_text_bytes(data):
     """Return the number of bytes in all strings of a JSON body; long base64 strings, such as images, do not count."""
-    total, quoted = 0, 0
-    for _, window in masked_windows(data):
-        parts = window.split(b'"')
-        strings = parts[1 - quoted::2]
-        images = [string for string in strings if len(string) > KIB
-                  and not string[256:].translate(None, BASE64)]     # a prefix may name the type (RFC 2397)
-        total += sum(map(len, strings)) - sum(map(len, images))
-        quoted ^= len(parts) % 2 == 0
+    total = 0
+    for _, quoted, texts in split_at_quotes(data):
+        total += sum(len(string) for string in texts[1 - quoted::2]
+                     if len(string) <= KIB or string[256:].translate(None, BASE64))     # after the type (RFC 2397)
     return total
 
 
@@ -1420,7 +1275,8 @@ class BufferedBody(contextlib.AbstractContextManager):
 
     replayable = True
     _file = None
-    _reserved = 0       # bytes of the storage: disk space if there is a file, else memory
+    _reserved = 0           # bytes of the storage: disk space if there is a file, else memory
+    insertion = (0, b"")    # a position, and bytes that are sent in front of those there
 
     def __init__(self, data=b"", declared=True, storage=None):
         self.size, self._data, self._declared, self._storage = len(data), data, declared, storage
@@ -1436,9 +1292,8 @@ class BufferedBody(contextlib.AbstractContextManager):
             if self._file is None:
                 import tempfile  # few requests need it, and every start would wait for it
                 self._file = tempfile.TemporaryFile()
-                piece, self._data = self._data + piece, b""
                 self._storage.take("memory", -self._reserved)
-                self._reserved = 0
+                piece, self._data, self._reserved = self._data + piece, b"", 0
             if not self._storage.take("disk", len(piece)):
                 raise Refusal("no_room", "request bodies already take the disk space of --max-spool: try again later")
             self._reserved += len(piece)
@@ -1446,17 +1301,20 @@ class BufferedBody(contextlib.AbstractContextManager):
 
     @property
     def framing(self):
-        return f"content-length: {self.size}\r\n" if self._declared else ""
+        return f"content-length: {self.size + len(self.insertion[1])}\r\n" if self._declared else ""
 
     def pieces(self, _=None):
         """Yield the bytes to send; raise Refusal if they cannot be read."""
+        at, extra = self.insertion
         if self._file is None:
-            yield self._data
+            yield self._data[:at] + extra + self._data[at:] if extra else self._data
             return
-        for at in range(0, self.size, FILE_PIECE_BYTES):
+        for start in range(0, self.size, FILE_PIECE_BYTES):
             with disk_errors():
-                self._file.seek(at)
+                self._file.seek(start)
                 piece = self._file.read(FILE_PIECE_BYTES)
+            if 0 <= at - start < FILE_PIECE_BYTES:
+                piece = piece[:at - start] + extra + piece[at - start:]
             yield piece
 
     def inspect(self, function, *args):
@@ -1469,19 +1327,6 @@ class BufferedBody(contextlib.AbstractContextManager):
         with view:
             return function(view, *args)
 
-    def insert(self, at, extra):
-        """Insert bytes at a position; the bytes after it must fit in memory."""
-        if self._file is None:
-            self._data = self._data[:at] + extra + self._data[at:]
-        else:
-            with disk_errors():
-                self._file.seek(at)
-                rest = self._file.read()
-                self._file.seek(at)
-                self._file.write(extra + rest)
-                self._file.flush()
-        self.size += len(extra)
-
     def __exit__(self, *_):
         if self._file is not None:
             with contextlib.suppress(OSError):  # unwritten data is not needed any more
@@ -1493,18 +1338,15 @@ class BufferedBody(contextlib.AbstractContextManager):
 NO_BODY = BufferedBody(declared=False)
 
 
-class StreamedBody(contextlib.AbstractContextManager):
+class StreamedBody:
     """A request body that is forwarded while it arrives, with the framing of the client; `judge` may raise Refusal."""
 
     replayable = False
 
     def __init__(self, client, judge):
         self._client, self._judge = client, judge
-        self._chunked = isinstance(client.body, ChunkedBody)
-        self.framing = "transfer-encoding: chunked\r\n" if self._chunked else f"content-length: {client.body.left}\r\n"
-
-    def __exit__(self, *_):
-        """Do nothing: the body holds no resources."""
+        chunked, left = client.body.chunked, client.body.left
+        self.framing = "transfer-encoding: chunked\r\n" if chunked else f"content-length: {left}\r\n"
 
     def pieces(self, upstream):
         """Yield the bytes to send; a response of the upstream ends the wait for the client."""
@@ -1514,7 +1356,7 @@ class StreamedBody(contextlib.AbstractContextManager):
             if time.monotonic() - judged > TOKEN_CHECK_SECONDS:
                 self._judge()
                 judged = time.monotonic()
-            yield encode_chunk(piece, self._client.body.complete) if self._chunked else piece
+            yield encode_chunk(piece, self._client.body.complete) if self._client.body.chunked else piece
 
 # == Store ====================================================================
 
@@ -2193,7 +2035,7 @@ class ClientStream:
 
     def __init__(self, server, connection, context, head):
         self.connection, self.context, self._server, self._head = connection, context, server, head
-        self.body = LengthBody(None)    # until the head is parsed: all that arrives belongs to this request
+        self.body = BodyDecoder(None)   # until the head is parsed: all that arrives belongs to this request
 
     def read_request(self):
         """Parse and return the request's head; raise Refusal or ClientLeft."""
@@ -2206,7 +2048,7 @@ class ClientStream:
             given = request.fields.get("x-request-id")
             if given and REQUEST_ID.fullmatch(given):
                 context.id = given
-            self.body = request_decoder(request)
+            self.body = BodyDecoder(*body_framing(request.fields, request.version, 0))
         except Malformed as error:
             raise Refusal(error.code, str(error)) from None
         self._expects_continue = "expect" in request.fields and request.version == "1.1"
@@ -2220,7 +2062,7 @@ class ClientStream:
             if self._expects_continue and not self.body.complete and not self.connection.buffer:
                 self.connection.send(b"HTTP/1.1 100 Continue\r\n\r\n", Deadline(SEND_SECONDS))
             self._expects_continue = False
-            return self.connection.read_piece(self.body, deadline or Deadline(BODY_SECONDS), cancel_on)
+            return self.body.read(self.connection, deadline or Deadline(BODY_SECONDS), cancel_on)
         except (Malformed, OSError) as error:
             late = (f"the body took longer than {PAGE_BODY_SECONDS:g} s" if deadline else
                     f"nothing of the body arrived for {BODY_SECONDS:g} s")
@@ -2385,7 +2227,7 @@ class GatewayServer(http.server.ThreadingHTTPServer):
                 request.start_tls(self.tls, Deadline(patience), server_side=True)
             while self._serve_request(request, client_address[0], patience):
                 patience = self.settings.idle_timeout
-        request.close_notify()
+        request.close(notify=True)
 
     def _serve_request(self, connection, address, patience):
         """Wait for a request and serve it; return whether another one may follow. An eviction ends it silently."""
@@ -2394,7 +2236,7 @@ class GatewayServer(http.server.ThreadingHTTPServer):
         context = RequestContext(address, time.monotonic())
         context.id = self._next_id()
         try:
-            head = connection.read_piece(HeadDecoder(), Deadline(self.settings.header_timeout))
+            head = read_head(connection, Deadline(self.settings.header_timeout))
         except (Malformed, OSError) as error:
             head = client_failure(error, f"the headers took longer than {self.settings.header_timeout:g} s")
         if not self.connections.mark_active(connection):
@@ -2582,9 +2424,9 @@ def inspect_body(context, body):
         if route.model_in == "json":
             return body.inspect(inspect_json, route.path in USAGE_ON_REQUEST)
         if context.request.query:   # net/http looks there first for the fields of a form
-            raise Unreadable("there is a query beside the form")
+            raise AmbiguousBody("there is a query beside the form")
         return body.inspect(inspect_form, context.request.fields.get("content-type", ""))
-    except Unreadable as error:
+    except AmbiguousBody as error:
         if context.token.admin:
             return BodyInfo()
         raise Refusal(error.code, f"the model in the body cannot be determined: {error}") from None
@@ -2888,7 +2730,7 @@ class FairQueue:
             return 0.0
         started = time.monotonic()
         try:
-            slot.wakeup.wait(Deadline(self._timeout), cancel_on)
+            slot.wakeup.wait(READABLE, Deadline(self._timeout), cancel_on)
             slot.wakeup.close()     # before the descriptor of the upstream connection is needed
         except TimeoutError:
             if not slot.granted:
@@ -3124,14 +2966,15 @@ class Response(contextlib.AbstractContextManager):
         parse = parse_cached_response_head if len(head) <= CACHED_HEAD_BYTES else parse_response_head
         self.head = head = parse(head)
         self.status, self.reusable = head.status, head.keep_alive
-        self.body = response_decoder(head, request.method)
+        bodiless = request.method == "HEAD" or head.status in (204, 304)    # RFC 9112 6.3
+        self.body = BodyDecoder(0) if bodiless else BodyDecoder(head.length, head.chunked)
         self.connection, self._upstream, self._request = connection, upstream, request
 
     def read(self):
         """Return the next piece of the body as soon as it is there, b"" only at its end; raise UpstreamError."""
         deadline = self._request.deadline or Deadline(self._upstream.stall_timeout, "--stall-timeout")
         try:
-            return self.connection.read_piece(self.body, deadline, self._request.cancel_on)
+            return self.body.read(self.connection, deadline, self._request.cancel_on)
         except (OSError, Malformed) as error:
             raise UpstreamError("bad response", f"broke off its response: {error}") from None
 
@@ -3219,7 +3062,7 @@ class Upstream(urllib.request.BaseHandler):
                 whole = True
             deadline = request.deadline or Deadline(request.timeout, "--first-byte-timeout")
             while True:
-                head = connection.read_piece(HeadDecoder(), deadline, request.cancel_on)
+                head = read_head(connection, deadline, request.cancel_on)
                 connection.reused = False   # it is alive: a later failure is not retried
                 response = Response(head, request, connection, self)
                 if response.status >= 200:
@@ -3926,14 +3769,15 @@ class Gateway(types.SimpleNamespace):
         """Pass a request on to Ollama and its response to the client; return the last piece, which is not sent yet."""
         context, connection, route = client.context, client.connection, client.context.route
         check_again = functools.partial(self._authorize, context, model=True)   # the token may have changed meanwhile
-        connection.waited = False
-        with StreamedBody(client, check_again) if route.streamed else client.read_whole_body() as body:
-            if connection.waited:
+        connection.had_to_wait = False
+        with contextlib.nullcontext(StreamedBody(client, check_again)) if route.streamed \
+                else client.read_whole_body() as body:
+            if connection.had_to_wait:
                 self._authorize(context)
             context.model, context.insert_at = inspect_body(context, body)
             authorize_model(context)
             if context.insert_at:
-                body.insert(context.insert_at, INCLUDE_USAGE)
+                body.insertion = context.insert_at, INCLUDE_USAGE
             if slot:
                 slot.wait(connection, check_again)
             fields = f"X-Request-Id: {context.id}\r\n{context.request.forwarded}"
