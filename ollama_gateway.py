@@ -450,8 +450,7 @@ def read_env_file(path):
 def load_settings(flags, environ, env_file=None, options=OPTIONS):
     """Return the options' values as attributes: flags beat the environment, that the .env file, that the defaults.
 
-    flags: {option name: text}; an empty text is none. `given` of the result: {name: (source, text)}, without defaults.
-    Raises UsageError with the source and the value.
+    flags: {option name: text}; an empty text is none. `given` of the result: {name: (source, text)}. Raises UsageError.
     """
     file, settings = read_env_file(env_file), types.SimpleNamespace(given={})
     for option in options:
@@ -583,7 +582,6 @@ class RequestContext:
 
     @property
     def usage(self):
-        """Return the Usage so far."""
         usage = Usage() if self.usage_reader is None else self.usage_reader.usage
         if self.estimate is None:
             return usage
@@ -3644,7 +3642,6 @@ class Metrics:
             series[labels][bisect.bisect_left(BUCKETS, by)] += 1
 
     def lines(self):
-        """Yield the lines of all metrics."""
         dropped = sum(handler.dropped for handler in LOG.handlers if isinstance(handler, LogWriter))
         with self._lock:
             self._series["log_lines_dropped_total"][()] = [dropped]
