@@ -3002,10 +3002,7 @@ def json_object(data):
 
 
 class Upstream(urllib.request.BaseHandler):
-    """A host with Ollama, below urllib's opener: kept-alive connections, no redirects, no proxies.
-
-    The timeouts are those of the settings; tls: an SSLContext in place of the system's.
-    """
+    """A host with Ollama, below urllib's opener: kept-alive connections, no redirects, no proxies."""
 
     def __init__(self, url, connect_timeout, first_byte_timeout, stall_timeout, tls=None):
         self._url, self._connect_timeout = url, connect_timeout
@@ -3034,19 +3031,15 @@ class Upstream(urllib.request.BaseHandler):
             return response.status, json_object(response.read_all(PROBE_BYTES))
 
     def default_open(self, request):
-        """Exchange a request for a Response, as urllib's opener calls it.
-
-        A kept-alive connection may fail when it is used. If no byte of a response came and the body can be sent again,
-        the request is sent once more on a new connection; the other idle ones are as old, and are closed.
-        """
+        """Exchange a request for a Response, as urllib's opener calls it; twice if a kept-alive connection fails."""
         for fresh in not request.body.replayable, True:
             connection = self._lease(request, fresh)
             try:
                 return self._exchange(connection, request)
             except OSError as error:
-                if is_late(error) or not connection.reused or connection.buffer:
+                if is_late(error) or not connection.reused or connection.buffer:    # bytes of a response came
                     raise
-            self.close()
+            self.close()    # the other idle connections are as old
 
     def _exchange(self, connection, request):
         """Send a request and return its Response; Ollama may respond, or hang up, before it has the whole request."""
@@ -3054,10 +3047,12 @@ class Upstream(urllib.request.BaseHandler):
                 f"Accept-Encoding: identity\r\n{request.fields}{request.body.framing}\r\n").encode("latin-1")
         pieces, whole = request.body.pieces(connection), False
         with connection:
-            with contextlib.suppress(EarlyResponse, ConnectionError, ssl.SSLError):
+            try:
                 for piece in itertools.chain([head + next(pieces, b"")], pieces):
                     connection.send(piece, Deadline(self.stall_timeout, "--stall-timeout"), request.cancel_on)
                 whole = True
+            except (EarlyResponse, ConnectionError, ssl.SSLError):
+                pass    # the response may have come
             deadline = request.deadline or Deadline(request.timeout, "--first-byte-timeout")
             while True:
                 head = read_head(connection, deadline, request.cancel_on)
@@ -3071,14 +3066,17 @@ class Upstream(urllib.request.BaseHandler):
 
     def _lease(self, request, fresh=False):
         """Return a live connection, a kept-alive one unless `fresh`; raise OSError."""
-        with contextlib.suppress(IndexError):   # none is left; other threads take some, too
+        try:
             while not fresh:
                 connection = self._idle.pop()
-                fit = self._clock() - connection.idle_since <= IDLE_SECONDS and connection.alive()
-                if fit and not connection.buffer:   # no unrequested bytes came
+                unread = self._tls or connection.poll.poll(0)   # poll costs a third of a read in vain
+                clean = not unread or connection.alive() and not connection.buffer
+                if clean and self._clock() - connection.idle_since <= IDLE_SECONDS:
                     connection.reused = True
                     return connection
                 connection.close()
+        except IndexError:
+            pass    # none is left; other threads take some, too
         return self._connect(request)
 
     def _connect(self, request):
@@ -3137,6 +3135,8 @@ class Upstream(urllib.request.BaseHandler):
                 raise OSError(error, os.strerror(error)) from None
         if self._tls:
             connection.start_tls(self._tls, deadline, cancel_on, server_hostname=self._url.hostname)
+        connection.poll = new_poll()
+        connection.poll.register(connection.descriptor, READABLE)
 
     def release(self, connection):
         """Keep a connection for the next request."""
@@ -3261,11 +3261,14 @@ class UsageReader:
 
     def __init__(self):
         self._beginning = self._end = b""
+        self._unread, self._reported = True, None
 
-    @functools.cached_property
+    @property
     def reported(self):
         """Return the Usage that Ollama reports, or None; it is read at the first access, mostly in the background."""
-        return read_usage(self._beginning + self._end, not self._end)
+        if self._unread:    # functools.cached_property takes a lock before Python 3.12
+            self._unread, self._reported = False, read_usage(self._beginning + self._end, not self._end)
+        return self._reported
 
     @property
     def usage(self):
@@ -3314,9 +3317,8 @@ class StreamUsageReader(UsageReader):
                 self.ended = True
         if lines:
             self._recent.append(lines)
-        found = ()
-        if self._marker in lines:       # beside choices, /v1/completions has zeros
-            found = [line for line in lines.splitlines() if self._marker in line and b'"choices":[{' not in line]
+        whole = lines.splitlines() if self._marker in lines else ()     # beside choices, /v1/completions has zeros:
+        found = [line for line in whole if self._marker in line and b'"choices":[{' not in line]
         if last and not found and self.reported is None:
             found = b"".join(self._recent).splitlines()     # its keys may be written with escapes
         for line in found:
@@ -3392,8 +3394,7 @@ class PromptCount(contextlib.AbstractContextManager):
     def __exit__(self, kind, *_):
         context, body = self._context, self._body
         reader, budget = context.usage_reader, context.token.tokens_per_day
-        whole = kind is None and type(reader) is UsageReader
-        if context.route.path in REPORTS_NO_USAGE or whole and not budget:
+        if context.route.path in REPORTS_NO_USAGE or not (kind or budget) and type(reader) is UsageReader:
             return      # the usage in a whole answer is read in the background if no budget depends on it
         usage = reader and reader.reported
         with contextlib.suppress(Refusal):      # the body's file may be unreadable
