@@ -280,7 +280,7 @@ log_level = converter("(?i)debug|info|warn(ing)?|error|critical", "DEBUG, INFO, 
                       lambda match: logging.getLevelName(match[0].upper()))
 
 
-def parse_instant(text, direction=0, clock=time.time, naive_is_utc=False):
+def parse_instant(text, direction=0, clock=time.time):
     """Read a date (its first moment in UTC) or an ISO 8601 time as Unix seconds.
 
     With a direction, the text may be a duration, and the result must be after now (1) or not after it (-1).
@@ -289,7 +289,7 @@ def parse_instant(text, direction=0, clock=time.time, naive_is_utc=False):
     match = re.fullmatch(r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:?\d\d)?)?", text, re.ASCII)
     if direction and re.fullmatch(r"[0-9.]+[a-z]", text):
         seconds = max(now + direction * int(duration(text)), 0)
-    elif not match or match[2] and not match[3] and not naive_is_utc:
+    elif not match or match[2] and not match[3]:
         others = ", or a duration like 30d" if direction else ""
         raise ValueError(f"is not a date like 2027-01-31 or a time like 2027-01-31T18:00:00Z{others}")
     else:
