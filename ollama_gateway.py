@@ -593,6 +593,8 @@ class RequestContext:
 class Deadline:
     """A time limit that starts at the first wait; `flag` names the option that changes it."""
 
+    __slots__ = ("_at", "_seconds", "_flag")
+
     def __init__(self, seconds, flag="", at=None):
         self._at, self._seconds, self._flag = at, seconds, flag
 
@@ -755,10 +757,10 @@ class Connection(Waitable):
 
     def send(self, data, deadline, cancel_on=None):
         """Send all data."""
-        data = memoryview(data)
         while data:
             try:
-                data = data[self.sock.send(data):]
+                sent = self.sock.send(data)
+                data = memoryview(data)[sent:] if sent < len(data) else b""
             except (BlockingIOError, ssl.SSLWantWriteError):
                 self.until_writable(deadline, cancel_on)
 
@@ -2030,10 +2032,10 @@ class ClientStream:
     _framing = ""           # "chunked", "length", "open" (until the connection ends) or "none"
     _stream_type = ""       # the response's content type, if its body consists of lines
     _tail = b"\n\n"         # the last two bytes of the response's body
+    body = BodyDecoder(None)    # until the head is parsed: all that arrives belongs to this request
 
     def __init__(self, server, connection, context, head):
         self.connection, self.context, self._server, self._head = connection, context, server, head
-        self.body = BodyDecoder(None)   # until the head is parsed: all that arrives belongs to this request
 
     def read_request(self):
         """Parse and return the request's head; raise Refusal or ClientLeft."""
@@ -3471,15 +3473,17 @@ def log_line(context):
     first = "-" if context.first_byte_at is None else f"{context.first_byte_at - context.started_at:.3f}"
     token = "-" if context.token is None else f"{context.token.user}/{context.token.name}"
     method, path = (context.request.method, context.request.redacted_path) if context.request else ("-", "-")
-    line = (f"id={context.id} peer={context.client_address} token={log_value(token)} method={method} "
-            f"path={log_value(path)} model={log_value(context.model or '-')} status={context.status or '-'} "
-            f"bytes={context.bytes_sent} first={first} total={context.ended_at - context.started_at:.3f}")
+    values = token, path, context.model or "-"
+    token, path, model = values if PLAIN.fullmatch("".join(values)) else map(log_value, values)
+    line = (f"id={context.id} peer={context.client_address} token={token} method={method} path={path} model={model} "
+            f"status={context.status or '-'} bytes={context.bytes_sent} first={first} "
+            f"total={context.ended_at - context.started_at:.3f}")
     if context.sent_at:
-        usage = context.usage
-        prompt, completion = ("-" if tokens is None else tokens for tokens in (usage.prompt, usage.completion))
-        line += f" queued={context.queue_seconds:.3f} prompt={prompt} completion={completion}"
-        line += f" cached={usage.cached}" if usage.cached else ""
-        line += f" estimated={usage.estimated}" if usage.estimated else ""
+        prompt, cached, completion, estimated = context.usage
+        line += (f" queued={context.queue_seconds:.3f} prompt={'-' if prompt is None else prompt}"
+                 f" completion={'-' if completion is None else completion}")
+        line += f" cached={cached}" if cached else ""
+        line += f" estimated={estimated}" if estimated else ""
     line += f" outcome={context.outcome}" if context.outcome else ""
     return line + f" why={log_value(context.reason)}" if context.reason else line
 
@@ -3618,9 +3622,6 @@ class Metrics:
         with self._lock:
             self._count("requests_total", user, name, model,
                         context.route.path if context.route else "", context.status or "none")
-            for kind, tokens in zip(("prompt", "cached", "completion"), context.usage):
-                if tokens:
-                    self._count("tokens_total", user, name, model, kind, by=tokens)
             if context.outcome == "left":
                 self._count("cancelled_total")
             if code and REFUSALS[code].status == 429:
@@ -3628,19 +3629,25 @@ class Metrics:
             if code in ("upstream_failed", "upstream_silent"):
                 self._count("upstream_errors_total", code)
             if context.sent_at:
-                self._count("queue_wait_seconds", model, by=context.queue_seconds)
-                self._count("duration_seconds", model, by=context.ended_at - context.started_at)
+                for kind, tokens in zip(("prompt", "cached", "completion"), context.usage):
+                    if tokens:
+                        self._count("tokens_total", user, name, model, kind, by=tokens)
+                self._time("queue_wait_seconds", model, context.queue_seconds)
+                self._time("duration_seconds", model, context.ended_at - context.started_at)
                 if context.first_byte_at:
-                    self._count("first_byte_seconds", model, by=context.first_byte_at - context.started_at)
+                    self._time("first_byte_seconds", model, context.first_byte_at - context.started_at)
 
     def _count(self, name, *labels, by=1):
-        """Add to a series, or to the series "other" if there are MAX_SERIES."""
+        """Add to a series, or to the series "other" if there are MAX_SERIES; return its numbers."""
         series = self._series[name]
         if labels not in series and len(series) >= MAX_SERIES:
             labels = ("other",) * len(labels)
-        series[labels][-1] += by
-        if METRICS[name][0] == "histogram":
-            series[labels][bisect.bisect_left(BUCKETS, by)] += 1
+        numbers = series[labels]
+        numbers[-1] += by
+        return numbers
+
+    def _time(self, name, model, seconds):
+        self._count(name, model, by=seconds)[bisect.bisect_left(BUCKETS, seconds)] += 1
 
     def lines(self):
         dropped = sum(handler.dropped for handler in LOG.handlers if isinstance(handler, LogWriter))
@@ -3682,9 +3689,9 @@ class Journal:
 
     def _write_finished(self):
         contexts, lines = [self._finished.popleft() for _ in range(len(self._finished))], []
-        for context in contexts:
-            for record in (self._ledger.finish, lambda context: lines.append(log_line(context)), self._metrics.observe):
-                self._attempt(record, context)
+        records = self._ledger.finish, lambda context: lines.append(log_line(context)), self._metrics.observe
+        for context, record in itertools.product(contexts, records):
+            self._attempt(record, context)
         self._ledger.used({context.token.id for context in contexts if context.token})
         if lines:
             self._log("\n".join(lines))     # at once: that costs less than line by line
