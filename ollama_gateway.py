@@ -629,6 +629,15 @@ KEEP_ALIVE = [(getattr(socket, option), value) for option, value in (
     ("TCP_USER_TIMEOUT", 30_000)) if hasattr(socket, option)]
 
 
+def set_tcp_options(sock):
+    """Set the options of a connection, or of a listener, whose connections inherit them."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else Nagle delays each response by 44 ms
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    with contextlib.suppress(OSError):  # a system may know an option and not support it
+        for option, value in KEEP_ALIVE:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
 def look_up(host, port, flags=0):
     """Return the TCP addresses of getaddrinfo; an ASCII name avoids the IDNA codec, whose import takes 3 ms."""
     host = host.encode("ascii") if host.isascii() else host
@@ -641,6 +650,7 @@ def address_of(text):
     return getattr(address, "ipv4_mapped", None) or address
 
 
+@functools.lru_cache(256)   # else it costs a new connection more than its acceptance
 def network_of(text):
     """Return the bytes of an IPv4 address or of the /64 of an IPv6 address, which one peer controls."""
     return address_of(text).packed[:8]
@@ -709,11 +719,6 @@ class Connection(Waitable):
 
     def __init__(self, sock):
         sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else Nagle delays each response by 44 ms
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        with contextlib.suppress(OSError):  # a system may know an option and not support it
-            for option, value in KEEP_ALIVE:
-                sock.setsockopt(socket.IPPROTO_TCP, option, value)
         self.sock, self.descriptor, self.buffer = sock, sock.fileno(), b""
 
     def start_tls(self, context, deadline, cancel_on=None, **how):
@@ -2183,6 +2188,7 @@ class GatewayServer(http.server.ThreadingHTTPServer):
         """Bind without http.server's lookup of the host's name; :: accepts IPv4 too."""
         with contextlib.suppress(OSError):      # the address is of IPv4
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        set_tcp_options(self.socket)
         socketserver.TCPServer.server_bind(self)
 
     def get_request(self):
@@ -3128,6 +3134,7 @@ class Upstream(urllib.request.BaseHandler):
             self._found = getattr(error, "strerror", None) or str(error)    # for all that wait
 
     def _establish(self, connection, address, deadline, cancel_on):
+        set_tcp_options(connection.sock)
         try:
             connection.sock.connect(address)
         except BlockingIOError:
