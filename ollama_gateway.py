@@ -4671,12 +4671,18 @@ def fit_width(text, columns):
     return text + " " * (columns - text_width(text))
 
 
-def format_table(rows, margin=0):
-    """Return rows as aligned lines; to fit a terminal, less a margin, the widest columns shrink to MIN_COLUMNS."""
+def format_table(rows, margin=0, droppable=()):
+    """Return rows as aligned lines that fit a terminal, less a margin, if possible.
+
+    The widest columns shrink, down to MIN_COLUMNS; then droppable ones, by their heading, are left out in turn.
+    """
     width = shutil.get_terminal_size().columns - margin if sys.stdout.isatty() else math.inf
     widths = [max(map(text_width, column)) for column in zip(*rows)]
     while sum(widths) + 2 * len(widths) - 2 > width and max(widths) > MIN_COLUMNS:
         widths[widths.index(max(widths))] -= 1
+    if sum(widths) + 2 * len(widths) - 2 > width and droppable:
+        kept = (column for column in zip(*rows) if column[0].strip() != droppable[0])
+        return format_table(list(zip(*kept)), margin, droppable[1:])
     return ["  ".join(map(fit_width, row, widths)).rstrip() for row in rows]
 
 
@@ -4764,7 +4770,8 @@ def cmd_token_list(args):
         return print_line(json.dumps([token_json(token) for token in tokens], indent=2))
     columns = [(heading, *(str(value(token) or "") for token in tokens)) for heading, value in TOKEN_COLUMNS]
     rows = list(zip(*(column for column in columns if any(column[1:]))))
-    print_line("\n".join([*format_table(rows), f"{plural(len(tokens), 'token')} in {store.path}"]))
+    lines = format_table(rows, droppable=("CREATED", "SECRET", "LAST USED"))
+    print_line("\n".join([*lines, f"{plural(len(tokens), 'token')} in {store.path}"]))
 
 
 def cmd_token_update(args):
@@ -4887,7 +4894,8 @@ def cmd_usage(args):
             cells = ["unknown" if row[column] is None else str(round(row[column], 1)) for row in rows]
             cells.insert(0, column.replace("_tokens", "").upper())
             columns.append([cell.rjust(max(map(len, cells))) for cell in cells])
-    lines = format_table(list(zip(*columns))) if rows else []
+    droppable = "ESTIMATED", "SECONDS", "CANCELLED", "ERRORS", "CACHED", "REQUESTS"
+    lines = format_table(list(zip(*columns)), droppable=droppable) if rows else []
     requests = plural(sum(row["requests"] for row in rows), "request")
     tokens = plural(sum(UsageRow(*(row[column] for column in MEASURED)).tokens_used for row in rows), "token")
     print_line("\n".join([*lines, f"{requests}, {tokens} since {format_minute(since)} UTC in {store.path}"]))
@@ -5046,6 +5054,16 @@ class Parser(argparse.ArgumentParser):
             if title not in groups:
                 groups[title] = self.add_argument_group(title) if title else self.add_mutually_exclusive_group()
             groups[title].add_argument(name.split()[-1], **keywords)
+
+    def error(self, message):
+        """Exit with the message and a suggestion for a mistyped word."""
+        import difflib  # only errors need it
+        wrong = re.search(r"(invalid choice|unrecognized arguments): '?([^\s'=]+)", message)
+        if wrong:
+            flags = ["--help", *(name.split()[-1] for name in ARGUMENTS if "--" in name)]
+            known = flags if wrong[1][0] == "u" else re.findall(r"[\w-]+", message[wrong.end():])
+            message += "".join(f'; did you mean "{near}"?' for near in difflib.get_close_matches(wrong[2], known, 1))
+        super().error(message)
 
     def _print_message(self, message, file=None):
         (print_line if file is sys.stdout else print_error)(message.rstrip("\n"))   # argparse would ignore an OSError

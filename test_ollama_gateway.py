@@ -7448,6 +7448,16 @@ class Commands(CommandCase):
                 self.assertEqual([line for line in self.succeeds(*argv, "-h").splitlines() if len(line) > 80], [])
                 self.assertEqual(self.succeeds(*argv, "--version"), f"ollama_gateway {gateway.VERSION}\n")
 
+    def test_a_mistyped_word_is_answered_with_the_nearest_one(self):
+        for argv, near in ((("serv",), "serve"), (("token", "creat"), "create"), (("token", "dele", "ada", "x"), "delete"),
+                           (("usage", "--by", "modl"), "model"), (("serve", "--prot", "1"), "--port"),
+                           (("token", "create", "ada", "x", "--rpn=4"), "--rpm")):
+            with self.subTest(argv):
+                self.assertIn(f'did you mean "{near}"?', self.fails(*argv, status=2))
+        for argv in (("frobnicate",), ("token", "xyz"), ("serve", "--zzz")):
+            with self.subTest(argv):
+                self.assertNotIn("did you mean", self.fails(*argv, status=2))
+
     def test_examples_in_the_help_are_commands(self):
         for argv in COMMANDS:
             for line in re.findall(r"python3 (ollama_gateway\.py .*)", self.succeeds(*argv, "-h")):
@@ -7629,10 +7639,10 @@ class Table(unittest.TestCase):
     ROWS = [("USER", "NAME", "SECRET", "EXPIRES", "LAST USED"),
             ("a" * 30, "b" * 40, "ogw_1234…", "2027-01-31", "2026-11-23 11:56"), ("日本語", "é", "ogw_1234…", "expired", "never")]
 
-    def table(self, columns, terminal=True, margin=0):
+    def table(self, columns, terminal=True, **how):
         with unittest.mock.patch("shutil.get_terminal_size", lambda: os.terminal_size((columns, 24))), \
                 unittest.mock.patch("sys.stdout.isatty", lambda: terminal, create=True):
-            return gateway.format_table(self.ROWS, margin)
+            return gateway.format_table(self.ROWS, **how)
 
     def test_the_widest_columns_shrink_to_fit_a_terminal(self):
         for columns, margin, user in ((200, 0, "a" * 30), (100, 0, "a" * 27 + "…"), (100, 10, "a" * 22 + "…"), (80, 8, "a" * 14 + "…")):
@@ -7642,6 +7652,13 @@ class Table(unittest.TestCase):
                 self.assertEqual(lines[1].split()[0], user)
                 self.assertIn("2027-01-31  2026-11-23", lines[1])
         self.assertIn("ogw_1234…  2027-01-31  2026-11-23…", self.table(10)[1], "a date stays whole, and the line wraps")
+
+    def test_droppable_columns_are_left_out_in_turn_if_shrinking_is_not_enough(self):
+        for columns, headings in ((60, self.ROWS[0]), (50, ("USER", "NAME", "EXPIRES", "LAST USED")), (40, ("USER", "NAME", "EXPIRES"))):
+            with self.subTest(columns):
+                lines = self.table(columns, droppable=("SECRET", "LAST USED"))
+                self.assertLessEqual(max(map(gateway.text_width, lines)), columns, lines)
+                self.assertEqual(lines[0].replace("LAST USED", "LAST_USED").split(), [name.replace(" ", "_") for name in headings])
 
     def test_elsewhere_nothing_is_cut(self):
         self.assertIn(f"{'a' * 30}  {'b' * 40}  ogw_1234…", self.table(40, terminal=False)[1])
