@@ -44,8 +44,10 @@ Each name stands above its users, so most calls go up. The calls of one request,
           inspect_body, authorize_model   Routing and access
           Slot.wait                       Limits and usage
           Upstream.send                   Backends
-          relay                           Relay
-          Journal.write                   Logging and metrics: in the background, with UsageLedger.finish
+          relay                           Relay: each piece through a UsageReader; UsageStripper alone holds bytes back
+          Journal.write                   Logging and metrics: the rest happens in the background
+            UsageLedger.finish, store     Limits and usage: counts what TokenStore.usage reports on every page
+            log_line, Metrics.observe     Logging and metrics
 
 Any stage can raise Refusal. It becomes the error response or, if the response has started, an error event at its end.
 """
@@ -140,7 +142,8 @@ WHOLE_BYTES = 256 * KIB     # largest response or line that is decoded as a whol
 ENDING_BYTES = 1 * KIB      # the end of a response, where Ollama writes the counts
 LEARNING_BYTES = 256 * KIB  # largest request body from which the bytes of text in a token are learnt
 MAX_TOKENS = 10 ** 9        # most tokens that are believed of one request
-BATCH_SECONDS = 0.05        # finished requests, and log lines, gather: each wake-up of a thread delays a request
+GATHER_SECONDS = 0.01       # finished requests gather before they are recorded: requests wait for the GIL meanwhile
+LOG_SECONDS = 0.05          # log lines gather before they are written: each wake-up of a thread delays a request
 STORE_SECONDS = 0.5         # interval at which usage and the tokens' last uses are stored
 BUDGET_SECONDS = 0.5        # for which a sum of stored tokens is used: other gateways may add to it
 BUSY_SECONDS = 20           # for which a command waits for other writers of the database
@@ -1461,10 +1464,10 @@ def _find_file(path, create):
     return os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK)
 
 
-def _connect(path, writable, patience=BUSY_SECONDS):
+def _connect(path, writable, timeout=BUSY_SECONDS):
     """Connect to the file. A read-only one without a -shm must be opened as immutable: SQLite could not make one."""
     mode = "mode=rw" if writable else "mode=ro" if os.path.exists(path + "-shm") else "immutable=1"
-    return sqlite3.connect(f"file:{urllib.parse.quote(os.fsencode(path))}?{mode}", uri=True, timeout=patience,
+    return sqlite3.connect(f"file:{urllib.parse.quote(os.fsencode(path))}?{mode}", uri=True, timeout=timeout,
                            isolation_level=None, check_same_thread=False)
 
 
@@ -1490,9 +1493,9 @@ def describe_database(path):
         return DatabaseInfo(version, tokens, writable, os.stat(path).st_mode & 0o777)
 
 
-def _use_wal(db, patience):
+def _use_wal(db, timeout):
     """Let readers and a writer work side by side, if the file system can."""
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + timeout
     while True:     # SQLite itself does not wait here for others that open a new database
         try:
             return db.execute("PRAGMA journal_mode = WAL").fetchone()
@@ -1630,7 +1633,7 @@ class TokenStore:
     """The database of tokens and usage, for threads and processes; each access first follows a replaced file."""
 
     def __init__(self, path, create=False):
-        self.path, self._lock, self.patience = os.path.abspath(path), threading.Lock(), BUSY_SECONDS
+        self.path, self._lock, self.timeout = os.path.abspath(path), threading.Lock(), BUSY_SECONDS
         self._open(create)
 
     def close(self):
@@ -1640,7 +1643,7 @@ class TokenStore:
     def connect(self):
         """Return a new connection that never waits, the identities of the files, and the WAL index; raise Failure."""
         with self._access():
-            return _connect(self.path, self.writable, patience=0), self.files, self._wal_index
+            return _connect(self.path, self.writable, timeout=0), self.files, self._wal_index
 
     def _open(self, create=False):
         """Open the database, or make a new one, and upgrade an older one; raise Failure, and change none of others."""
@@ -1649,7 +1652,7 @@ class TokenStore:
             writable = _find_file(path, create)
             # Of a read-only database only the file itself counts: other processes create and remove the -wal.
             file, paths = _identify(path), [path, path + "-wal", path + "-shm"] if writable else [path]
-            db = stack.enter_context(contextlib.closing(_connect(path, writable, self.patience)))
+            db = stack.enter_context(contextlib.closing(_connect(path, writable, self.timeout)))
             version = _check_version(db, path)
             if version < len(MIGRATIONS) and not writable:
                 raise Failure(f"the database {path} must be upgraded and is read-only: make it and its folder writable")
@@ -1661,7 +1664,7 @@ class TokenStore:
                     except OSError as error:
                         if error.errno != errno.ENOENT:
                             LOG.warning("others on this machine may read %s: %s", each, error)
-                _use_wal(db, self.patience)
+                _use_wal(db, self.timeout)
                 if version < len(MIGRATIONS):
                     _upgrade(db)
                 if db.execute("SELECT scrub_owed FROM state").fetchone()[0]:
@@ -1696,7 +1699,7 @@ class TokenStore:
             if write and not self.writable:
                 raise Failure(f"the database {self.path} is read-only: first make it and its folder writable")
             self._db.rollback()     # a commit may have failed, and Python 3.8 leaves its transaction open
-            self._db.execute(f"PRAGMA busy_timeout = {int(self.patience * 1000)}")
+            self._db.execute(f"PRAGMA busy_timeout = {int(self.timeout * 1000)}")
             with self._db:
                 self._db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
                 yield self._db
@@ -2227,17 +2230,17 @@ class GatewayServer(http.server.ThreadingHTTPServer):
 
     def finish_request(self, request, client_address):
         """Serve a connection in its own thread, until it ends or there is nothing to answer."""
-        patience = self.settings.header_timeout
+        timeout = self.settings.header_timeout
         with contextlib.suppress(OSError, Refusal):
             if self.tls:
-                request.start_tls(self.tls, Deadline(patience), server_side=True)
-            while self._serve_request(request, client_address[0], patience):
-                patience = self.settings.idle_timeout
+                request.start_tls(self.tls, Deadline(timeout), server_side=True)
+            while self._serve_request(request, client_address[0], timeout):
+                timeout = self.settings.idle_timeout
         request.close(notify=True)
 
-    def _serve_request(self, connection, address, patience):
+    def _serve_request(self, connection, address, timeout):
         """Wait for a request and serve it; return whether another one may follow. An eviction ends it silently."""
-        if not self.connections.mark_idle(connection) or not (connection.buffer or connection.fill(Deadline(patience))):
+        if not self.connections.mark_idle(connection) or not (connection.buffer or connection.fill(Deadline(timeout))):
             return False
         context = RequestContext(address, time.monotonic())
         context.id = self._next_id()
@@ -2509,30 +2512,30 @@ class Authenticator:
         self._tokens, self._throttle, self._clock = tokens, throttle, clock
         self._delays = threading.BoundedSemaphore(DELAYED_AT_ONCE)
 
-    def identify(self, request, address, pause):
+    def identify(self, request, address):
         """Return the request's token; raise Refusal if none is valid now.
 
-        An invalid secret counts against the address, and its refusal may be delayed by `pause(seconds)`.
+        An invalid secret counts against the address, and its refusal may be delayed.
         """
         secret = secret_of(request)
         token = self._tokens.lookup(secret) if secret else None
         if token is not None and (token.expires_at is None or self._clock() < token.expires_at):
             return token
         if secret:
-            self._delay(address, pause)
+            self._delay(address)
         text = 'no valid token: send "Authorization: Bearer TOKEN" or "x-api-key: TOKEN", or ask for a new one'
         if request.path_secret is not None:     # the ollama command shows the text of a 403, and hides that of a 401
             raise Refusal("forbidden", text)
         raise Refusal("unauthorized", text, [("WWW-Authenticate", "Bearer")])
 
-    def _delay(self, address, pause):
+    def _delay(self, address):
         failures = self._throttle.add(address)
         if failures <= FREE_FAILURES:
             return
         if failures > MAX_FAILURES or not self._delays.acquire(blocking=False):
             raise Refusal("too_many_failures")
         try:
-            pause(min(FAILED_DELAY, 0.05 * 2 ** (failures - FREE_FAILURES)))
+            time.sleep(min(FAILED_DELAY, 0.05 * 2 ** (failures - FREE_FAILURES)))
         finally:
             self._delays.release()
 
@@ -2573,7 +2576,7 @@ class UsageLedger:
 
     def __init__(self, store, tokens, clock=time.time):
         self._store, self._tokens, self._clock = store, tokens, clock
-        store.patience = LEDGER_BUSY_SECONDS    # while the database is locked, log lines are still to be written
+        store.timeout = LEDGER_BUSY_SECONDS    # while the database is locked, log lines are still to be written
         self._lock, self._storing = threading.Lock(), threading.Lock()
         self._running = {}      # {context: the UsageRow counted so far}, until the Journal has finished it
         self._pending = defaultdict(list)   # {USAGE_KEY: UsageRows} to be stored
@@ -3559,7 +3562,7 @@ class LogWriter(logging.Handler):
         reported, failing = 0, False
         while not (self._ending and self._queue.empty()):
             lines = self._queue.get()
-            time.sleep(0 if self._ending else BATCH_SECONDS)
+            time.sleep(0 if self._ending else LOG_SECONDS)
             lines += "".join([self._queue.get() for _ in range(self._queue.qsize())])
             dropped, report = self.dropped, ""
             if dropped > reported:
@@ -3686,7 +3689,7 @@ class Journal:
         closing, stored = False, time.monotonic()
         while not closing:
             self._wake.wait(STORE_SECONDS)
-            time.sleep(0 if self._closing else BATCH_SECONDS)
+            time.sleep(0 if self._closing else GATHER_SECONDS)
             self._wake.clear()
             closing = self._closing
             self._attempt(self._write_finished)
@@ -3759,7 +3762,7 @@ class Gateway(types.SimpleNamespace):
 
     def _authorize(self, context, model=False):
         """Find the request's token, which may use the route and, if it is known already, the model; raise Refusal."""
-        context.token = self.authenticator.identify(context.request, context.client_address, time.sleep)
+        context.token = self.authenticator.identify(context.request, context.client_address)
         authorize_route(context)
         if model:
             authorize_model(context)

@@ -11,7 +11,7 @@
     python3 test_ollama_gateway.py --fake-ollama [PORT]                     no test: a stand-in Ollama on port 11434, to try the README
     python3 test_ollama_gateway.py --bench [--json]                         no test: what the gateway costs, in less than a minute
 
-The toolbox comes first: patience and leaks, the stand-in Ollama, a client that sees exactly what comes over the wire,
+The toolbox comes first: time limits and leaks, the stand-in Ollama, a client that sees exactly what comes over the wire,
 and the cases that the tests are made of. Then the tests by capability, from the settings to the real Ollama.
 """
 
