@@ -5861,6 +5861,12 @@ class Tapping(unittest.TestCase):
         reply = unittest.mock.Mock(status=200, **{"head.media_type": kind.partition(";")[0]})
         return gateway.usage_reader_for(reply, next(route for route in gateway.ROUTES if route.path == path), ours)
 
+    def test_usage_of_an_answer_that_is_read_before_its_end_is_not_lost(self):
+        reader, answer = gateway.UsageReader(), compact({"response": "x" * 100, "done": True, "prompt_eval_count": 8, "eval_count": 5})
+        for piece, last, usage in ((answer[:60], False, gateway.Usage(None, None, None)), (answer[60:], True, gateway.Usage(8, None, 5))):
+            reader.feed(piece, last)
+            self.assertEqual(reader.usage, usage)
+
     def test_recorded_answers_split_at_every_byte(self):
         for path, kind, body, ours, cost in RECORDED + SPELLED:
             expected = EXTRA_EVENT.sub(b"", body).replace(NO_USAGE.encode(), b"") if ours else body
