@@ -4874,10 +4874,10 @@ class AccountByTheClock(Case):
 
 # == Backends =================================================================
 
-PASSED_ON = (("Accept", "application/x-ndjson, */*;q=0.1"), ("Content-Type", 'application/json; x="a b"'),
+FORWARDED_HEADERS = (("Accept", "application/x-ndjson, */*;q=0.1"), ("Content-Type", 'application/json; x="a b"'),
              ("User-Agent", "ollama-python/0.5 (x86_64)"), ("X-Request-Id", "req-1.A_b"), ("Anthropic-Version", "2023-06-01"),
              ("anthropic-beta", "tools-2024"), ("OpenAI-Beta", "assistants=v2"))
-KEPT_BACK = (("Cookie", "session=1"), ("Origin", "http://localhost"), ("Referer", "http://localhost/chat"), ("Forwarded", "for=1.2.3.4"),
+REMOVED_HEADERS = (("Cookie", "session=1"), ("Origin", "http://localhost"), ("Referer", "http://localhost/chat"), ("Forwarded", "for=1.2.3.4"),
              ("X-Forwarded-For", "1.2.3.4"), ("X-Forwarded-Host", "evil.example"), ("X-Real-Ip", "1.2.3.4"), ("Via", "1.1 proxy"),
              ("Accept-Language", "de"), ("Proxy-Authorization", "Basic x"), ("Proxy-Connection", "keep-alive"), ("Keep-Alive", "timeout=5"),
              ("TE", "trailers"), ("Upgrade", "h2c"), ("Trailer", "X-T"), ("X-Stainless-Lang", "python"), ("X-Whatever", "1"),
@@ -4894,32 +4894,32 @@ BODIES = (
 
 class Forwarding(GatewayCase):
 
-    def test_only_the_listed_headers_go_up(self):
-        self.ask("POST", "/api/chat", CHAT, headers=PASSED_ON + KEPT_BACK)
+    def test_only_allowed_request_headers_are_forwarded(self):
+        self.ask("POST", "/api/chat", CHAT, headers=FORWARDED_HEADERS + REMOVED_HEADERS)
         headers = self.upstream().headers
-        for name, value in PASSED_ON:
+        for name, value in FORWARDED_HEADERS:
             self.assertEqual(headers.pop(name.lower()), value)
         self.assertEqual(headers.pop("host"), "127.0.0.1:%d" % self.fake.server_address[1])
         self.assertEqual(headers.pop("accept-encoding"), "identity")
         self.assertLessEqual(set(headers), {"content-length", "connection"}, headers)
 
-    def test_no_credential_goes_up(self):
+    def test_client_credentials_are_not_forwarded(self):
         for headers in (bearer(self.token), [("x-api-key", self.token)]):
             self.fake.received.clear()
             self.assertStatus(self.ask("GET", "/api/tags", token="", headers=headers), 200)
             self.assertNotIn(self.token, repr(self.upstream()))
 
-    def test_what_the_client_names_in_connection_ends_here(self):
+    def test_headers_named_in_the_clients_connection_header_are_not_forwarded(self):
         self.ask("POST", "/api/chat", CHAT, headers=(("Connection", "keep-alive, Anthropic-Beta ,openai-beta"), ("anthropic-beta", "1"),
                                                      ("OpenAI-Beta", "2"), ("anthropic-version", "3")))
         headers = self.upstream().headers
         self.assertEqual(sorted(name for name in headers if name.startswith(("anthropic", "openai"))), ["anthropic-version"])
 
-    def test_the_clients_request_id_goes_up_with_the_request(self):
+    def test_request_id_of_the_client_is_forwarded_and_returned(self):
         answer = self.ask("GET", "/api/tags", headers=[("X-Request-Id", "req-7")])
         self.assertEqual((answer.headers["x-request-id"], self.upstream().headers["x-request-id"]), ("req-7", "req-7"))
 
-    def test_the_body_goes_up_byte_for_byte(self):
+    def test_request_body_is_forwarded_byte_for_byte(self):
         for label, body in BODIES:
             for framing in ("length", "chunks"):
                 with self.subTest(label, framing=framing), Client(self.server.server_address) as client:
@@ -4934,23 +4934,23 @@ class Forwarding(GatewayCase):
                     self.assertStatus(client.answer(), 200)
                     self.assertTrue(self.upstream().body == body, "the body was changed")
 
-    def test_a_compressed_body_of_an_administrator_passes_as_it_is(self):
+    def test_compressed_body_of_an_administrator_is_forwarded_unchanged(self):
         body = b"\x28\xb5\x2f\xfd not really zstd"
         self.ask("POST", "/v1/responses", body, headers=[("Content-Encoding", "zstd")], token=self.admin)
         upstream = self.upstream()
         self.assertEqual((upstream.body, upstream.headers["content-encoding"]), (body, "zstd"))
 
-    def test_a_delete_keeps_its_body(self):
+    def test_delete_request_keeps_its_body(self):
         self.assertStatus(self.ask("DELETE", "/api/delete", {"model": "tiny"}, token=self.admin), 200)
         self.assertEqual(self.upstream().body, b'{"model":"tiny"}')
 
-    def test_a_request_without_a_body_gets_none(self):
+    def test_request_without_a_body_is_forwarded_without_one(self):
         self.ask("GET", "/api/tags")
         headers = self.upstream().headers
         self.assertNotIn("transfer-encoding", headers)
         self.assertEqual(headers.get("content-length", "0"), "0")
 
-    def test_blobs_are_streamed_through(self):
+    def test_blob_upload_is_streamed_to_the_upstream(self):
         path = f"/api/blobs/{DIGEST}"
         for framing, last in ((("Transfer-Encoding", "chunked"), b"3\r\ndef\r\n0\r\n\r\n"), (("Content-Length", "6"), b"def")):
             with self.subTest(framing):
@@ -4959,12 +4959,12 @@ class Forwarding(GatewayCase):
                 first = b"abc" if framing[0] == "Content-Length" else b"3\r\nabc\r\n"
                 client = self.client()
                 client.send(request("POST", path, None, [*bearer(self.admin), framing]) + first)
-                eventually(lambda: self.fake.arrived == 3, "the first piece's arrival")
+                eventually(lambda: self.fake.arrived == 3, "the first piece to arrive")
                 client.send(last)
                 self.assertStatus(client.answer(), 200)
                 self.assertEqual(self.upstream().body, b"abcdef")
 
-    def test_a_client_that_waits_to_continue_is_told_to(self):
+    def test_expect_100_continue_is_answered_with_100(self):
         client = self.client()
         client.send(request("POST", "/api/chat", None, [*bearer(self.token), ("Content-Length", "2"), ("Expect", "100-continue")]))
         self.assertEqual(client.answer().status, 100)
@@ -4972,15 +4972,15 @@ class Forwarding(GatewayCase):
         self.assertStatus(client.answer(), 200)
         self.assertNotIn("expect", self.upstream().headers)
 
-    def test_a_client_that_waits_to_continue_in_vain_is_refused_at_once(self):
+    def test_expect_100_continue_without_a_token_is_refused_at_once(self):
         client = self.client()
         client.send(request("POST", "/api/chat", None, [("Content-Length", "1000000"), ("Expect", "100-continue")]))
         self.assertRefused(client.answer(), 401)
 
-    def test_another_expectation_fails(self):
+    def test_unknown_expectation_is_refused_with_417(self):
         self.assertRefused(self.ask("POST", "/api/chat", CHAT, headers=[("Expect", "miracles")]), 417)
 
-    def test_every_status_and_body_of_the_upstream_is_passed_on(self):
+    def test_every_upstream_status_and_body_is_passed_on(self):
         for status in (200, 201, 400, 401, 403, 404, 429, 499, 500, 503):
             with self.subTest(status):
                 self.fake.replies["/api/chat"] = Reply.body(status, b'{"error" : "caf\xc3\xa9" }\n', Content_Type="application/json; x=1")
@@ -4988,11 +4988,11 @@ class Forwarding(GatewayCase):
                 self.assertEqual((answer.status, answer.body, answer.headers["content-type"], answer.ended),
                                  (status, b'{"error" : "caf\xc3\xa9" }\n', "application/json; x=1", "clean"))
 
-    def test_an_answer_without_a_content_type_gets_none(self):
+    def test_response_without_a_content_type_gets_none(self):
         answer = self.ask("POST", "/api/copy", {"source": "a", "destination": "b"}, token=self.admin)
         self.assertEqual((answer.status, answer.body, answer.headers.get("content-type"), answer.headers["content-length"]), (200, b"", None, "0"))
 
-    def test_answers_without_a_body_end_cleanly(self):
+    def test_responses_without_a_body_end_cleanly(self):
         for status in (204, 304):
             with self.subTest(status):
                 self.fake.replies["/api/tags"] = Reply.raw(b"HTTP/1.1 %d X\r\nETag: x\r\n\r\n" % status)
@@ -5010,13 +5010,13 @@ class Forwarding(GatewayCase):
                 self.assertEqual((answer.status, answer.headers["location"]), (status, "/api/tags"))
                 self.assertEqual(self.seen(), [("POST", "/api/chat")])
 
-    def test_interim_answers_of_the_upstream_are_skipped(self):
+    def test_interim_1xx_responses_of_the_upstream_are_skipped(self):
         self.fake.replies["/api/tags"] = Reply.raw(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n",
                                                    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
         answer = self.ask("GET", "/api/tags")
         self.assertEqual((answer.status, answer.body), (200, b"{}"))
 
-    def test_the_upstreams_connection_headers_end_here(self):
+    def test_hop_by_hop_response_headers_are_not_passed_on(self):
         self.fake.replies["/api/tags"] = Reply.raw(
             b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: keep-alive, X-Private\r\nX-Private: 1\r\nKeep-Alive: timeout=5\r\n"
             b"Proxy-Authenticate: Basic\r\nUpgrade: h2c\r\nTrailer: X-T\r\n\r\n{}")
@@ -5025,12 +5025,12 @@ class Forwarding(GatewayCase):
         self.assertEqual(set(answer.headers) & {"x-private", "keep-alive", "proxy-authenticate", "upgrade", "trailer"}, set())
         self.assertNotIn("X-Private", answer.headers.get("connection", ""))
 
-    def test_proxies_of_the_environment_are_not_asked(self):
+    def test_proxy_environment_variables_are_ignored(self):
         proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"), "http://127.0.0.1:1")
         with unittest.mock.patch.dict(os.environ, proxies, no_proxy="", NO_PROXY=""):
             self.assertStatus(self.ask("GET", "/api/tags", server=self.serve()), 200)
 
-    def test_a_path_prefix_of_the_upstream_is_kept(self):
+    def test_upstream_path_prefix_is_kept(self):
         for prefix in ("/prefix", "/prefix/"):
             with self.subTest(prefix):
                 self.fake.received.clear()
@@ -5040,14 +5040,14 @@ class Forwarding(GatewayCase):
                 self.assertEqual(self.seen(), [("GET", "/prefix/api/tags"), ("GET", "/prefix/v1/models")])
 
     @unittest.skipUnless(ipv6_loopback(), "this machine has no IPv6")
-    def test_an_upstream_may_have_an_ipv6_address(self):
+    def test_upstream_with_an_ipv6_address_is_reached(self):
         fake = self.enter(running(FakeOllama(host="::1")))
         self.assertStatus(self.ask("GET", "/api/tags", server=self.serve(ollama_url=fake.url)), 200)
         self.assertEqual(dict(fake.received[0].headers)["Host"], "[::1]:%d" % fake.server_address[1])
 
 
 FIRST_LINE = b'{"message":{"content":"a"},"done":false}\n'
-PHASES = (   # label, request body, the stand-in's reply, what the client has read when it leaves
+PHASES = (   # label, request body, the fake Ollama's reply, what the client has read when it disconnects
     ("before the first byte", CHAT, Reply.raw(until_hangup), None),
     ("before the first byte of an unstreamed answer", {**CHAT, "stream": False}, Reply.raw(until_hangup), None),
     ("after the head", CHAT, Reply.stream(until_hangup), b""),
@@ -5056,44 +5056,44 @@ PHASES = (   # label, request body, the stand-in's reply, what the client has re
 )
 
 
-class Leaving(GatewayCase):
-    """A client that goes takes its request along, wherever the answer stands."""
+class ClientDisconnects(GatewayCase):
+    """A client that disconnects cancels its upstream request in every phase of the response."""
 
-    def assert_dropped(self):
+    def assert_upstream_request_cancelled(self):
         self.assertEqual(self.fake.hangups.get(timeout=GUARD), "/api/chat")
         self.assertEqual(self.logged(lambda fields: fields["path"] == "/api/chat")["outcome"], "left")
 
-    def leave(self, way, body, reply, read, **how):
+    def disconnect(self, way, body, reply, read, **how):
         self.fake.replies["/api/chat"] = reply
         self.fake.received.clear()
         self.lines.clear()
         client = self.begin("POST", "/api/chat", body, **how)
-        eventually(lambda: self.fake.received, "the request's arrival upstream")
+        eventually(lambda: self.fake.received, "the request to arrive upstream")
         if read is not None:
             client.read(client.head(), until=read or None) if read else client.head()
         way(client)
-        self.assert_dropped()
+        self.assert_upstream_request_cancelled()
 
-    def test_the_upstream_request_is_dropped(self):
+    def test_client_disconnect_cancels_the_upstream_request(self):
         for (phase, body, reply, read), (how, way) in itertools.product(PHASES, LEAVING):
             with self.subTest(phase, client=how):
-                self.leave(way, body, reply, read)
+                self.disconnect(way, body, reply, read)
 
-    def test_it_is_dropped_where_there_is_no_poll(self):
+    def test_client_disconnect_cancels_the_upstream_request_without_poll(self):
         with unittest.mock.patch.multiple(gateway, new_poll=gateway.Poll, WRITABLE=2, HUNG_UP=0):    # as on Windows
             for (phase, body, reply, read), (how, way) in itertools.product(PHASES, LEAVING):
                 with self.subTest(phase, client=how):
-                    self.leave(way, body, reply, read)
+                    self.disconnect(way, body, reply, read)
 
-    def test_a_client_that_sent_ahead_is_missed_too(self):
+    def test_disconnect_after_pipelined_data_is_detected(self):
         for (phase, body, reply, read), ahead in itertools.product(PHASES, (b"{}", b"x" * 100_000)):
             with self.subTest(phase, ahead=len(ahead)):
                 def send_ahead_and_close(client, ahead=ahead):
                     client.send(request("POST", "/api/chat", ahead, bearer(self.token)))
                     client.close()
-                self.leave(send_ahead_and_close, body, reply, read)
+                self.disconnect(send_ahead_and_close, body, reply, read)
 
-    def test_one_that_does_not_read_and_closes_its_half_is_missed_too(self):
+    def test_half_close_of_a_client_that_does_not_read_is_detected(self):
         def endless(exchange):
             while True:
                 exchange.send(b"x" * 65536)
@@ -5103,9 +5103,9 @@ class Leaving(GatewayCase):
         client.send(request("POST", "/api/chat", CHAT, bearer(self.token)))
         eventually(lambda: self.fake.received)
         client.half_close()
-        self.assert_dropped()
+        self.assert_upstream_request_cancelled()
 
-    def test_a_blob_whose_sender_leaves_never_ends_well(self):
+    def test_blob_upload_of_a_disconnected_client_is_never_completed(self):
         for label, framing, sent in (("chunks", ("Transfer-Encoding", "chunked"), b"3\r\nabc\r\n"), ("a length", ("Content-Length", "6"), b"abc")):
             for how, way in LEAVING:
                 with self.subTest(label, client=how):
@@ -5115,26 +5115,26 @@ class Leaving(GatewayCase):
                     client.send(request("POST", f"/api/blobs/{DIGEST}", None, [*bearer(self.admin), framing]) + sent)
                     eventually(lambda: self.fake.arrived == 3)
                     way(client)
-                    eventually(lambda: self.fake.broken, "the stand-in's noticing")
+                    eventually(lambda: self.fake.broken, "the fake Ollama to notice")
         self.assertEqual(self.fake.received, [])
 
-    def test_client_that_vanished_within_its_request_body_is_logged_as_left(self):
-        lost = TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))      # what keep-alive makes of a read
+    def test_client_lost_within_its_request_body_is_logged_as_left(self):
+        lost = TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))      # how a read fails after unanswered keep-alive probes
         with unittest.mock.patch.object(gateway.BodyDecoder, "read", side_effect=lost):
             self.begin("POST", "/api/chat", CHAT)
             self.assertEqual(self.logged()["outcome"], "left")
 
-    def test_the_next_request_is_served(self):
-        self.leave(Client.close, *PHASES[0][1:])
+    def test_next_request_after_a_disconnect_is_served(self):
+        self.disconnect(Client.close, *PHASES[0][1:])
         self.fake.replies.clear()
         self.assertStatus(self.ask("POST", "/api/chat", CHAT), 200)
 
 
-class LeavingOverTls(OverTls, Leaving):
+class ClientDisconnectsOverTls(OverTls, ClientDisconnects):
     pass
 
 
-NONSENSE = (   # label, what an upstream says instead of HTTP
+MALFORMED_RESPONSES = (   # label, what an upstream sends instead of a valid HTTP response
     ("nothing", b""),
     ("another protocol", b"SSH-2.0-OpenSSH_9.2\r\n"),
     ("a page without a head", b"<html>hello</html>"),
@@ -5164,13 +5164,13 @@ EVENT = b'data: {"choices":[]}\n\n'
 HALF_LINE, HALF_EVENT = LINE + b'{"response":"b', EVENT + b'data: {"cho'
 
 
-class UnreadingOllama:
-    """A server on the loopback that reads a request's beginning, says its piece, and reads no more."""
+class OllamaThatStopsReading:
+    """A server on the loopback that reads the beginning of a request, sends its response, and reads no more until `hung_up`."""
 
-    def __init__(self, says):
-        self._says, self._listener, self._release = says, socket.create_server(("127.0.0.1", 0)), threading.Event()
+    def __init__(self, response):
+        self._response, self._listener, self._release = response, socket.create_server(("127.0.0.1", 0)), threading.Event()
         self._listener.settimeout(GUARD)
-        self._left = False
+        self._closed = False
         self.url = "http://127.0.0.1:%d" % self._listener.getsockname()[1]
         self._thread = threading.Thread(target=self._serve)
 
@@ -5178,18 +5178,18 @@ class UnreadingOllama:
         with self._listener.accept()[0] as connection:
             connection.settimeout(GUARD)
             connection.recv(4096)
-            connection.sendall(self._says)
+            connection.sendall(self._response)
             self._release.wait(GUARD)
             with contextlib.suppress(ConnectionError):
                 while connection.recv(65536):
                     pass
-            self._left = True
+            self._closed = True
 
     def hung_up(self):
-        """Read on, and tell whether the other side has left."""
+        """Read the rest, and return whether the peer closed the connection."""
         self._release.set()
         self._thread.join(GUARD)
-        return self._left
+        return self._closed
 
     def __enter__(self):
         self._thread.start()
@@ -5201,15 +5201,15 @@ class UnreadingOllama:
         self._thread.join(GUARD)
 
 
-class Outage(GatewayCase):
+class UpstreamFailures(GatewayCase):
 
-    def test_an_upstream_that_cannot_be_reached_is_a_bad_gateway(self):
+    def test_unreachable_upstream_is_answered_with_502(self):
         self.fake.server_close()
         for method, path in (("POST", "/api/chat"), ("GET", "/v1/models"), ("POST", "/v1/messages")):
             with self.subTest(path):
                 self.assertRefused(self.ask(method, path, CHAT if method == "POST" else None), 502, path)
 
-    def test_it_is_found_again_when_it_comes_back(self):
+    def test_upstream_is_used_again_after_it_comes_back(self):
         port = self.fake.server_address[1]
         self.fake.shutdown()
         self.fake.server_close()
@@ -5217,81 +5217,81 @@ class Outage(GatewayCase):
         self.enter(running(FakeOllama(port)))
         self.assertStatus(self.ask("GET", "/api/tags"), 200)
 
-    def test_a_name_that_no_host_can_have_is_a_bad_gateway(self):
+    def test_invalid_upstream_host_name_is_answered_with_502(self):
         for name in "a..b", "x" * 64 + ".example":
             with self.subTest(name):
                 self.assertRefused(self.ask("GET", "/api/tags", server=self.serve(ollama_url=f"http://{name}:1")), 502)
 
     def black_hole(self):
-        """The address of a listener whose full backlog swallows connections."""
-        deaf = self.enter(socket.create_server(("127.0.0.1", 0), backlog=0))
+        """Return the address of a listener that accepts no connection, because its backlog is full."""
+        listener = self.enter(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(2):   # fill its backlog
-            knock = self.enter(socket.socket())
-            knock.setblocking(False)
-            knock.connect_ex(deaf.getsockname())
-        return deaf.getsockname()
+            filler = self.enter(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        return listener.getsockname()
 
     def serve_by_name(self, look_up, **flags):
-        """Start a gateway whose upstream is a name, which this function looks up."""
+        """Start a gateway whose upstream is a host name that `look_up` resolves."""
         real = socket.getaddrinfo
         self.enter(unittest.mock.patch("socket.getaddrinfo", lambda host, *args, **how: (
             look_up() if host in ("ollama.test", b"ollama.test") else real(host, *args, **how))))
         return self.serve(ollama_url="http://ollama.test:11434", **flags)
 
     @staticmethod
-    def found(*addresses):
+    def address_info(*addresses):
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
 
-    @unittest.skipUnless(sys.platform == "linux", "needs Linux's full backlog to swallow connections")
-    def test_an_upstream_that_takes_no_connection_is_given_up(self):
+    @unittest.skipUnless(sys.platform == "linux", "needs Linux, where a full backlog leaves connections pending")
+    def test_connect_timeout_is_answered_with_502(self):
         server = self.serve(ollama_url="http://127.0.0.1:%d" % self.black_hole()[1], connect_timeout="0.3s")
         self.assertIn("--connect-timeout", self.assertRefused(self.ask("GET", "/api/tags", server=server), 502))
 
-    @unittest.skipUnless(sys.platform == "linux", "needs Linux's full backlog to swallow connections")
-    def test_each_address_of_a_name_gets_its_share_of_the_connect_timeout(self):
+    @unittest.skipUnless(sys.platform == "linux", "needs Linux, where a full backlog leaves connections pending")
+    def test_connect_timeout_is_divided_among_the_addresses_of_a_name(self):
         for addresses in ([self.black_hole(), self.fake.server_address], [self.black_hole(), ("127.0.0.1", 1), self.fake.server_address]):
             with self.subTest(len(addresses)):
-                server = self.serve_by_name(lambda addresses=addresses: self.found(*addresses), connect_timeout="0.9s")
+                server = self.serve_by_name(lambda addresses=addresses: self.address_info(*addresses), connect_timeout="0.9s")
                 self.assertStatus(self.ask("GET", "/api/tags", server=server), 200)
-        nowhere = self.serve_by_name(lambda: self.found(self.black_hole(), self.black_hole()), connect_timeout="0.3s")
+        nowhere = self.serve_by_name(lambda: self.address_info(self.black_hole(), self.black_hole()), connect_timeout="0.3s")
         self.assertIn("0.3 s (--connect-timeout)", self.assertRefused(self.ask("GET", "/api/tags", server=nowhere), 502))
 
-    def test_name_look_up_is_within_the_connect_timeout_and_holds_up_nobody_else(self):
+    def test_name_lookup_is_within_the_connect_timeout_and_blocks_no_other_request(self):
         hold = self.hold()
-        server = self.serve_by_name(lambda: hold.wait(GUARD) and self.found(self.fake.server_address), connect_timeout="0.3s")
+        server = self.serve_by_name(lambda: hold.wait(GUARD) and self.address_info(self.fake.server_address), connect_timeout="0.3s")
         waiting = [self.begin("GET", "/api/tags", server=server) for _ in range(3)]
         self.assertStatus(self.ask("GET", "/", server=server), 200)
         for client in waiting:
             self.assertIn("--connect-timeout", self.assertRefused(client.answer(), 502))
-        self.assertEqual([thread.name for thread in threading.enumerate()].count("resolver"), 1, "one look-up for all")
+        self.assertEqual([thread.name for thread in threading.enumerate()].count("resolver"), 1, "one lookup serves all requests")
         hold.set()
-        eventually(lambda: self.ask("GET", "/api/tags", server=server).status == 200, "the name's being found after all")
+        eventually(lambda: self.ask("GET", "/api/tags", server=server).status == 200, "the name to be resolved")
 
-    def test_name_look_up_that_fails_is_a_bad_gateway_and_is_tried_again(self):
+    def test_failed_name_lookup_is_answered_with_502_and_tried_again(self):
         answers = iter([socket.gaierror(socket.EAI_NONAME, "Name or service not known"), UnicodeError("label too long")])
 
         def look_up():
             error = next(answers, None)
             if error:
                 raise error
-            return self.found(self.fake.server_address)
+            return self.address_info(self.fake.server_address)
         server = self.serve_by_name(look_up)
         for words in "Name or service not known", "label too long":
             self.assertIn(words, self.assertRefused(self.ask("GET", "/api/tags", server=server), 502))
         self.assertStatus(self.ask("GET", "/api/tags", server=server), 200)
 
-    @unittest.skipUnless(sys.platform == "linux", "needs Linux's full backlog to swallow connections")
-    def test_a_client_that_leaves_during_look_up_or_connect_ends_the_wait(self):
+    @unittest.skipUnless(sys.platform == "linux", "needs Linux, where a full backlog leaves connections pending")
+    def test_client_disconnect_during_lookup_or_connect_ends_the_wait(self):
         hold, looking_up = self.hold(), threading.Event()
 
         def hang():
             looking_up.set()
             hold.wait(GUARD)
-            return self.found(self.fake.server_address)
+            return self.address_info(self.fake.server_address)
 
         def swallow():
             looking_up.set()
-            return self.found(self.black_hole())
+            return self.address_info(self.black_hole())
         for label, look_up in (("look-up", hang), ("connect", swallow)):
             with self.subTest(label):
                 looking_up.clear()
@@ -5301,7 +5301,7 @@ class Outage(GatewayCase):
                 client.close()
                 self.assertEqual(self.logged()["outcome"], "left")
 
-    def test_a_silent_upstream_is_a_timeout_that_names_the_flag(self):
+    def test_first_byte_timeout_is_answered_with_504_that_names_the_flag(self):
         server = self.serve(first_byte_timeout="0.3s")
         for path, reply in (("/api/chat", Reply.raw(until_hangup)),
                             ("/v1/chat/completions", Reply.raw(b"HTTP/1.1 100 Continue\r\n\r\n", until_hangup)),
@@ -5311,26 +5311,26 @@ class Outage(GatewayCase):
                 self.assertIn("--first-byte-timeout", self.assertRefused(self.ask("POST", path, CHAT, server=server), 504, path))
                 self.assertEqual(self.fake.hangups.get(timeout=GUARD), path)
 
-    def test_an_upstream_that_talks_nonsense_is_a_bad_gateway(self):
-        for label, said in NONSENSE:
+    def test_malformed_upstream_response_is_answered_with_502(self):
+        for label, sent in MALFORMED_RESPONSES:
             with self.subTest(label):
-                self.fake.replies["/api/chat"] = Reply.raw(said)
+                self.fake.replies["/api/chat"] = Reply.raw(sent)
                 self.assertRefused(self.ask("POST", "/api/chat", CHAT), 502)
         self.fake.replies.clear()
         self.assertStatus(self.ask("GET", "/api/tags"), 200)
 
-    def assert_broken(self, client, sent, ending):
-        """The client has got what was sent and then just this ending, with an error in it, and no clean end."""
+    def assert_broken_stream(self, client, sent, ending):
+        """Check that the client received `sent`, then `ending` with an error in it, and no clean end of the response."""
         answer = client.answer()
         self.assertStatus(answer, 200)
         self.assertEqual(answer.ended, "cut")
         self.assertEqual(answer.body[:len(sent)], sent)
-        said = re.fullmatch(ending, answer.body[len(sent):])
-        self.assertTrue(said, answer)
-        self.assertTrue(json.loads(said.group(1))["error"], answer)
+        match = re.fullmatch(ending, answer.body[len(sent):])
+        self.assertTrue(match, answer)
+        self.assertTrue(json.loads(match.group(1))["error"], answer)
         self.assertIsNone(client.answer())
 
-    def test_a_stream_that_breaks_says_so_in_a_last_line_and_does_not_end_cleanly(self):
+    def test_broken_stream_ends_with_an_error_line_and_without_a_clean_end(self):
         for label, path, kind, sent, ending in (
             ("NDJSON between two lines", "/api/chat", NDJSON, LINE, rb'(\{"error":.*\})\n'),
             ("NDJSON within a line", "/api/chat", NDJSON, HALF_LINE, rb'\n(\{"error":.*\})\n'),
@@ -5342,21 +5342,21 @@ class Outage(GatewayCase):
             with self.subTest(label):
                 pieces = [sent] if sent else []
                 self.fake.replies[path] = Reply.stream(*pieces, cut, kind=kind)
-                self.assert_broken(self.begin("POST", path, {**CHAT, "stream": True}), sent, ending)
+                self.assert_broken_stream(self.begin("POST", path, {**CHAT, "stream": True}), sent, ending)
 
-    def test_a_stream_that_is_broken_from_its_first_byte_is_a_bad_gateway(self):
+    def test_stream_broken_at_its_first_byte_is_answered_with_502(self):
         self.fake.replies["/v1/chat/completions"] = Reply.raw(
             b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\nxyz")
         for stream in (True, False):
             self.assertRefused(self.ask("POST", "/v1/chat/completions", {**CHAT, "stream": stream}), 502, "/v1/chat/completions")
 
-    def test_a_stream_that_stalls_is_broken_off(self):
+    def test_stalled_stream_is_ended_with_an_error_line(self):
         server = self.serve(stall_timeout="0.3s")
         self.fake.replies["/api/chat"] = Reply.stream(HALF_LINE, until_hangup)
-        self.assert_broken(self.begin("POST", "/api/chat", CHAT, server=server), HALF_LINE, rb'\n(\{"error":.*\})\n')
+        self.assert_broken_stream(self.begin("POST", "/api/chat", CHAT, server=server), HALF_LINE, rb'\n(\{"error":.*\})\n')
         self.assertEqual(self.fake.hangups.get(timeout=GUARD), "/api/chat")
 
-    def test_a_stream_whose_chunks_go_wrong_is_broken_too(self):
+    def test_stream_with_malformed_chunks_ends_with_an_error_line(self):
         size = b"%x\r\n" % len(HALF_LINE)
         for label, good, bad in (("half a chunk", b"ff\r\n" + HALF_LINE, b""), ("half a size", size + HALF_LINE, b"\r\nf"),
                                  ("a size of words", size + HALF_LINE, b"\r\nxyz\r\n"),
@@ -5372,7 +5372,7 @@ class Outage(GatewayCase):
                 self.assertRegex(client.read(answer).body[len(HALF_LINE):], rb'\A\n\{"error":.*\}\n\Z')
                 self.assertEqual(answer.ended, "cut")
 
-    def test_a_broken_answer_that_is_no_stream_is_cut(self):
+    def test_broken_unstreamed_response_is_cut_off(self):
         for label, reply in (("of known length", Reply.stream(b'{"models":', cut, kind=JSON, length=1000)),
                              ("in chunks", Reply.stream(b'{"models":', cut, kind=JSON))):
             with self.subTest(label):
@@ -5380,22 +5380,22 @@ class Outage(GatewayCase):
                 answer = self.ask("GET", "/api/tags")
                 self.assertEqual((answer.status, answer.body, answer.ended), (200, b'{"models":', "cut"))
 
-    def test_an_answer_before_the_whole_body_is_passed_on_though_nothing_more_is_read(self):
+    def test_response_before_the_end_of_the_request_body_is_passed_on(self):
         early = b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\n{}"
         body = compact({**CHAT, "images": ["x" * 12_000_000]})
         for path, token in (("/api/chat", self.token), (f"/api/blobs/{DIGEST}", self.admin)):
-            with self.subTest(path), UnreadingOllama(early) as upstream:
+            with self.subTest(path), OllamaThatStopsReading(early) as upstream:
                 server = self.serve(ollama_url=upstream.url)
                 client = self.begin("POST", path, body, token, server)
                 self.assertEqual((client.answer().status, upstream.hung_up()), (413, True))
 
-    def test_an_interim_answer_in_the_middle_of_a_body_is_nonsense(self):
-        with UnreadingOllama(b"HTTP/1.1 102 Processing\r\n\r\n") as upstream:
+    def test_interim_response_within_the_request_body_is_answered_with_502(self):
+        with OllamaThatStopsReading(b"HTTP/1.1 102 Processing\r\n\r\n") as upstream:
             client = self.client(self.serve(ollama_url=upstream.url))
             client.send(request("POST", f"/api/blobs/{DIGEST}", None, [*bearer(self.admin), ("Content-Length", "9")]) + b"abc")
             self.assertRefused(client.answer(), 502)
 
-    def test_a_timeout_of_months_is_waited_for(self):
+    def test_timeouts_of_several_weeks_are_accepted(self):
         server = self.serve(first_byte_timeout="30d", stall_timeout="20w", connect_timeout="40d")
         hold = self.hold()
         self.fake.replies["/api/chat"] = Reply.stream(hold, LINE, hold, LINE)
@@ -5404,7 +5404,7 @@ class Outage(GatewayCase):
         hold.set()
         self.assertEqual(client.answer().body, LINE + LINE)
 
-    def test_health_is_down_when_the_upstream_stalls_or_never_ends(self):
+    def test_health_is_down_when_the_version_response_is_stalled_endless_or_invalid(self):
         def drip(exchange):
             while True:
                 exchange.send(b" ")
@@ -5420,68 +5420,68 @@ class Outage(GatewayCase):
                 self.probe_health(server)
                 self.assertEqual(self.health(server), "down")
 
-    def test_health_and_status_survive_whatever_the_upstream_lists(self):
+    def test_health_and_status_survive_invalid_model_lists(self):
         for label, reply in (("no list", Reply.json(200, {"models": 5})), ("an object", Reply.json(200, {"models": {"a": 1}})),
                              ("a list too large", Reply.json(200, {"models": ["x" * 100] * 50_000})), ("an error", Reply.json(500, {}))):
             with self.subTest(label):
                 self.fake.replies.update({"/api/tags": reply, "/api/ps": reply})
                 server = self.serve()
                 self.probe_health(server)
-                told = self.ask("GET", "/admin/status", token=self.admin, server=server).json()["upstream"]
-                self.assertEqual(told, {"status": "up", "version": "0.9.3", "models": [], "loaded": []})
+                upstream = self.ask("GET", "/admin/status", token=self.admin, server=server).json()["upstream"]
+                self.assertEqual(upstream, {"status": "up", "version": "0.9.3", "models": [], "loaded": []})
 
-    def test_health_and_status_do_not_wait_for_a_probe(self):
+    def test_health_and_status_do_not_wait_for_a_running_probe(self):
         hold = self.hold()
         self.fake.replies["/api/version"] = Reply.stream(hold, b'{"version":"0.9.3"}', kind=JSON)
         with unittest.mock.patch.object(gateway, "PROBE_SECONDS", 10 * GUARD):
             first = threading.Event()
             self.server.gateway.health.start(first.set)
-            eventually(lambda: self.fake.received, "the probe's request")
+            eventually(lambda: self.fake.received, "the request of the probe")
             self.assertEqual(self.health(), "down")
             self.assertEqual(self.ask("GET", "/admin/status", token=self.admin).json()["upstream"]["status"], "down")
-            self.assertEqual(self.seen(), [("GET", "/api/version")], "nobody else's")
+            self.assertEqual(self.seen(), [("GET", "/api/version")], "no other request")
             self.assertFalse(first.is_set())
             hold.set()
             self.assertTrue(first.wait(GUARD))
         self.assertEqual(self.health(), "up")
 
-    def test_health_follows_the_upstream(self):
+    def test_health_follows_the_state_of_the_upstream(self):
         with unittest.mock.patch.object(gateway, "HEALTH_SECONDS", 0.01):
             self.probe_health()
             self.assertEqual(self.health(), "up")
             self.fake.replies["/api/version"] = Reply.json(503, {})
-            eventually(lambda: self.health() == "down", "its going down")
+            eventually(lambda: self.health() == "down", "health to go down")
             self.fake.replies.clear()
-            eventually(lambda: self.health() == "up", "its coming back")
-            self.assertEqual(self.fake.accepted, 1, "a kept connection does for all")
+            eventually(lambda: self.health() == "up", "health to come up again")
+            self.assertEqual(self.fake.accepted, 1, "all probes share one connection")
 
-    def test_a_probe_that_waits_ends_with_the_server(self):
+    def test_waiting_health_probe_ends_with_the_server(self):
         self.fake.replies["/api/version"] = Reply.stream(b"{", until_hangup, kind=JSON)
         with unittest.mock.patch.object(gateway, "PROBE_SECONDS", 0.5), self.serving() as server:
             server.gateway.health.start()
-            eventually(lambda: self.fake.received, "the probe's request")
+            eventually(lambda: self.fake.received, "the request of the probe")
         self.assertEqual(self.fake.hangups.get(timeout=GUARD), "/api/version")
         self.assertNotIn("health", [thread.name for thread in threading.enumerate()])
 
-    def test_an_http_1_0_client_sees_a_broken_stream_as_a_reset(self):
+    def test_http_1_0_client_sees_a_broken_stream_as_a_reset(self):
         self.fake.replies["/api/chat"] = Reply.stream(LINE, cut)
         client = self.client()
         client.send(request("POST", "/api/chat", CHAT, bearer(self.token), version="1.0"))
         self.assertEqual(client.answer().ended, "cut")
 
-    def test_no_header_of_the_upstream_becomes_two(self):
+    def test_control_characters_in_an_upstream_header_do_not_split_it(self):
         self.fake.replies["/api/tags"] = Reply.raw(b"HTTP/1.1 200 OK\r\nLocation: a\r\xc2\x85Set-Cookie: b\r\nContent-Length: 2\r\n\r\n{}")
         self.assertNotIn("set-cookie", self.ask("GET", "/api/tags").headers)
 
-    def test_a_broken_stream_is_logged_as_such(self):
+    def test_broken_stream_is_logged_as_broken(self):
         self.fake.replies["/api/chat"] = Reply.stream(LINE, cut)
         self.ask("POST", "/api/chat", CHAT)
         fields = self.logged()
         self.assertEqual((fields["status"], fields["outcome"]), ("200", "broken"))
 
 
-class OutageOverTls(OverTls, Outage):
-    test_an_http_1_0_client_sees_a_broken_stream_as_a_reset = None  # this client ignores that a close_notify is missing
+class UpstreamFailuresOverTls(OverTls, UpstreamFailures):
+    test_http_1_0_client_sees_a_broken_stream_as_a_reset = None  # the test client does not notice a missing close_notify
 
 # == Relay ====================================================================
 
@@ -5493,9 +5493,9 @@ STREAMS = (   # label, path, content type, first and last piece
 )
 
 
-class Relaying(GatewayCase):
+class ResponseRelay(GatewayCase):
 
-    def test_the_first_piece_arrives_while_the_last_is_held_back(self):
+    def test_stream_delivers_its_first_piece_before_the_upstream_sends_the_last(self):
         for label, path, kind, first, last in STREAMS:
             with self.subTest(label):
                 hold = self.hold()
@@ -5506,7 +5506,7 @@ class Relaying(GatewayCase):
                 hold.set()
                 self.assertEqual((client.read(answer).body, answer.ended), (first + last, "clean"))
 
-    def test_a_body_of_known_length_is_not_held_back_either(self):
+    def test_body_of_known_length_is_not_buffered(self):
         hold = self.hold()
         self.fake.replies["/api/tags"] = Reply.stream(b"first", hold, b"last", kind=JSON, length=9)
         client = self.begin("GET", "/api/tags")
@@ -5515,7 +5515,7 @@ class Relaying(GatewayCase):
         hold.set()
         self.assertEqual((client.read(answer).body, answer.ended), (b"firstlast", "clean"))
 
-    def test_the_head_arrives_before_the_first_piece(self):
+    def test_response_head_arrives_before_the_first_piece(self):
         hold = self.hold()
         self.fake.replies["/api/chat"] = Reply.stream(hold, b"late\n")
         client = self.begin("POST", "/api/chat", CHAT)
@@ -5524,7 +5524,7 @@ class Relaying(GatewayCase):
         hold.set()
         self.assertEqual(client.read(answer).body, b"late\n")
 
-    def test_streams_say_what_they_are_and_must_not_be_buffered(self):
+    def test_streams_have_their_content_type_and_disable_proxy_buffering(self):
         for label, path, kind, first, last in STREAMS:
             with self.subTest(label):
                 self.fake.replies[path] = Reply.stream(first, last, kind=kind)
@@ -5533,7 +5533,7 @@ class Relaying(GatewayCase):
                                  (kind, "no", "chunked"))
         self.assertNotIn("x-accel-buffering", self.ask("GET", "/api/tags").headers)
 
-    def test_bytes_are_not_altered_however_they_are_cut(self):
+    def test_response_bytes_are_unchanged_wherever_they_are_split(self):
         whole = b'{"a":"\xc3\xa9\\u0000"}\r\n\n {"b":1}\n' + bytes(range(256)) + b"x" * 200_000
         for size in (1, 7, 4096, 10 ** 6):
             with self.subTest(size):
@@ -5543,7 +5543,7 @@ class Relaying(GatewayCase):
                 self.assertTrue(answer.body == part)
                 self.assertEqual(answer.ended, "clean")
 
-    def test_an_http_1_0_client_gets_a_stream_without_chunks(self):
+    def test_http_1_0_client_gets_a_stream_without_chunks(self):
         for path in ("/api/chat", "/api/show"):
             with self.subTest(path):
                 self.fake.replies[path] = Reply.stream(b"one\n", b"two\n")
@@ -5552,9 +5552,9 @@ class Relaying(GatewayCase):
                 answer = client.answer()
                 self.assertNotIn("transfer-encoding", answer.headers)
                 self.assertEqual((answer.body, answer.ended), (b"one\ntwo\n", "clean"))
-                self.assertIsNone(client.answer(), "the connection must end with the answer")
+                self.assertIsNone(client.answer(), "the connection must end with the response")
 
-    def test_an_upstream_that_ends_its_answer_by_closing_is_relayed(self):
+    def test_response_that_ends_with_the_upstream_connection_is_relayed(self):
         for version in (b"1.0", b"1.1"):
             with self.subTest(version):
                 head = b"HTTP/%s 200 OK\r\nContent-Type: application/json\r\n\r\n" % version
@@ -5562,13 +5562,13 @@ class Relaying(GatewayCase):
                 answer = self.ask("GET", "/api/tags")
                 self.assertEqual((answer.status, answer.body, answer.ended), (200, b'{"models":[]}', "clean"))
 
-    def test_one_connection_carries_many_requests(self):
+    def test_client_connection_carries_many_requests(self):
         client = self.client()
         for number in range(3):
             self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(self.token)), 200)
             self.assertEqual(client.ask("POST", "/api/chat", CHAT, bearer(self.token)).ended, "clean")
 
-    def test_a_client_that_asks_to_close_is_closed(self):
+    def test_connection_close_of_the_client_is_obeyed(self):
         client = self.client()
         self.assertStatus(client.ask("GET", "/api/tags", headers=[*bearer(self.token), ("Connection", "Close")]), 200)
         self.assertIsNone(client.answer())
@@ -5583,7 +5583,7 @@ class Relaying(GatewayCase):
                          [f"m{number}" for number in range(6)])
         self.assertEqual(answers[-1].body, b"Ollama is running")
 
-    def test_a_client_that_sends_ahead_has_not_left(self):
+    def test_pipelined_request_is_not_taken_for_a_disconnect(self):
         hold = self.hold()
         self.fake.replies["/api/chat"] = [Reply.stream(hold, b"one\n"), Reply.stream(b"two\n")]
         client = self.begin("POST", "/api/chat", CHAT)
@@ -5592,43 +5592,43 @@ class Relaying(GatewayCase):
         hold.set()
         self.assertEqual([client.answer().body, client.answer().body], [b"one\n", b"two\n"])
 
-    def primed(self):
-        """A client whose first request has left an upstream connection that its next one will use again."""
+    def client_with_upstream_connection(self):
+        """Return a client whose next request will reuse the upstream connection of its first one."""
         client = self.client()
         self.assertStatus(client.ask("GET", "/api/version", headers=bearer(self.admin)), 200)
         self.fake.received.clear()
         return client
 
-    def again(self, client, method="POST", path="/api/chat", body=CHAT):
+    def ask_again(self, client, method="POST", path="/api/chat", body=CHAT):
         return client.ask(method, path, body, bearer(self.admin))
 
-    def test_upstream_connections_are_used_again(self):
-        client = self.primed()
+    def test_upstream_connections_are_reused(self):
+        client = self.client_with_upstream_connection()
         for _ in range(5):
-            self.assertStatus(self.again(client, "GET", "/api/tags", None), 200)
-            self.assertEqual(self.again(client).ended, "clean")
+            self.assertStatus(self.ask_again(client, "GET", "/api/tags", None), 200)
+            self.assertEqual(self.ask_again(client).ended, "clean")
         self.assertEqual(self.fake.accepted, 1)
 
-    def test_an_upstream_connection_that_died_idle_is_replaced(self):
+    def test_upstream_connection_closed_while_idle_is_replaced(self):
         for method, path, body in (("GET", "/api/tags", None), ("POST", "/api/chat", CHAT), ("POST", f"/api/blobs/{DIGEST}", b"blob")):
             with self.subTest(path):
-                client = self.primed()
+                client = self.client_with_upstream_connection()
                 self.fake.drop()
-                self.assertStatus(self.again(client, method, path, body), 200)
+                self.assertStatus(self.ask_again(client, method, path, body), 200)
 
     def test_idle_upstream_connections_older_than_60_s_are_not_reused(self):
         upstream, now = self.server.gateway.upstream, [1000.0]
         with unittest.mock.patch.object(upstream, "_clock", lambda: now[0]):
-            client = self.primed()
+            client = self.client_with_upstream_connection()
             now[0] += 60
-            self.assertStatus(self.again(client), 200)
+            self.assertStatus(self.ask_again(client), 200)
             self.assertEqual(self.fake.accepted, 1)
             now[0] += 61
-            self.assertStatus(self.again(client), 200)
+            self.assertStatus(self.ask_again(client), 200)
             self.assertEqual(self.fake.accepted, 2)
-            eventually(lambda: len(self.fake._open) == 1, "the old one's end")
+            eventually(lambda: len(self.fake._open) == 1, "the old connection to end")
 
-    def test_idle_upstream_connections_of_a_burst_are_closed_though_a_newer_one_is_in_use(self):
+    def test_idle_upstream_connections_of_a_burst_are_closed_while_a_newer_one_is_in_use(self):
         upstream, now = self.server.gateway.upstream, [1000.0]
         with unittest.mock.patch.object(upstream, "_clock", lambda: now[0]):
             hold = self.hold()
@@ -5642,33 +5642,33 @@ class Relaying(GatewayCase):
                 now[0] += 20
                 self.assertStatus(self.ask("GET", "/api/tags"), 200)
             upstream.close(60)     # as the health probe does
-            eventually(lambda: len(self.fake._open) == 1, "the end of the others")
+            eventually(lambda: len(self.fake._open) == 1, "the other connections to end")
             self.assertEqual(self.fake.accepted, 4)
 
-    def test_tcp_keep_alive_of_clients_and_of_the_upstream(self):
-        client = self.primed()
+    def test_tcp_keep_alive_is_set_for_clients_and_for_the_upstream(self):
+        client = self.client_with_upstream_connection()
         client_side, = {**self.server.connections._idle, **self.server.connections._active}
         upstream_side, = self.server.gateway.upstream._idle
-        wanted = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
-        there_are = {name: value for name, value in wanted.items() if hasattr(socket, name)}
+        expected = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
+        supported = {name: value for name, value in expected.items() if hasattr(socket, name)}
         for side in client_side, upstream_side:
             self.assertTrue(side.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
-            self.assertEqual({name: side.sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in there_are}, there_are)
+            self.assertEqual({name: side.sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in supported}, supported)
         client.close()
 
-    def test_retry_on_a_new_connection_if_the_upstream_vanished_behind_a_reused_one(self):
-        client, fill = self.primed(), gateway.UpstreamConnection.fill
+    def test_request_is_retried_on_a_new_connection_if_the_reused_one_timed_out(self):
+        client, fill = self.client_with_upstream_connection(), gateway.UpstreamConnection.fill
 
-        def vanish_once(wire, *args):
-            if wire.reused:
+        def time_out_if_reused(connection, *args):
+            if connection.reused:
                 raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))   # as the system reports it
-            return fill(wire, *args)
-        with unittest.mock.patch.object(gateway.UpstreamConnection, "fill", vanish_once):
-            self.assertStatus(self.again(client), 200)
+            return fill(connection, *args)
+        with unittest.mock.patch.object(gateway.UpstreamConnection, "fill", time_out_if_reused):
+            self.assertStatus(self.ask_again(client), 200)
         with unittest.mock.patch.object(gateway.UpstreamConnection, "fill", side_effect=TimeoutError(errno.ETIMEDOUT, "timed out")):
-            self.assertIn("cannot be reached", self.assertRefused(self.again(client), 502))
+            self.assertIn("cannot be reached", self.assertRefused(self.ask_again(client), 502))
 
-    def test_an_upstream_that_restarted_is_found_again(self):
+    def test_restarted_upstream_is_reached_again(self):
         for number in range(4):
             self.begin("GET", "/api/version").answer()
         port = self.fake.server_address[1]
@@ -5678,38 +5678,38 @@ class Relaying(GatewayCase):
         for number in range(4):
             self.assertStatus(self.ask("POST", "/api/chat", CHAT), 200)
 
-    def test_a_request_whose_reused_connection_dies_is_sent_once_more(self):
-        client = self.primed()
+    def test_request_is_retried_if_its_reused_connection_breaks(self):
+        client = self.client_with_upstream_connection()
         self.fake.replies["/api/chat"] = [cut, Reply.json(200, {"done": True})]
-        answer = self.again(client)
+        answer = self.ask_again(client)
         self.assertEqual((answer.status, answer.body), (200, b'{"done":true}'))
         self.assertEqual([seen.body for seen in self.fake.received], [compact(CHAT)] * 2)
-        self.assertEqual(self.fake.accepted, 2, "the second try needs a connection of its own")
+        self.assertEqual(self.fake.accepted, 2, "the retry must use a new connection")
 
-    def test_it_is_sent_once_more_and_no_more(self):
-        client = self.primed()
+    def test_request_is_retried_only_once(self):
+        client = self.client_with_upstream_connection()
         self.fake.replies["/api/chat"] = cut
-        self.assertRefused(self.again(client), 502)
+        self.assertRefused(self.ask_again(client), 502)
         self.assertEqual(len(self.fake.received), 2)
 
-    def test_a_request_on_a_new_connection_is_sent_but_once(self):
+    def test_request_on_a_new_connection_is_not_retried(self):
         self.fake.replies["/api/chat"] = cut
         self.assertRefused(self.ask("POST", "/api/chat", CHAT), 502)
         self.assertEqual(len(self.fake.received), 1)
 
-    def test_an_answer_that_began_is_never_asked_for_again(self):
-        client = self.primed()
+    def test_request_is_not_retried_after_a_response_began(self):
+        client = self.client_with_upstream_connection()
         self.fake.replies["/api/chat"] = Reply.raw(b"HTTP/1.1 2")
-        self.assertRefused(self.again(client), 502)
+        self.assertRefused(self.ask_again(client), 502)
         self.assertEqual(len(self.fake.received), 1)
 
-    def test_a_body_that_was_streamed_is_not_sent_again(self):
-        client = self.primed()
+    def test_request_with_a_streamed_body_is_not_retried(self):
+        client = self.client_with_upstream_connection()
         self.fake.replies[f"/api/blobs/{DIGEST}"] = cut
-        self.assertRefused(self.again(client, path=f"/api/blobs/{DIGEST}", body=b"blob"), 502)
+        self.assertRefused(self.ask_again(client, path=f"/api/blobs/{DIGEST}", body=b"blob"), 502)
         self.assertEqual(len(self.fake.received), 1)
 
-    def test_surplus_bytes_after_an_answer_end_the_connections_reuse(self):
+    def test_upstream_connection_with_surplus_bytes_is_not_reused(self):
         surplus = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
         for label, framing in (("a length", b"Content-Length: 4\r\n\r\ngood"),
                                ("chunks", b"Transfer-Encoding: chunked\r\n\r\n4\r\ngood\r\n0\r\n\r\n")):
@@ -5717,11 +5717,11 @@ class Relaying(GatewayCase):
                 hold = self.hold()
                 self.fake.replies["/api/tags"] = Reply.raw(b"HTTP/1.1 200 OK\r\n" + framing + surplus, hold)
                 client = self.client()
-                self.assertEqual(self.again(client, "GET", "/api/tags", None).body, b"good")
-                self.assertEqual(self.again(client, "GET", "/api/version", None).json(), {"version": "0.9.3"})
+                self.assertEqual(self.ask_again(client, "GET", "/api/tags", None).body, b"good")
+                self.assertEqual(self.ask_again(client, "GET", "/api/version", None).json(), {"version": "0.9.3"})
                 hold.set()
 
-    def test_bytes_that_come_while_a_connection_rests_end_its_reuse(self):
+    def test_upstream_connection_that_received_bytes_while_idle_is_not_reused(self):
         answered, sent, hold = threading.Event(), threading.Event(), self.hold()
 
         def speak_again(exchange):
@@ -5731,17 +5731,17 @@ class Relaying(GatewayCase):
             hold.wait(GUARD)
         self.fake.replies["/api/tags"] = Reply.raw(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ngood", speak_again)
         client = self.client()
-        self.assertEqual(self.again(client, "GET", "/api/tags", None).body, b"good")
+        self.assertEqual(self.ask_again(client, "GET", "/api/tags", None).body, b"good")
         answered.set()
         sent.wait(GUARD)
-        self.assertEqual(self.again(client, "GET", "/api/version", None).json(), {"version": "0.9.3"})
+        self.assertEqual(self.ask_again(client, "GET", "/api/version", None).json(), {"version": "0.9.3"})
         hold.set()
 
-    def test_a_client_that_reads_nothing_stops_the_upstream(self):
+    def test_client_that_reads_nothing_stops_the_upstream(self):
         stalled = threading.Event()
 
         def flood(exchange):
-            exchange.connection.settimeout(0.5)   # to send 64 KiB: only a full pipe takes that long
+            exchange.connection.settimeout(0.5)   # for 64 KiB: sending takes that long only when all buffers are full
             try:
                 for _ in range(4096):
                     exchange.send(b"x" * 65536)
@@ -5751,10 +5751,10 @@ class Relaying(GatewayCase):
         self.fake.replies["/api/chat"] = Reply.stream(flood)
         client = self.begin("POST", "/api/chat", CHAT)
         client.head()
-        self.assertTrue(stalled.wait(GUARD), "a quarter of a gigabyte went somewhere")
+        self.assertTrue(stalled.wait(GUARD), "256 MiB were accepted although the client reads nothing")
 
 
-class RelayingOverTls(OverTls, Relaying):
+class ResponseRelayOverTls(OverTls, ResponseRelay):
     pass
 
 
@@ -5769,7 +5769,7 @@ def events(*values):
     return "".join(f"data: {value}\n\n" for value in values).encode()
 
 
-RECORDED = (    # route, content type, what a real Ollama answered (0.9.3, shortened), whether we asked for the usage, what it cost
+RECORDED = (    # route, content type, response of a real Ollama (0.9.3, shortened), whether the gateway requested the usage, expected usage
     ("/api/chat", NDJSON, "".join(
         [CHAT_LINE % text + '"done":false}\n' for text in ("Info", " уча", r'\"done\":true')]
         + [CHAT_LINE % "" + '"done_reason":"length","done":true,"total_duration":21941249,"load_duration":8747656,"prompt_eval_count":8,'
@@ -5799,8 +5799,8 @@ RECORDED = (    # route, content type, what a real Ollama answered (0.9.3, short
 )
 
 
-def spelled(body, ending=b"\n", data=b"data: ", order=list, **how):
-    """Return a stream with its JSON written by json.dumps(**how), other line ends, and another spelling of SSE's field name."""
+def reformatted(body, ending=b"\n", data=b"data: ", order=list, **how):
+    """Return a stream with its JSON written by json.dumps(**how), and with these line ends and this spelling of SSE's field name."""
     def line(text):
         field, brace, value = text.partition(b"{")
         value = brace and json.dumps(json.loads(brace + value, object_pairs_hook=lambda pairs: dict(order(pairs))), **how).encode()
@@ -5808,11 +5808,11 @@ def spelled(body, ending=b"\n", data=b"data: ", order=list, **how):
     return ending.join(map(line, body.split(b"\n")))
 
 
-backwards = functools.partial(spelled, order=reversed)
+with_reversed_keys = functools.partial(reformatted, order=reversed)
 
 
 def escaped_keys(body):
-    """Return JSON with the first letter of each key as an escape."""
+    """Return JSON with the first letter of each key written as a \\u escape."""
     return re.sub(rb'([{,] *)"([a-z])(?=\w+" *:)', lambda match: b'%s"\\u%04x' % (match[1], ord(match[2])), body)
 
 
@@ -5824,7 +5824,7 @@ MESSAGES = b"".join(b"event: %s\ndata: %s\n\n" % (event["type"].encode(), compac
 
 
 def responses(kind):
-    """Return a stream of /v1/responses that ends with this event."""
+    """Return a stream of /v1/responses that ends with an event of this type."""
     usage = {"input_tokens": 8, "input_tokens_details": {"cached_tokens": 5}, "output_tokens": 2, "total_tokens": 10}
     whole = {"id": "resp_1", "tools": [{"parameters": {"usage": {"input_tokens": 99}}}], "usage": None, "max_output_tokens": 77}
     return b"".join(map(response_event, (
@@ -5838,60 +5838,60 @@ CACHED_LINE = CHAT_LINE % "" + ('"done":true,"total_duration":1,"prompt_eval_cou
 NATIVE = (CHAT_LINE % "false" + '"done":false}\n' + CACHED_LINE).encode()
 DETAILED = events(CHUNK + '{"index":0,"delta":{"content":"\\r\\n"}}]}',
                   CHUNK + '],"usage":{"prompt_tokens":8,"completion_tokens":2,"prompt_tokens_details":{"cached_tokens":5}}}', "[DONE]")
-SPELLED = tuple((path, kind, body, ours, (8, 5, 2)) for path, kind, body, ours in (     # as RECORDED, as newer Ollamas or proxies write it
+REFORMATTED = tuple((path, kind, body, ours, (8, 5, 2)) for path, kind, body, ours in (     # like RECORDED, as newer Ollamas or proxies write it
     *[("/v1/responses", SSE, spelling(responses(f"response.{end}")), False) for end in ("completed", "incomplete", "failed") for spelling in (
-        bytes, spelled, backwards, functools.partial(spelled, ending=b"\r\n", data=b"data:", separators=(" , ", " : ")))],
-    ("/v1/responses", SSE, spelled(responses("response.completed"), ending=b"\r"), False),
-    *[("/v1/messages", SSE, spelled(MESSAGES, ending), False) for ending in (b"\n", b"\r\n", b"\r")],
+        bytes, reformatted, with_reversed_keys, functools.partial(reformatted, ending=b"\r\n", data=b"data:", separators=(" , ", " : ")))],
+    ("/v1/responses", SSE, reformatted(responses("response.completed"), ending=b"\r"), False),
+    *[("/v1/messages", SSE, reformatted(MESSAGES, ending), False) for ending in (b"\n", b"\r\n", b"\r")],
     ("/v1/messages", SSE, escaped_keys(MESSAGES), False),
-    *[("/api/chat", NDJSON, spelling(NATIVE), False) for spelling in (bytes, spelled, backwards, escaped_keys)],
+    *[("/api/chat", NDJSON, spelling(NATIVE), False) for spelling in (bytes, reformatted, with_reversed_keys, escaped_keys)],
     *[("/api/chat", JSON, json.dumps(json.loads(CACHED_LINE), **how).encode(), False) for how in ({}, {"indent": 4}, {"sort_keys": True})],
     ("/api/chat", JSON, escaped_keys(CACHED_LINE.encode()), False),
-    *[("/v1/chat/completions", SSE, spelled(DETAILED, ending, data), ours)
+    *[("/v1/chat/completions", SSE, reformatted(DETAILED, ending, data), ours)
       for ending in (b"\n", b"\r\n", b"\r") for data in (b"data: ", b"data:") for ours in (True, False)],
     ("/v1/messages", "application/json", b'{"usage" : {"output_tokens":2,"cache_read_input_tokens":5,"cache_creation_input_tokens":1,'
      b'"input_tokens":2}, "content":[]}', False)))
 EXTRA_EVENT = re.compile(rb'data: ?[^\r\n]*"choices": ?\[\][^\r\n]*(?:\r\n|\r|\n){2}')
 
 
-class Tapping(unittest.TestCase):
-    """What an answer cost is read from its bytes however they come, and nothing else of them is touched."""
+class UsageReaders(unittest.TestCase):
+    """Token usage is read from a response however its bytes are split, and only requested usage is removed from it."""
 
-    def tap(self, path, kind, ours):
+    def usage_reader(self, path, kind, ours):
         reply = unittest.mock.Mock(status=200, **{"head.media_type": kind.partition(";")[0]})
         return gateway.usage_reader_for(reply, next(route for route in gateway.ROUTES if route.path == path), ours)
 
-    def test_usage_of_an_answer_that_is_read_before_its_end_is_not_lost(self):
+    def test_usage_of_an_incomplete_response_is_complete_at_its_end(self):
         reader, answer = gateway.UsageReader(), compact({"response": "x" * 100, "done": True, "prompt_eval_count": 8, "eval_count": 5})
         for piece, last, usage in ((answer[:60], False, gateway.Usage(None, None, None)), (answer[60:], True, gateway.Usage(8, None, 5))):
             reader.feed(piece, last)
             self.assertEqual(reader.usage, usage)
 
-    def test_recorded_answers_split_at_every_byte(self):
-        for path, kind, body, ours, cost in RECORDED + SPELLED:
+    def test_usage_of_recorded_responses_split_at_every_byte(self):
+        for path, kind, body, ours, cost in RECORDED + REFORMATTED:
             expected = EXTRA_EVENT.sub(b"", body).replace(NO_USAGE.encode(), b"") if ours else body
             with self.subTest(path, ours=ours, body=body):
                 for split in range(1, len(body), 1 if (path, kind, body, ours, cost) in RECORDED else 7):
-                    tap = self.tap(path, kind, ours)
+                    tap = self.usage_reader(path, kind, ours)
                     self.assertEqual(tap.feed(body[:split], False) + tap.feed(body[split:], True), expected, split)
                     self.assertEqual(tap.usage[:3], cost, split)
 
-    def test_recorded_answers_byte_by_byte(self):
-        for path, kind, body, ours, cost in RECORDED + SPELLED:
+    def test_usage_of_recorded_responses_read_byte_by_byte(self):
+        for path, kind, body, ours, cost in RECORDED + REFORMATTED:
             with self.subTest(path, ours=ours):
-                tap = self.tap(path, kind, ours)
+                tap = self.usage_reader(path, kind, ours)
                 for at in range(len(body)):
                     tap.feed(body[at:at + 1], at == len(body) - 1)
                 self.assertEqual(tap.usage[:3], cost)
 
-    def test_recorded_answers_at_once(self):
-        for path, kind, body, ours, cost in RECORDED + SPELLED:
+    def test_usage_of_recorded_responses_read_at_once(self):
+        for path, kind, body, ours, cost in RECORDED + REFORMATTED:
             with self.subTest(path, ours=ours):
-                tap = self.tap(path, kind, ours)
+                tap = self.usage_reader(path, kind, ours)
                 tap.feed(body, True)
                 self.assertEqual(tap.usage[:3], cost)
 
-    def test_an_answers_end_is_taken_for_its_numbers_only_if_they_are_its_own(self):
+    def test_usage_is_read_only_from_the_top_level_of_a_response(self):
         call = b'{"message":{"tool_calls":[{"function":{"arguments":{"usage":{"prompt_tokens":99},"total_duration":1,"eval_count":77}}}]},'
         counts = b'"prompt_eval_count":3,"eval_count":4'
         for answer, cost in ((b'{%b,"message":%b"x":1}}' % (counts, call), (3, 4)), (call + b'"total_duration":1,%b } \r\n' % counts, (3, 4)),
@@ -5900,47 +5900,47 @@ class Tapping(unittest.TestCase):
                              (b'{"usage":{"prompt_tokens":8},"output":[{"total_duration":5}]}', (8, 0)), (b'{"total_duration":7}', (0, 0)),
                              (b'{"usage":{"input_tokens":8,"output_tokens":6,"details":{"usage":{"input_tokens":9}}}}', (8, 6))):
             for pieces in (answer,), (answer[:20], answer[20:]):
-                tap = self.tap("/api/chat", JSON, False)
+                tap = self.usage_reader("/api/chat", JSON, False)
                 for piece in pieces:
                     tap.feed(piece, piece is pieces[-1])
                 self.assertEqual(tap.usage[::2], cost, pieces)
 
-    def test_a_tools_arguments_are_no_usage(self):
-        tap = self.tap("/api/chat", NDJSON, False)
+    def test_usage_is_not_read_from_the_arguments_of_a_tool_call(self):
+        tap = self.usage_reader("/api/chat", NDJSON, False)
         call = b'{"message":{"tool_calls":[{"function":{"arguments":{"done":true,"response":{"eval_count":99},"eval_count":77}}}]},%s}\n'
         tap.feed(call % b'"done":false', False)
         self.assertEqual((tap.usage[::2], tap.ended), ((0, 1), False))
         tap.feed(call % b'"done":true,"prompt_eval_count":3,"eval_count":4', True)
         self.assertEqual(tap.usage[::2], (3, 4))
 
-    def test_pending_bytes_of_a_broken_stream_are_without_the_requested_usage(self):
-        tap = self.tap("/v1/completions", SSE, True)
+    def test_pending_bytes_of_a_broken_stream_lack_the_usage_the_gateway_requested(self):
+        tap = self.usage_reader("/v1/completions", SSE, True)
         self.assertEqual(tap.feed(b'data: {"x":1}\n\ndata: {"id":"1","usage":{"pro', False), b'data: {"x":1}\n\n')
         self.assertEqual(tap.feed(b"", True), b'data: {"id":"1"')
 
-    def test_an_answer_that_is_not_streamed_is_read_whatever_its_size(self):
-        tap = self.tap("/api/embed", JSON, False)
+    def test_usage_of_an_unstreamed_response_of_any_size_is_read(self):
+        tap = self.usage_reader("/api/embed", JSON, False)
         tap.feed(b'{"model":"tiny-embed","embeddings":[', False)
         for _ in range(2000):
             tap.feed(b"[" + b"-0.1646678," * 400 + b"1],", False)
         tap.feed(b'[1]],"total_duration":1203041,"load_duration":501230,"prompt_eval_count":7}', True)
         self.assertEqual(tap.usage[::2], (7, 0))
 
-    def test_a_line_as_long_as_a_context_is_read(self):
-        tap = self.tap("/api/generate", NDJSON, False)
+    def test_usage_of_a_line_with_a_long_context_is_read(self):
+        tap = self.usage_reader("/api/generate", NDJSON, False)
         line = b'{"done":true,"context":[' + b"29901," * 130_000 + b'1],"prompt_eval_count":9,"eval_count":2}\n'
         for at in range(0, len(line), 65536):
             tap.feed(line[at:at + 65536], False)
         self.assertEqual(tap.usage[::2], (9, 2))
-        for size in range(600, 900, 7):     # around what is kept of a value, whole and in halves
+        for size in range(600, 900, 7):     # around the limit of what is kept of a value, in one piece and in two
             line = b'{"done":true , "context" : [' + b"29901," * size + b'1] ,"prompt_eval_count":9,"eval_count":2}'
             for pieces in (line,), (line[:2000], line[2000:]):
-                tap = self.tap("/api/generate", JSON, False)
+                tap = self.usage_reader("/api/generate", JSON, False)
                 for piece in pieces:
                     tap.feed(piece, piece is pieces[-1])
                 self.assertEqual(tap.usage[::2], (9, 2), (size, len(pieces)))
 
-    def test_usage_of_answers_too_long_to_be_decoded_as_a_whole(self):
+    def test_usage_of_responses_too_long_to_be_decoded_as_a_whole(self):
         logprobs = b',"logprobs":[' + b'{"token":"eval_count","logprob":-0.1},' * 10_000 + b"{}]}"
         counts = b'"total_duration":1,"prompt_eval_count":9,"eval_count":2,"eval_duration":9'
         item = b'{"role" : "x", "eval_count":1.5}, '
@@ -5952,27 +5952,27 @@ class Tapping(unittest.TestCase):
                  + b'{}],"usage":{"input_tokens":9,"output_tokens":2},"x":{}}', (9, 2)),
                 ("/v1/responses", SSE, response, (8, 2))):
             for size in len(answer), 10_000:
-                tap = self.tap(path, kind, False)
+                tap = self.usage_reader(path, kind, False)
                 for at in range(0, len(answer), size):
                     tap.feed(answer[at:at + size], at + size >= len(answer))
                 self.assertEqual(tap.usage[::2], cost, answer[:40])
 
     def test_events_that_end_in_crlf_are_passed_on_at_once(self):
         for ending in b"\n\n", b"\r\n\r\n", b"\r\r":
-            tap = self.tap("/v1/chat/completions", SSE, True)
+            tap = self.usage_reader("/v1/chat/completions", SSE, True)
             event = b'data: {"choices":[{"delta":{"content":"x"}}],"usage":null}' + ending
             for _ in range(2):
                 self.assertEqual(tap.feed(event, False), event.replace(b',"usage":null', b""))
             self.assertEqual((tap.feed(b"", True), tap.usage[::2]), (b"", (0, 2)))
 
-    def test_an_early_end_of_each_stream_is_seen(self):
-        for path, kind, body, ours, _ in RECORDED + SPELLED[:1] + SPELLED[3:4]:
-            tap = self.tap(path, kind, ours)
+    def test_stream_end_is_detected_from_its_last_event(self):
+        for path, kind, body, ours, _ in RECORDED + REFORMATTED[:1] + REFORMATTED[3:4]:
+            tap = self.usage_reader(path, kind, ours)
             tap.feed(body, False)
             self.assertEqual(tap.ended, kind in (NDJSON, SSE), path)
 
-    def test_zero_usage_within_a_stream_is_no_report(self):
-        tap = self.tap("/v1/completions", SSE, True)
+    def test_zero_usage_within_a_stream_is_ignored(self):
+        tap = self.usage_reader("/v1/completions", SSE, True)
         tap.feed(events(TEXT_HEAD + '{"text":" tier"}],' + TEXT_TAIL + NO_USAGE + "}"), False)
         self.assertEqual((tap.reported, tap.usage[::2]), (None, (0, 1)))
 
@@ -5985,15 +5985,15 @@ class Tapping(unittest.TestCase):
     def test_cached_tokens_are_never_more_than_the_prompt(self):
         self.assertEqual(gateway.parse_usage({"done": True, "prompt_eval_count": 5, "prompt_eval_cached_count": 9}), (5, 5, 0, 0))
 
-    def test_odd_numbers_are_none(self):
+    def test_invalid_token_counts_are_ignored(self):
         for value in (b"-5", b"1e9", b'"7"', b"null", b"[1]"):
-            tap = self.tap("/api/embed", JSON, False)
+            tap = self.usage_reader("/api/embed", JSON, False)
             tap.feed(b'{"prompt_eval_count":' + value + b"}", True)
             self.assertEqual(tap.usage[::2], (0, 0), value)
 
-    def test_the_gateway_waits_for_no_line_but_where_it_takes_something_out(self):
+    def test_incomplete_lines_are_passed_on_unless_something_is_removed(self):
         for kind, path, ours in ((NDJSON, "/api/chat", False), (SSE, "/v1/chat/completions", False)):
-            self.assertEqual(self.tap(path, kind, ours).feed(b'data: {"cho', False), b'data: {"cho')
+            self.assertEqual(self.usage_reader(path, kind, ours).feed(b'data: {"cho', False), b'data: {"cho')
 
 # == Logging and metrics ======================================================
 
@@ -6003,7 +6003,7 @@ SAMPLE = re.compile(r'([a-z_]+)(?:\{((?:[a-z]+="(?:[^"\\\n]|\\[\\"n])*",?)*)\})?
 class Metrics(GatewayCase):
 
     def metrics(self, server=None, token=None):
-        """The samples by name and labels, after a check of the format."""
+        """Return the samples by name and labels, after a check of the format."""
         answer = self.ask("GET", "/metrics", server=server, token=self.admin if token is None else token)
         self.assertStatus(answer, 200)
         self.assertTrue(answer.headers["content-type"].startswith("text/plain; version=0.0.4"))
@@ -6020,20 +6020,20 @@ class Metrics(GatewayCase):
             samples[name[len("ollama_gateway_"):], labels] = float(number)
         return samples
 
-    def eventual(self, *key):
+    def eventual_sample(self, *key):
         return eventually(lambda: self.metrics().get(key), key)
 
-    def test_it_takes_an_admin_token_or_the_owners_leave(self):
+    def test_metrics_need_an_admin_token_unless_they_are_configured_as_open(self):
         self.assertRefused(self.ask("GET", "/metrics", token=""), 401)
         self.assertRefused(self.ask("GET", "/metrics"), 403)
         self.assertTrue(self.metrics())
         self.assertTrue(self.metrics(self.serve(metrics_open="on"), token=""))
 
-    def test_requests_tokens_and_times_are_counted(self):
+    def test_metrics_count_requests_tokens_and_times(self):
         self.ask("POST", "/api/chat", CHAT)
         self.ask("POST", "/api/chat", {**CHAT, "stream": False})
         self.ask("GET", "/api/tags", token="")
-        self.eventual("requests_total", ("", "", "", "/api/tags", "401"))
+        self.eventual_sample("requests_total", ("", "", "", "/api/tags", "401"))
         samples = self.metrics()
         for key, number in ((("requests_total", ("ada", "laptop", "tiny:latest", "/api/chat", "200")), 2),
                             (("tokens_total", ("ada", "laptop", "tiny:latest", "prompt")), 16),
@@ -6048,7 +6048,7 @@ class Metrics(GatewayCase):
             self.assertEqual(samples[name + "_count", ("tiny:latest",)], 2)
             self.assertGreaterEqual(samples[name + "_sum", ("tiny:latest",)], 0)
 
-    def test_what_went_wrong_is_counted(self):
+    def test_metrics_count_cancellations_upstream_errors_and_rate_limits(self):
         self.fake.replies["/api/chat"] = Reply.stream(LINE, until_hangup)
         client = self.begin("POST", "/api/chat", CHAT)
         client.read(client.head(), until=LINE)
@@ -6059,41 +6059,41 @@ class Metrics(GatewayCase):
         self.store.update("ada", "laptop", max_parallel=1, rpm=1)
         self.ask("POST", "/api/generate", CHAT)
         self.ask("POST", "/api/generate", CHAT)
-        self.assertEqual([self.eventual("cancelled_total", ()), self.eventual("upstream_errors_total", ("upstream_failed",)),
-                          self.eventual("rate_limited_total", ("rpm",))], [1, 1, 1])
+        self.assertEqual([self.eventual_sample("cancelled_total", ()), self.eventual_sample("upstream_errors_total", ("upstream_failed",)),
+                          self.eventual_sample("rate_limited_total", ("rpm",))], [1, 1, 1])
 
-    def test_unknown_models_and_paths_make_no_series(self):
+    def test_metrics_of_unknown_models_and_paths_create_no_series(self):
         before = len(self.metrics())
         self.fake.replies["/api/chat"] = Reply.json(404, {"error": "no"})
         for number in range(5):
             self.ask("POST", "/api/chat", {"model": f"nonsense-{number}"})
             self.ask("GET", f"/nonsense-{number}")
             self.ask("GET", f"/v1/models/nonsense-{number}", token=f"ogw_{number}")
-        eventually(lambda: ("requests_total", ("", "", "", "/v1/models/{model}", "401")) in self.metrics(), "the counting")
+        eventually(lambda: ("requests_total", ("", "", "", "/v1/models/{model}", "401")) in self.metrics(), "the requests to be counted")
         self.assertEqual({labels[2] for name, labels in self.metrics() if name == "requests_total"}, {""})
         self.assertLess(len(self.metrics()) - before, 60)
 
-    def test_names_are_escaped(self):
+    def test_metric_labels_are_escaped(self):
         token = self.store.create('a"b\\c', "d}e,f")[1]
         self.ask("GET", "/api/tags", token=token)
-        self.eventual("requests_total", ('a\\"b\\\\c', "d}e,f", "", "/api/tags", "200"))
+        self.eventual_sample("requests_total", ('a\\"b\\\\c', "d}e,f", "", "/api/tags", "200"))
 
-    def test_the_series_are_bounded(self):
-        meters, record = gateway.Metrics({}), gateway.RequestContext("", 0)
+    def test_number_of_metric_series_is_limited(self):
+        metrics, record = gateway.Metrics({}), gateway.RequestContext("", 0)
         record.sent_at = record.first_byte_at = record.ended_at = 1.0
         record.token = self.store.list("ada")[0]
         with unittest.mock.patch.object(gateway, "MAX_SERIES", 3):
             for number in range(9):
                 record.model_label = f"m{number}"
-                meters.observe(record)
-        lines = [line for line in meters.lines() if "requests_total{" in line or "duration_seconds_count" in line]
+                metrics.observe(record)
+        lines = [line for line in metrics.lines() if "requests_total{" in line or "duration_seconds_count" in line]
         self.assertEqual(len(lines), 8)
         self.assertEqual(sum(float(line.split()[-1]) for line in lines), 18)
 
 
-class Recording(GatewayCase):
+class RequestLog(GatewayCase):
 
-    def test_a_finished_request_is_one_line(self):
+    def test_finished_request_is_logged_in_one_line(self):
         answer = self.ask("POST", "/api/chat", CHAT)
         fields = self.logged()
         self.assertEqual({name: fields[name] for name in ("token", "method", "path", "model", "status", "bytes", "id")},
@@ -6107,7 +6107,7 @@ class Recording(GatewayCase):
         self.logged(lambda fields: fields["path"] == "/")
         self.assertEqual(len(self.lines), 2)
 
-    def test_the_model_is_found_in_every_dialect(self):
+    def test_model_is_logged_for_every_api_dialect(self):
         for method, path, body in (("POST", "/api/generate", {"model": "a"}), ("POST", "/api/show", {"name": "a"}),
                                    ("POST", "/v1/chat/completions", {"messages": [], "model": "a"}),
                                    ("POST", "/v1/embeddings", {"input": '"model": "b"', "model": "a"}), ("GET", "/v1/models/a", None)):
@@ -6115,14 +6115,14 @@ class Recording(GatewayCase):
                 self.ask(method, path, body)
                 self.assertEqual(self.logged(lambda fields: fields["path"] == path)["model"], "a")
 
-    def test_what_names_no_model_is_logged_with_none(self):
+    def test_request_without_a_model_is_logged_without_one(self):
         for body in (b"", b"[]", b"nonsense", b'{"model":', b'{"model": 5}', b"\xff\xfe", b'{"options": {"model": "b"}}'):
             with self.subTest(body):
                 self.lines.clear()
                 self.assertStatus(self.ask("POST", "/api/chat", body, token=self.admin), 200)
                 self.assertEqual(self.logged()["model"], "-")
 
-    def test_a_refusal_is_a_line_too(self):
+    def test_refused_request_is_logged(self):
         for method, path, token, status in (("GET", "/api/tags", "", "401"), ("GET", "/api/tags", "ogw_nonsense", "401"),
                                             ("GET", "/nonsense", self.token, "404"),
                                             ("POST", "/api/pull", self.token, "403"), ("PUT", "/api/chat", self.token, "405")):
@@ -6134,14 +6134,14 @@ class Recording(GatewayCase):
                                  (status, method, path, answer.headers["x-request-id"]))
                 self.assertEqual(fields["token"], "ada/laptop" if status == "403" else "-")
 
-    def test_a_malformed_request_is_a_line_too(self):
+    def test_malformed_request_is_logged(self):
         with Client(self.server.server_address) as client:
             client.send(b"nonsense\x1b[31m\r\n\r\n")
             answer = client.answer()
         self.assertEqual(self.logged()["id"], answer.headers["x-request-id"])
         self.assertTrue(all(line.isprintable() for line in self.lines), self.lines)
 
-    def test_no_secret_no_prompt_and_no_query_is_logged(self):
+    def test_secrets_prompts_and_queries_are_not_logged(self):
         unknown, prompt, query = "ogw_" + "unknown" * 6 + "x", "my-prompt-is-private", "my-query-is-private"
         self.ask("POST", f"/api/chat?key={query}", {**CHAT, "messages": [{"role": "user", "content": prompt}]})
         self.ask("POST", "/api/generate", {"model": "tiny", "prompt": prompt, "system": prompt}, token=unknown)
@@ -6156,7 +6156,7 @@ class Recording(GatewayCase):
         for secret in (self.token, unknown, prompt, query, self.token[4:20], unknown[4:20]):
             self.assertNotIn(secret, log)
 
-    def test_whatever_a_client_writes_stays_on_one_line(self):
+    def test_control_characters_of_a_client_are_escaped_in_the_log(self):
         odd = 'a\nstatus=200 model="x" \x1b[31m\u2028\u202e"'
         self.ask("POST", "/api/chat", {"model": odd})
         self.assertEqual(self.logged()["model"], odd)
@@ -6164,17 +6164,17 @@ class Recording(GatewayCase):
         self.assertEqual(self.logged(lambda fields: fields["status"] == "404")["path"], '/api/"x"\\=1')
         self.assertEqual([line for line in self.lines if not line.isprintable()], [])
 
-    def test_names_with_spaces_are_quoted(self):
+    def test_user_and_token_names_with_spaces_are_logged_in_full(self):
         secret = self.store.create("Ada Lovelace", 'her "new" phone')[1]
         self.ask("GET", "/api/tags", token=secret)
         self.assertEqual(self.logged()["token"], 'Ada Lovelace/her "new" phone')
 
-    def test_a_long_model_name_does_not_swell_the_log(self):
+    def test_long_model_name_is_shortened_in_the_log(self):
         self.ask("POST", "/api/chat", {"model": "m" * 100_000})
         self.logged()
         self.assertLess(len(self.lines[0]), 2000)
 
-    def test_a_good_request_id_is_kept_and_a_bad_one_replaced(self):
+    def test_valid_request_id_is_kept_and_an_invalid_one_replaced(self):
         for good in ("x", "A-z_0.9", "r" * 128):
             self.assertEqual(self.ask("GET", "/api/tags", headers=[("X-Request-Id", good)]).headers["x-request-id"], good)
         for bad in ("", "r" * 129, "a b", "a/b", "é", "a\tb", "a,b"):
@@ -6183,18 +6183,18 @@ class Recording(GatewayCase):
                 self.assertRegex(answer.headers["x-request-id"], r"\A[A-Za-z0-9._-]{1,128}\Z")
                 self.assertNotEqual(answer.headers["x-request-id"], bad)
 
-    def test_request_ids_differ(self):
+    def test_generated_request_ids_differ(self):
         self.assertEqual(len({self.ask("GET", "/").headers["x-request-id"] for _ in range(5)}), 5)
 
-    def test_the_last_use_of_a_token_is_kept(self):
+    def test_last_use_of_a_token_is_stored(self):
         started = int(time.time())
         self.ask("GET", "/api/tags")
         used = eventually(lambda: next((token.last_used_at for token in self.store.list("ada") if token.last_used_at), None),
-                          "the noting of the use")
+                          "the use to be recorded")
         self.assertTrue(started <= used <= time.time())
         self.assertIsNone(self.store.list("root")[0].last_used_at)
 
-    def test_the_last_use_is_kept_even_if_the_gateway_stops_at_once(self):
+    def test_last_use_of_a_token_is_stored_before_the_gateway_stops(self):
         with self.serving() as server:
             self.ask("GET", "/api/tags", token=self.admin, server=server)
         self.assertTrue(self.store.list("root")[0].last_used_at)
@@ -6202,15 +6202,15 @@ class Recording(GatewayCase):
 
 
 class BackgroundLog(Case):
-    """Log lines are written in the background: neither one bad record nor a bad log costs more than its own lines."""
+    """Log lines are written in the background: a failing record or a failing log loses no lines but its own."""
 
     def records(self, count):
         return [logging.makeLogRecord({"levelname": "INFO", "levelno": 20, "msg": f"line {number}"}) for number in range(count)]
 
-    def test_one_bad_record_does_not_lose_the_rest_of_its_batch(self):
+    def test_record_that_fails_does_not_lose_the_rest_of_its_batch(self):
         store = self.open_store()
         token = store.create("ada", "laptop")[0]
-        account, meters = gateway.UsageLedger(store, None), gateway.Metrics({})
+        ledger, metrics = gateway.UsageLedger(store, None), gateway.Metrics({})
         first, go, lines = threading.Event(), self.hold(), []
         observe, line = gateway.Metrics.observe, gateway.log_line
 
@@ -6227,32 +6227,32 @@ class BackgroundLog(Case):
             return act
         with unittest.mock.patch.object(gateway.Metrics, "observe", fails_for("r2", observe)), \
                 unittest.mock.patch.object(gateway, "log_line", fails_for("r3", line)), \
-                self.assertLogs("ollama_gateway", "ERROR") as logs, contextlib.closing(gateway.Journal(account, meters, log)) as journal:
+                self.assertLogs("ollama_gateway", "ERROR") as logs, contextlib.closing(gateway.Journal(ledger, metrics, log)) as journal:
             for number in range(6):
                 record = gateway.RequestContext("", 0)
                 record.id, record.token, record.route, record.model_label, record.status = f"r{number}", token, CHAT_ROUTE, "m", 200
-                account.start(record)
+                ledger.start(record)
                 record.released_at = record.started_at
                 journal.write(record)
-                self.assertTrue(first.wait(GUARD))  # the others are one batch
+                self.assertTrue(first.wait(GUARD))  # so that the others form one batch
             go.set()
         self.assertEqual([gateway_line.split()[0] for gateway_line in lines], ["id=r0", "id=r1", "id=r2", "id=r4", "id=r5"])
         self.assertEqual([row["requests"] for row in store.usage("user", 0)], [6])
         self.assertEqual([[name in text for name in ("r2", "r3")] for text in logs.output], [[True, False], [False, True]])
-        self.assertIn('route="/api/chat",status="200"} 5', "\n".join(meters.lines()))
+        self.assertIn('route="/api/chat",status="200"} 5', "\n".join(metrics.lines()))
 
-    def test_account_is_stored_when_the_log_fails(self):
+    def test_usage_is_stored_when_the_log_fails(self):
         store = self.open_store()
-        account, record = gateway.UsageLedger(store, None), gateway.RequestContext("", 0)
+        ledger, record = gateway.UsageLedger(store, None), gateway.RequestContext("", 0)
         record.token, record.route, record.model_label, record.status = store.create("ada", "laptop")[0], CHAT_ROUTE, "m", 200
-        account.start(record)
+        ledger.start(record)
         log = unittest.mock.Mock(side_effect=RuntimeError("no log"))
-        with self.assertLogs("ollama_gateway", "ERROR"), contextlib.closing(gateway.Journal(account, gateway.Metrics({}), log)) as journal:
+        with self.assertLogs("ollama_gateway", "ERROR"), contextlib.closing(gateway.Journal(ledger, gateway.Metrics({}), log)) as journal:
             record.released_at = record.started_at
             journal.write(record)
         self.assertEqual([row["requests"] for row in store.usage("user", 0)], [1])
 
-    def test_lines_for_a_log_that_blocks_are_dropped_counted_and_reported(self):
+    def test_lines_for_a_blocked_log_are_dropped_counted_and_reported(self):
         go, began, written = self.hold(), threading.Event(), []
 
         def write(data):
@@ -6275,7 +6275,7 @@ class BackgroundLog(Case):
         self.assertRegex(report, r"\A20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z WARNING dropped 6 log lines: the log is too slow")
         self.assertEqual(writer.dropped, 6)
 
-    def test_a_log_that_cannot_be_written_is_reported_once_in_the_others(self):
+    def test_unwritable_log_is_reported_once_in_the_other_logs(self):
         whole, full = [], [True]
 
         def write(data):
@@ -6287,8 +6287,8 @@ class BackgroundLog(Case):
         with unittest.mock.patch.object(gateway.LOG, "handlers", [bad, good]), unittest.mock.patch.object(gateway.LOG, "propagate", False):
             for number in range(3):
                 bad.handle(self.records(1)[0])
-                eventually(lambda: bad.dropped > number, "the failure")
-            eventually(lambda: bad.dropped == 4, "the failure to write of the failure")
+                eventually(lambda: bad.dropped > number, "the line to be dropped")
+            eventually(lambda: bad.dropped == 4, "the report of the failure to be dropped")
             full.clear()
             bad.handle(self.records(1)[0])
             bad.finish()
@@ -6297,7 +6297,7 @@ class BackgroundLog(Case):
                          ["ERROR log lines are lost: bad.log cannot be written: [Errno 28] No space left on device"])
         self.assertRegex("".join(written), r"(?s)INFO line 0\n.*WARNING dropped 4 log lines: bad\.log .*cannot be written\n\Z")
 
-    def test_each_line_of_a_traceback_has_time_and_level(self):
+    def test_every_line_of_a_traceback_has_time_and_level(self):
         written = []
         writer = gateway.LogWriter("the log", lambda data: written.append(data.decode()), logging.INFO)
         with unittest.mock.patch.object(gateway.LOG, "handlers", [writer]), unittest.mock.patch.object(gateway.LOG, "propagate", False):
@@ -6310,7 +6310,7 @@ class BackgroundLog(Case):
         self.assertRegex(lines[-1], r"Z ERROR ValueError: no \\ud800")
         self.assertEqual({line.split()[1] for line in lines}, {"ERROR"})
 
-    def test_a_log_file_is_rotated_by_size_and_opened_again_on_request(self):
+    def test_log_file_is_rotated_by_size_and_reopened_on_request(self):
         path = self.path("app.log")
         with unittest.mock.patch.object(gateway, "LOG_FILE_BYTES", 14):
             file = gateway.LogFile(path)
@@ -6329,7 +6329,7 @@ class BackgroundLog(Case):
             self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
 
 
-class Unread(Serving):
+class ServingWithUnreadStderr(Serving):
     """A gateway whose stderr nobody reads after the first line, until `resume` is set."""
 
     def __init__(self, *argv):
@@ -6348,7 +6348,7 @@ class Unread(Serving):
 
 @unittest.skipIf(os.name == "nt", "stopping is done by signals")
 class StalledLog(Case):
-    """A log that blocks costs its lines: neither requests, nor the account, nor the stop."""
+    """A blocked log loses its own lines only: requests, usage records and the shutdown go on."""
 
     def setUp(self):
         super().setUp()
@@ -6357,30 +6357,30 @@ class StalledLog(Case):
         self.argv = self.folder, "--port", "0", "--ollama-url", fake.url, "--db", self.db
 
     def fill_log(self, serving, lines):
-        """Have so many lines of 7 KB logged, then those of 20 requests that are on the account, and wait for that."""
+        """Cause so many log lines of 7 KB, then 20 requests that count as usage, and wait until that is stored."""
         with Client(serving.server_address) as client:
             for number in range(lines):
                 self.assertEqual(client.ask("GET", f"/{number}{'x' * 7000}", headers=bearer(self.token)).status, 404)
             for _ in range(20):
                 self.assertEqual(client.ask("POST", "/api/chat", CHAT, bearer(self.token)).status, 200)
-        eventually(lambda: [row["requests"] for row in self.store.usage("user", 0)] == [20], "the account")
+        eventually(lambda: [row["requests"] for row in self.store.usage("user", 0)] == [20], "the usage to be stored")
 
-    def test_stalled_stderr_stops_neither_the_account_nor_the_stop(self):
-        with Unread(*self.argv) as serving:
+    def test_stalled_stderr_blocks_neither_the_usage_records_nor_the_shutdown(self):
+        with ServingWithUnreadStderr(*self.argv) as serving:
             self.fill_log(serving, 20)
             with Client(serving.server_address) as client:
                 client.ask("POST", "/api/chat", CHAT, bearer(self.token))
 
-            def ends_by_a_signal():
+            def ends_after_another_signal():
                 serving.process.send_signal(signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return serving.process.wait(0.05) is not None
-            eventually(ends_by_a_signal, "the end")     # a signal again and again loses nothing either
+            eventually(ends_after_another_signal, "the process to end")     # repeated signals lose nothing either
         self.assertEqual(serving.process.returncode, 0)
         self.assertEqual([row["requests"] for row in self.store.usage("user", 0)], [21])
 
     def test_dropped_log_lines_are_reported_when_stderr_is_read_again(self):
-        with Unread(*self.argv) as serving:
+        with ServingWithUnreadStderr(*self.argv) as serving:
             self.fill_log(serving, 250)
             serving.resume.set()
             report = eventually(lambda: next((line for line in serving.lines if "dropped" in line), None), "the report")
@@ -6391,7 +6391,7 @@ class StalledLog(Case):
             self.assertEqual(sum(" status=" in line for line in serving.lines) + dropped, 271)
 
     @unittest.skipUnless(hasattr(os, "mkfifo"), "needs a FIFO")
-    def test_a_log_file_that_hangs_stops_neither_stderr_nor_the_stop(self):
+    def test_stalled_log_file_blocks_neither_stderr_nor_the_shutdown(self):
         os.mkfifo(self.path("log"))
         reader = os.open(self.path("log"), os.O_RDONLY | os.O_NONBLOCK)
         self.addCleanup(os.close, reader)
@@ -6401,10 +6401,10 @@ class StalledLog(Case):
             self.assertEqual(serving.stop(), 0)
 
 
-class Trouble(GatewayCase):
-    """With the disk or the database in trouble, what needs neither goes on."""
+class DatabaseFailures(GatewayCase):
+    """If the disk or the database fails, whatever needs neither goes on."""
 
-    def test_a_locked_database_stops_neither_requests_nor_their_log_lines(self):
+    def test_locked_database_blocks_neither_requests_nor_their_log_lines(self):
         self.assertStatus(self.ask("GET", "/api/tags"), 200)
         with contextlib.closing(sqlite3.connect(self.db, isolation_level=None)) as other:
             other.execute("BEGIN EXCLUSIVE")
@@ -6412,17 +6412,17 @@ class Trouble(GatewayCase):
                 self.assertStatus(self.ask("GET", "/api/tags", headers=[("X-Request-Id", f"locked-{number}")]), 200)
                 self.logged(lambda fields, number=number: fields["id"] == f"locked-{number}")
             other.execute("ROLLBACK")
-        eventually(lambda: self.store.list("ada")[0].last_used_at, "the last use's being stored after all")
+        eventually(lambda: self.store.list("ada")[0].last_used_at, "the last use to be stored at last")
 
-    def test_last_uses_that_cannot_be_stored_are_told_once_and_kept(self):
+    def test_failure_to_store_last_uses_is_logged_once_and_retried(self):
         full = gateway.Failure("the disk is full")
         with unittest.mock.patch.object(self.store, "add_usage", side_effect=full) as add, self.assertLogs("ollama_gateway") as logs:
             self.assertStatus(self.ask("GET", "/api/tags"), 200)
-            eventually(lambda: add.call_count >= 2, "a second try")
+            eventually(lambda: add.call_count >= 2, "a second attempt")
         self.assertEqual(["the disk is full" in line for line in logs.output], [True])
-        eventually(lambda: self.store.list("ada")[0].last_used_at, "the last use's being stored after all")
+        eventually(lambda: self.store.list("ada")[0].last_used_at, "the last use to be stored at last")
 
-    def test_a_server_killed_while_tokens_are_made_loses_none(self):
+    def test_server_killed_while_tokens_are_created_loses_none(self):
         serving = self.enter(Serving(self.folder, "--port", "0", "--ollama-url", self.fake.url, "--db", self.db))
         self.assertTrue(serving.first_line)
         made = []
@@ -6446,12 +6446,12 @@ class OpenApi(GatewayCase):
         self.assertStatus(answer, 200)
         return answer.json()
 
-    def test_it_has_each_route_that_is_served_and_no_other(self):
+    def test_document_has_exactly_the_routes_that_are_served(self):
         paths = self.document()["paths"]
         self.assertEqual({(method.upper(), path) for path, methods in paths.items() for method in methods},
                          {(route.method, route.path) for route in gateway.ROUTES})
 
-    def test_it_tells_the_base_path_and_what_this_gateway_leaves_out(self):
+    def test_document_has_the_base_path_and_lacks_disabled_routes(self):
         paths = self.document(base_path="/team", no_admin_api="on", metrics_open="on")["paths"]
         self.assertIn("/team/chat", paths)
         self.assertIn("/v1/models", paths)
@@ -6461,7 +6461,7 @@ class OpenApi(GatewayCase):
     def test_every_route_has_a_summary(self):
         self.assertTrue(all(route.summary for route in gateway.ROUTES))
 
-    def test_every_reference_is_to_something(self):
+    def test_every_reference_resolves(self):
         document = self.document()
         for reference in set(re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(document))):
             with self.subTest(reference):
@@ -6469,20 +6469,20 @@ class OpenApi(GatewayCase):
         names = [operation["operationId"] for methods in document["paths"].values() for operation in methods.values()]
         self.assertEqual(len(set(names)), len(names))
 
-    def test_bodies_of_ollamas_routes_are_left_to_its_documentation(self):
+    def test_request_bodies_of_ollamas_routes_are_left_to_its_documentation(self):
         document = self.document()
         self.assertTrue(document["externalDocs"]["url"].startswith("https://"))
         chat = document["paths"]["/api/chat"]["post"]
         self.assertNotIn("requestBody", chat)
         self.assertEqual((chat["summary"], chat["responses"]["200"]), ("continue a conversation", {"description": "done"}))
 
-    def test_every_member_is_of_a_known_type(self):
+    def test_every_schema_type_is_a_json_schema_type(self):
         for name, schema in self.document()["components"]["schemas"].items():
             for kind in re.findall(r'"type": "(\w+)"', json.dumps(schema)):
                 with self.subTest(name):
                     self.assertIn(kind, ("object", "string", "integer", "number", "boolean", "array"))
 
-    def test_refusals_look_as_described(self):
+    def test_error_responses_conform_to_their_schemas(self):
         document = self.document()
         for path, dialect in (("/api/tags", "ollama"), ("/v1/models", "openai"), ("/v1/messages", "anthropic")):
             answer = self.ask("GET" if path != "/v1/messages" else "POST", path, token="")
@@ -6492,10 +6492,10 @@ class OpenApi(GatewayCase):
         for status, meaning in gateway.REFUSALS.values():
             self.assertIn(f"{status}: {meaning}", document["info"]["description"])
 
-    def test_its_own_answers_look_as_described(self):
+    def test_responses_of_the_gateways_own_endpoints_conform_to_their_schemas(self):
         document = self.document()
         self.ask("POST", "/api/chat", CHAT)
-        eventually(lambda: self.store.usage("user", 0), "the account")
+        eventually(lambda: self.store.usage("user", 0), "the usage to be stored")
         for path in "/health", "/me", "/admin/status", "/admin/usage", "/admin/tokens", "/admin/tokens/1":
             with self.subTest(path):
                 answer = document["paths"][path.replace("/1", "/{id}")]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
@@ -6519,8 +6519,8 @@ class OpenApi(GatewayCase):
 # == Web pages ================================================================
 
 
-class Prefixed(http.server.BaseHTTPRequestHandler):
-    """A proxy before a gateway, which is seen below /box."""
+class PrefixProxy(http.server.BaseHTTPRequestHandler):
+    """A reverse proxy that serves the gateway below /box."""
 
     def do_GET(self):   # noqa: N802, http.server's name
         credentials = [(name, value) for name, value in self.headers.items() if name == "Authorization"]
@@ -6533,11 +6533,11 @@ class Prefixed(http.server.BaseHTTPRequestHandler):
         self.wfile.write(answer.body)
 
     def log_message(self, *args):
-        """Say nothing."""
+        """Log nothing."""
 
 
 @unittest.skipUnless(chromium_binary(), "needs Chromium")
-class Browser(GatewayCase):
+class WebPagesInBrowser(GatewayCase):
 
     @classmethod
     def setUpClass(cls):
@@ -6550,7 +6550,7 @@ class Browser(GatewayCase):
 
     @contextlib.contextmanager
     def visiting(self, origin, path, **how):
-        """A tab in which nothing may go wrong unseen, and from which nothing may go elsewhere."""
+        """Open a tab; afterwards, check that it logged no errors and sent requests to this origin only."""
         tab = Tab(self.browser, **how)
         try:
             tab.visit(origin + path)
@@ -6562,7 +6562,7 @@ class Browser(GatewayCase):
             tab.close()
 
     def docs(self, token=None, path="/docs", server=None, **how):
-        """The documentation, with ada's token in use."""
+        """Open the documentation and sign in with ada's token."""
         tab = self.open(path, server, **how)
         tab.type("Token", token or self.token)
         tab.press("Sign in")
@@ -6570,7 +6570,7 @@ class Browser(GatewayCase):
         return tab
 
     def panel(self, server=None, **how):
-        """The page for admins, with an admin's token in use."""
+        """Open the admin page and sign in with an admin token."""
         if not (server or self.server).gateway.health.up:
             self.probe_health(server)
         tab = self.open("/admin", server, **how)
@@ -6587,7 +6587,7 @@ class Browser(GatewayCase):
 
     # -- the documentation
 
-    def test_a_token_is_kept_in_the_tab_alone(self):
+    def test_docs_keep_the_token_in_session_storage_only(self):
         tab = self.docs()
         tab.shows("ada/laptop", "#who")
         kept = "JSON.stringify([Object.entries(sessionStorage), localStorage.length, document.cookie])"
@@ -6599,7 +6599,7 @@ class Browser(GatewayCase):
         self.assertEqual(json.loads(tab.evaluate(kept)), [[], 0, ""])
         self.assertFalse(tab.holds("ada/laptop"))
 
-    def test_a_prompt_is_answered_token_by_token(self):
+    def test_docs_show_a_streamed_answer_token_by_token(self):
         rest = self.hold()
         self.chat(chat_line("", thinking="Blue?"), chat_line("The sky"), rest,
                   chat_line(" is blue"), LAST_CHAT_LINE)
@@ -6611,10 +6611,10 @@ class Browser(GatewayCase):
         rest.set()
         tab.shows("5 tokens, 5.0 a second", "#figures")
         self.assertEqual(tab.text("#said").strip(), "The sky is blue")
-        asked = json.loads(next(seen.body for seen in self.fake.received if seen.path == "/api/chat"))
-        self.assertEqual(asked, {"model": "tiny:latest", "messages": [{"role": "user", "content": "Why?"}]})
+        sent = json.loads(next(seen.body for seen in self.fake.received if seen.path == "/api/chat"))
+        self.assertEqual(sent, {"model": "tiny:latest", "messages": [{"role": "user", "content": "Why?"}]})
 
-    def test_lines_and_letters_survive_being_split(self):
+    def test_docs_show_lines_and_characters_that_were_split_correctly(self):
         whole = chat_line("blü") + chat_line("te") + LAST_CHAT_LINE
         cuts = (0, whole.index(b"\xbc"), whole.index(b"\n") + 1, whole.index(b'"te"') + 2, len(whole) - 1, len(whole))
         holds = [self.hold() for _ in cuts]
@@ -6628,12 +6628,12 @@ class Browser(GatewayCase):
             }""")
         tab.press("Send")
         for end, hold in zip(cuts[1:], holds):
-            eventually(lambda end=end: tab.evaluate("window.decoded") == end, f"the first {end} bytes' arrival")
+            eventually(lambda end=end: tab.evaluate("window.decoded") == end, f"the first {end} bytes to arrive")
             hold.set()
         tab.shows("5 tokens", "#figures")
         self.assertEqual(tab.text("#said"), "blüte")
 
-    def test_a_prompt_is_sent_only_when_the_models_are_known(self):
+    def test_docs_enable_send_only_when_the_models_are_known(self):
         rest = self.hold()
         self.fake.replies["/api/tags"] = Reply.stream(b'{"models": ', rest, json.dumps([MODEL]).encode() + b"}")
         tab = self.docs()
@@ -6642,7 +6642,7 @@ class Browser(GatewayCase):
         tab.press("Send")
         tab.shows("The sky is blue.", "#said")
 
-    def test_a_secret_is_shown_though_its_form_was_cancelled(self):
+    def test_admin_page_shows_a_new_secret_after_its_dialog_was_cancelled(self):
         tab = self.panel()
         tab.evaluate("""(() => {
             const ask = window.fetch;
@@ -6652,11 +6652,11 @@ class Browser(GatewayCase):
         tab.press("New secret: ada/laptop")
         tab.press("New secret")
         tab.press("Cancel")
-        eventually(lambda: tab.evaluate("!document.querySelector('dialog')"), "the dialog's end")
+        eventually(lambda: tab.evaluate("!document.querySelector('dialog')"), "the dialog to close")
         tab.evaluate("release()")
         tab.shows("shown only once", "dialog")
 
-    def test_an_answer_can_be_stopped(self):
+    def test_docs_stop_button_cancels_the_request(self):
         self.chat(chat_line("The"), until_hangup)
         tab = self.docs()
         tab.press("Send")
@@ -6668,15 +6668,15 @@ class Browser(GatewayCase):
         tab.press("Send")
         tab.shows("Again", "#said")
 
-    def test_what_went_wrong_is_told(self):
+    def test_docs_show_errors_of_ollama_and_of_the_gateway(self):
         tab = self.docs()
-        for label, reply, told in (("Ollama's error", Reply.json(404, {"error": "model 'tiny' not found"}), "model 'tiny' not found"),
+        for label, reply, message in (("Ollama's error", Reply.json(404, {"error": "model 'tiny' not found"}), "model 'tiny' not found"),
                                    ("an error line", Reply.stream(chat_line("The"), b'{"error": "out of <b>memory</b>"}\n'), "out of <b>memory</b>"),
                                    ("a broken stream", Reply.stream(chat_line("The"), cut), "broke off")):
             with self.subTest(label):
                 self.fake.replies["/api/chat"] = reply
                 tab.press("Send")
-                tab.shows(told, "#problem")
+                tab.shows(message, "#problem")
         del self.fake.replies["/api/chat"]
         self.store.update("ada", "laptop", rpm=1)
         tab.press("Send")
@@ -6687,20 +6687,20 @@ class Browser(GatewayCase):
         tab.press("Send")
         tab.shows("This token is not valid", "#problem")
 
-    def test_a_token_that_is_not_valid_is_told_and_not_kept(self):
+    def test_sign_in_rejects_an_invalid_token_and_does_not_keep_it(self):
         for path, label in (("/docs", "Token"), ("/admin", "Admin token")):
             tab = self.open(path)
-            for secret, told in (("ogw_nonsense", "not valid"), ("ö no", "one word")):
+            for secret, message in (("ogw_nonsense", "not valid"), ("ö no", "one word")):
                 with self.subTest(path, secret=secret):
                     tab.type(label, secret)
                     tab.press("Sign in")
-                    tab.shows(told, "#sign-in-problem")
+                    tab.shows(message, "#sign-in-problem")
                     self.assertEqual(tab.evaluate("sessionStorage.length"), 0)
 
-    def test_limits_and_use_are_shown(self):
+    def test_docs_show_limits_and_usage(self):
         self.ask("POST", "/api/chat", CHAT)
         self.store.update("ada", "laptop", rpm=30, tokens_per_day=1000, models="tiny")
-        eventually(lambda: self.store.usage("day", 0), "the account")
+        eventually(lambda: self.store.usage("day", 0), "the usage to be stored")
         tab = self.docs()
         for text in ("tiny", "30\nleft of 30", "987\nleft of 1,000", "until deleted"):
             tab.shows(text, "#me")
@@ -6708,7 +6708,7 @@ class Browser(GatewayCase):
         tab.shows("13", "#me table")
         self.assertEqual(tab.evaluate("document.querySelectorAll('#me svg g').length"), 1)
 
-    def test_examples_name_the_address_and_the_model_but_not_the_secret(self):
+    def test_docs_examples_contain_the_address_and_the_model_but_not_the_secret(self):
         self.fake.replies["/api/tags"] = Reply.json(200, {"models": [dict(MODEL, name='x"$(rm)'), dict(MODEL, name="own:1b")]})
         tab = self.docs()
         address = "http://{}:{}".format(*self.server.server_address[:2])
@@ -6723,7 +6723,7 @@ class Browser(GatewayCase):
         self.assertNotIn("rm)", tab.text("#examples"))
         self.assertFalse(tab.holds(self.token))
 
-    def test_it_works_wherever_it_is_seen(self):
+    def test_docs_work_below_every_base_path(self):
         for base, path in (("/team/x", "/docs"), ("", "/docs"), ("/x", "/t/nonsense/docs")):
             with self.subTest(base, path=path):
                 server = self.serve(base_path=base or "/", path_tokens="1")
@@ -6732,7 +6732,7 @@ class Browser(GatewayCase):
                 tab.shows("The sky is blue.", "#said")
                 self.assertIn("http://{}:{}{}/chat".format(*server.server_address[:2], base), tab.asked())
 
-    def test_behind_a_path_token_that_one_is_used(self):
+    def test_docs_below_a_path_token_use_that_token(self):
         tab = self.open(f"/t/{self.token}/docs", self.serve(path_tokens="1"))
         tab.shows("ada/laptop", "#who")
         tab.press("Send")
@@ -6744,8 +6744,8 @@ class Browser(GatewayCase):
         self.assertEqual(tab.evaluate("location.pathname"), "/docs")
         tab.shows("Sign in", "#sign-in")
 
-    def test_it_works_below_a_proxys_prefix(self):
-        proxy = self.enter(running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Prefixed)))
+    def test_docs_work_below_a_path_prefix_of_a_proxy(self):
+        proxy = self.enter(running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), PrefixProxy)))
         proxy.gateway = self.server.server_address
         tab = self.docs(path="/box/docs", server=proxy)
         eventually(lambda: tab.evaluate("byId('model').value") == "tiny:latest", "the list of models")
@@ -6753,14 +6753,14 @@ class Browser(GatewayCase):
 
     # -- administration
 
-    def test_only_an_admin_token_opens_the_panel(self):
+    def test_admin_page_needs_an_admin_token(self):
         tab = self.open("/admin")
         tab.type("Admin token", self.token)
         tab.press("Sign in")
         tab.shows("it takes an admin token", "#sign-in-problem")
         self.assertFalse(tab.text("#panel"))
 
-    def test_a_token_is_made_changed_renewed_and_deleted(self):
+    def test_admin_page_creates_edits_rotates_and_deletes_a_token(self):
         tab = self.panel()
         tab.press("New token")
         tab.type("User", "kim")
@@ -6772,7 +6772,7 @@ class Browser(GatewayCase):
         secret = tab.text("#secret").strip()
         self.assertStatus(self.ask("GET", "/api/tags", token=secret), 200)
         tab.press("I have saved it")
-        eventually(lambda: not tab.holds(secret), "the secret's going")
+        eventually(lambda: not tab.holds(secret), "the secret to disappear")
         tab.shows("7 a minute", "#tokens")
         tab.press("Edit: kim/school")
         tab.type("Requests a minute", "")
@@ -6790,10 +6790,10 @@ class Browser(GatewayCase):
         tab.press("I have saved it")
         tab.press("Delete: kim/school")
         tab.press("Delete")
-        eventually(lambda: "kim" not in tab.text("#tokens"), "the row's going")
+        eventually(lambda: "kim" not in tab.text("#tokens"), "the row to disappear")
         self.assertEqual(self.names(), ["ada/laptop", "root/box"])
 
-    def test_a_new_secret_of_the_token_in_use_is_used(self):
+    def test_admin_page_uses_the_new_secret_after_rotating_its_own_token(self):
         tab = self.panel()
         tab.press("New secret: root/box")
         tab.press("New secret")
@@ -6805,8 +6805,8 @@ class Browser(GatewayCase):
         tab.press("Save")
         tab.shows("5 tokens a day", "#tokens")
 
-    def renew_while_looking(self, *order):
-        """Give the token in use a new secret while a look at the state is under way with the old one; let both go in this order."""
+    def rotate_while_polling(self, *order):
+        """Rotate the token in use while a status request with the old secret is pending; release the responses in this order."""
         tab = self.panel()
         tab.evaluate("""(() => {
             const ask = window.fetch, go = {};
@@ -6818,7 +6818,7 @@ class Browser(GatewayCase):
                 return name === "status" && ++looks === 1 ? released.then(() => ask(url, how)) : ask(url, how);
             };
         })()""")
-        eventually(lambda: tab.evaluate("looks === 1"), "a look at the state")
+        eventually(lambda: tab.evaluate("looks === 1"), "a status request")
         old = self.store.list("root")[0].hint
         tab.press("New secret: root/box")
         tab.press("New secret")
@@ -6826,19 +6826,19 @@ class Browser(GatewayCase):
         for name in order:
             eventually(lambda name=name: tab.evaluate(f"release('{name}')"), name)
             if name == "status":
-                eventually(lambda: tab.evaluate("looks > 1"), "the next look at the state")
+                eventually(lambda: tab.evaluate("looks > 1"), "the next status request")
         tab.shows("shown only once", "dialog")
         self.assertEqual(tab.evaluate("sessionStorage.getItem(KEY)"), tab.text("#secret").strip())
         tab.press("I have saved it")
         tab.shows("ada/laptop", "#tokens")
 
-    def test_the_old_secrets_refusal_before_the_new_one_is_known_takes_nobody_off_the_panel(self):
-        self.renew_while_looking("status", "rotate")
+    def test_admin_page_stays_signed_in_if_the_old_secret_is_refused_before_the_new_one_arrives(self):
+        self.rotate_while_polling("status", "rotate")
 
-    def test_the_old_secrets_refusal_when_the_new_one_is_known_takes_nobody_off_the_panel(self):
-        self.renew_while_looking("rotate", "status")
+    def test_admin_page_stays_signed_in_if_the_old_secret_is_refused_after_the_new_one_arrives(self):
+        self.rotate_while_polling("rotate", "status")
 
-    def test_days_of_the_charts_are_those_of_the_gateways_clock(self):
+    def test_chart_days_follow_the_gateways_clock(self):
         hour = int(time.time()) // 3600 * 3600
         self.store.add_usage({(hour - hours * 3600, "ada", "laptop", "", "/api/chat"): [1, 0, 0, 1, 0, 1, 1, 0] for hours in range(9 * 24)}, {})
         days = [f"{row['day']}: {row['prompt_tokens'] * 2} tokens" for row in self.store.usage("day", 0)[-7:]]
@@ -6849,7 +6849,7 @@ class Browser(GatewayCase):
                 self.assertEqual(tab.evaluate(f"[...document.querySelectorAll('{place} svg title')].map(title => "
                                               "title.textContent.split(',')[0])"), days)
 
-    def test_whoever_loses_the_right_to_be_here_is_told(self):
+    def test_admin_page_signs_out_a_token_that_lost_its_admin_right(self):
         tab = self.panel()
         self.store.update("root", "box", admin=False)
         with tab.reloading():
@@ -6858,7 +6858,7 @@ class Browser(GatewayCase):
         self.assertFalse(tab.text("#panel"))
         self.assertFalse(tab.holds("ada/laptop"))
 
-    def test_whoever_cancels_changes_nothing(self):
+    def test_admin_page_dialogs_change_nothing_when_cancelled(self):
         tab = self.panel()
         before = self.store.list()
         for action in ("New token", "Edit: ada/laptop", "New secret: ada/laptop", "Delete: ada/laptop"):
@@ -6866,10 +6866,10 @@ class Browser(GatewayCase):
                 tab.press(action)
                 tab.shows("Cancel", "dialog")
                 tab.press("Cancel")
-                eventually(lambda: tab.evaluate("!document.querySelector('dialog')"), "the dialog's end")
+                eventually(lambda: tab.evaluate("!document.querySelector('dialog')"), "the dialog to close")
         self.assertEqual([token._replace(last_used_at=None) for token in self.store.list()], [token._replace(last_used_at=None) for token in before])
 
-    def test_what_cannot_be_done_is_told_beside_its_cause(self):
+    def test_admin_page_shows_an_error_beside_the_field_that_caused_it(self):
         tab = self.panel()
         tab.press("New token")
         tab.type("User", "ada")
@@ -6883,7 +6883,7 @@ class Browser(GatewayCase):
         tab.shows("already", "dialog .problem")
         self.assertEqual(self.names(), ["ada/laptop", "root/box"])
 
-    def test_what_runs_and_how_ollama_is_are_shown_as_they_change(self):
+    def test_admin_page_updates_running_requests_and_the_state_of_ollama(self):
         rest = self.hold()
         self.chat(chat_line("The"), rest, LAST_CHAT_LINE)
         tab = self.panel()
@@ -6901,7 +6901,7 @@ class Browser(GatewayCase):
             tab.press("Sign out")
         self.assertEqual(tab.evaluate("byId('panel').querySelectorAll('tr').length"), 0)
 
-    def test_a_page_that_is_not_seen_asks_for_nothing(self):
+    def test_admin_page_sends_no_requests_while_it_is_hidden(self):
         tab = self.panel()
         tab.shows("up", "#status")
         tab.evaluate("""(async () => {
@@ -6914,20 +6914,20 @@ class Browser(GatewayCase):
         })()""")
         self.assertEqual(tab.evaluate("asked"), 0)
         tab.evaluate("delete document.hidden")
-        eventually(lambda: tab.evaluate("asked"), "the next look")
+        eventually(lambda: tab.evaluate("asked"), "the next request")
 
-    def test_cached_tokens_are_shown_and_not_added(self):
+    def test_admin_page_shows_cached_tokens_without_adding_them_to_the_total(self):
         self.store.add_usage({(int(time.time()) // 3600 * 3600, "ada", "laptop", "tiny:latest", "/api/chat"): (1, 0, 0, 800, 700, 50, 1.0, 0)}, {})
         tab = self.panel()
         tab.shows("most in a day: 150", "#usage")
         self.assertRegex(tab.text("#usage"), r"(?s)By user\s+User\s+Tokens\s+Cached\s+Requests\s+ada\s+150\s+700\s+1\b")
 
-    def test_hostile_names_are_text(self):
+    def test_hostile_names_are_shown_as_text(self):
         user, name = HOSTILE
         secret = self.store.create(user, name)[1]
         self.fake.replies["/api/ps"] = Reply.json(200, {"models": [dict(MODEL, name=user)]})
         self.ask("POST", "/api/chat", CHAT, token=secret)
-        eventually(lambda: self.store.usage("user", 0), "the account")
+        eventually(lambda: self.store.usage("user", 0), "the usage to be stored")
         rest = self.hold()
         self.chat(chat_line(user), rest, LAST_CHAT_LINE)
         docs = self.docs(secret)
@@ -6946,16 +6946,16 @@ class Browser(GatewayCase):
         self.assertEqual([tab.evaluate("document.querySelectorAll('img').length"), docs.evaluate("document.querySelectorAll('img').length")], [0, 0])
         self.assertEqual(tab.evaluate("document.querySelectorAll('script').length"), 1)
 
-    def test_at_the_width_of_a_phone_no_page_scrolls_sideways(self):
+    def test_pages_do_not_scroll_sideways_at_the_width_of_a_phone(self):
         self.store.create("x" * 64, "y" * 64, models="z" * 200)
         self.ask("POST", "/api/chat", CHAT)
-        eventually(lambda: self.store.usage("user", 0), "the account")
+        eventually(lambda: self.store.usage("user", 0), "the usage to be stored")
         for tab in (self.docs(width=400), self.panel(width=400)):
             tab.evaluate("for (const details of document.querySelectorAll('details')) details.open = true")
             self.assertLessEqual(tab.evaluate("document.scrollingElement.scrollWidth"), 400)
 
 
-class PagesAsServed(GatewayCase):
+class WebPageResponses(GatewayCase):
 
     def page(self, path, **flags):
         answer = self.ask("GET", path, token="", server=self.serve(**flags) if flags else None)
@@ -6963,7 +6963,7 @@ class PagesAsServed(GatewayCase):
         self.assertEqual(answer.headers["content-type"], "text/html; charset=utf-8")
         return answer, answer.body.decode()
 
-    def test_the_policy_names_exactly_what_is_inline(self):
+    def test_content_security_policy_allows_exactly_the_inline_code(self):
         for path in ("/docs", "/admin"):
             with self.subTest(path):
                 answer, text = self.page(path)
@@ -6976,7 +6976,7 @@ class PagesAsServed(GatewayCase):
                                           "form-action": "'none'", "frame-ancestors": "'none'"})
                 self.assertEqual((answer.headers["referrer-policy"], answer.headers["cache-control"]), ("no-referrer", "no-cache"))
 
-    def test_nothing_comes_from_elsewhere(self):
+    def test_pages_load_nothing_from_other_origins(self):
         for path in ("/docs", "/admin"):
             text = self.page(path)[1]
             for target in re.findall(r"\b(?:src|href|action)=[\"']?([^\"' >]*)", text):
@@ -6984,24 +6984,24 @@ class PagesAsServed(GatewayCase):
                     self.assertRegex(target, r"\A(#[\w-]+|data:,|docs|admin|openapi\.json)\Z")
             self.assertNotRegex(text, r"@import|url\(")
 
-    def test_no_page_makes_html_of_values(self):
+    def test_scripts_never_turn_values_into_html(self):
         self.assertNotRegex(gateway.SCRIPT + gateway.DOCS_SCRIPT + gateway.ADMIN_SCRIPT,
                             r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|\bFunction\(|srcdoc|createContextualFragment|\.style\b")
         self.assertNotRegex(gateway.DOCS + gateway.ADMIN + gateway.SIGN_IN, r"\s(style|on\w+)=")
 
-    def test_the_documentation_has_every_route_refusal_and_option(self):
+    def test_docs_contain_every_route_error_and_option(self):
         for base in ("/api", "/team/x", "/"):
             text = html.unescape(re.sub("<[^>]*>", " ", self.page("/docs", base_path=base)[1]))
             for route in gateway.ROUTES:
                 with self.subTest(f"{base}: {route.method} {route.path}"):
                     self.assertIn(f"{route.method} {gateway.at_base(route.path, base.rstrip('/'))}", text)
                     self.assertIn(route.summary, text)
-        for told in [reason.meaning for reason in gateway.REFUSALS.values()] + [
+        for text_of_docs in [reason.meaning for reason in gateway.REFUSALS.values()] + [
                 word for option in gateway.OPTIONS for word in (option.flag, option.variable, option.default, option.help) if word]:
-            with self.subTest(told):
-                self.assertIn(told, text)
+            with self.subTest(text_of_docs):
+                self.assertIn(text_of_docs, text)
 
-    def test_without_the_admin_api_there_is_no_trace_of_it(self):
+    def test_disabled_admin_api_leaves_no_trace(self):
         server = self.serve(no_admin_api="1")
         for path in ("/admin", "/admin/tokens", "/admin/tokens/1", "/admin/status", "/admin/usage"):
             with self.subTest(path):
@@ -7009,12 +7009,12 @@ class PagesAsServed(GatewayCase):
         text = self.ask("GET", "/docs", token="", server=server).body.decode()
         self.assertNotRegex(text, r'[A-Z] /admin|href="admin')
 
-    def test_examples_that_need_api_behind_their_host_are_left_out_without_it(self):
+    def test_docs_omit_examples_that_need_a_base_path_ending_in_api(self):
         for base, shown in (("/api", True), ("/team/api", True), ("/team/x", False), ("/", False)):
             with self.subTest(base):
                 self.assertEqual('id="example-Python"' in self.page("/docs", base_path=base)[1], shown)
 
-    def test_head_is_answered_without_a_body(self):
+    def test_head_request_for_a_page_is_answered_without_a_body(self):
         for path in ("/docs", "/admin"):
             with self.subTest(path), Client(self.server.server_address) as client:
                 client.send(request("HEAD", path), request("GET", path))
@@ -7027,7 +7027,7 @@ class PagesAsServed(GatewayCase):
 class AdminApi(GatewayCase):
 
     def call(self, method, path, body=None, status=200, **how):
-        """Ask as the administrator for a page below /admin, and return what its JSON says."""
+        """Send a request below /admin as the administrator, and return the decoded JSON of its response."""
         answer = self.ask(method, "/admin" + path, body, token=how.pop("token", self.admin), **how)
         self.assertStatus(answer, status)
         self.assertEqual(answer.headers["content-type"], "application/json")
@@ -7041,7 +7041,7 @@ class AdminApi(GatewayCase):
     def make(self, **members):
         return self.call("POST", "/tokens", {"user": "eve", "name": "phone", **members}, 201)
 
-    def test_it_is_for_administrators(self):
+    def test_admin_api_needs_an_admin_token(self):
         for method, path in (("GET", "/tokens"), ("POST", "/tokens"), ("GET", "/tokens/1"), ("PATCH", "/tokens/1"), ("DELETE", "/tokens/1"),
                              ("POST", "/tokens/1/rotate"), ("GET", "/usage"), ("GET", "/status")):
             with self.subTest(f"{method} {path}"):
@@ -7050,60 +7050,60 @@ class AdminApi(GatewayCase):
                 self.assertRefused(self.ask(method, "/admin" + path, body), 403)
         self.assertEqual([token.user for token in self.store.list()], ["ada", "root"])
 
-    def test_it_is_not_there_where_the_owner_does_not_want_it(self):
+    def test_disabled_admin_api_is_answered_with_404(self):
         server = self.serve(no_admin_api="on")
         for method, path in (("GET", ""), ("GET", "/tokens"), ("POST", "/tokens"), ("DELETE", "/tokens/1"), ("GET", "/status")):
             with self.subTest(f"{method} {path}"):
                 self.assertRefused(self.ask(method, "/admin" + path, token=self.admin, server=server), 404)
 
-    def test_tokens_are_listed_with_the_keys_of_the_command(self):
-        told = self.call("GET", "/tokens")
-        self.assertEqual([set(token) for token in told], [KEYS, KEYS])
-        self.assertEqual([token["user"] for token in told], ["ada", "root"])
+    def test_token_list_has_the_same_keys_as_the_command(self):
+        listed = self.call("GET", "/tokens")
+        self.assertEqual([set(token) for token in listed], [KEYS, KEYS])
+        self.assertEqual([token["user"] for token in listed], ["ada", "root"])
         self.assertEqual([token["user"] for token in self.call("GET", "/tokens?user=root")], ["root"])
-        self.assertEqual(self.call("GET", f"/tokens/{told[1]['id']}")["name"], "box")
+        self.assertEqual(self.call("GET", f"/tokens/{listed[1]['id']}")["name"], "box")
 
-    def test_a_token_is_made_with_limits_and_its_secret_works(self):
+    def test_created_token_has_its_limits_and_a_working_secret(self):
         made = self.make(models=["tiny*", "llama3"], rpm=5, max_parallel=2, tokens_per_day=1000, expires_at="30d", admin=False)
         self.assertEqual(set(made), KEYS | {"token"})
         self.assertEqual([made[key] for key in ("models", "rpm", "max_parallel", "tokens_per_day")], [["tiny*", "llama3"], 5, 2, 1000])
         self.assertTrue(made["expires_at"].endswith("Z"))
         self.assertEqual(self.ask("GET", "/me", token=made["token"]).json()["user"], "eve")
         del made["token"]
-        told = self.call("GET", f"/tokens/{made['id']}")
-        self.assertEqual(told, dict(made, last_used_at=told["last_used_at"]))
+        shown = self.call("GET", f"/tokens/{made['id']}")
+        self.assertEqual(shown, dict(made, last_used_at=shown["last_used_at"]))
 
-    def test_a_name_is_taken_once(self):
+    def test_duplicate_token_name_is_refused_with_409(self):
         self.make()
         self.assertIn("exists already", self.refused("POST", "/tokens", {"user": "eve", "name": "phone"}, 409))
 
-    def test_a_change_changes_what_it_names_and_null_lifts(self):
+    def test_patch_changes_only_the_given_fields_and_null_removes_a_limit(self):
         made = self.make(rpm=5, models="tiny", expires_at="2099-01-31")
         secret, path = made.pop("token"), f"/tokens/{made['id']}"
-        for changes, told in (({"rpm": 7}, {}), ({"rpm": None, "max_parallel": 3}, {}), ({"expires_at": None}, {}),
+        for changes, shown in (({"rpm": 7}, {}), ({"rpm": None, "max_parallel": 3}, {}), ({"expires_at": None}, {}),
                               ({"models": ["a", "b*"]}, {}), ({"models": None, "admin": True}, {}), ({"expires_at": "2098-01-31"},
                                                                                                      {"expires_at": "2098-01-31T00:00:00Z"})):
             with self.subTest(changes):
-                made.update(changes, **told)
+                made.update(changes, **shown)
                 self.assertEqual(self.call("PATCH", path, changes), made)
         self.assertEqual(self.call("PATCH", path, {}), made)
         self.assertTrue(found(self.store, secret).admin)
 
-    def test_a_new_secret_takes_the_place_of_the_old_one(self):
+    def test_rotate_replaces_the_secret(self):
         made = self.make(rpm=5)
         rotated = self.call("POST", f"/tokens/{made['id']}/rotate")
         self.assertEqual((rotated["id"], rotated["rpm"]), (made["id"], 5))
         self.assertStatus(self.ask("GET", "/me", token=made["token"]), 401)
         self.assertStatus(self.ask("GET", "/me", token=rotated["token"]), 200)
 
-    def test_a_deleted_token_stops_at_once(self):
+    def test_deleted_token_is_refused_at_once(self):
         made = self.make()
         self.assertEqual(self.call("DELETE", f"/tokens/{made['id']}")["name"], "phone")
         self.assertStatus(self.ask("GET", "/me", token=made["token"]), 401)
         for method, path in (("GET", ""), ("PATCH", ""), ("DELETE", ""), ("POST", "/rotate")):
             self.refused(method, f"/tokens/{made['id']}{path}", {} if method == "PATCH" else None, 404)
 
-    def test_what_is_wrong_is_told_in_the_words_of_the_command(self):
+    def test_invalid_token_fields_are_refused_with_the_messages_of_the_command(self):
         for body, words in (
             ({"rpm": 0}, 'rpm: "0" is not a whole number'), ({"rpm": "many"}, 'rpm: "many" is not a whole number'), ({"rpm": True}, "rpm"),
             ({"rpm": 1.5}, "rpm"), ({"rpm": {}}, "rpm"), ({"rpm": 10 ** 30}, "rpm"), ({"max_parallel": -1}, "max_parallel"),
@@ -7125,23 +7125,23 @@ class AdminApi(GatewayCase):
         self.assertIn("larger than", self.refused("POST", "/tokens", b" " * 20000, 413))
         self.assertEqual([token.user for token in self.store.list()], ["ada", "root"])
 
-    def test_a_change_that_is_wrong_changes_nothing(self):
+    def test_invalid_patch_changes_nothing(self):
         made = self.make(rpm=5)
         for body in ({"rpm": 7, "max_parallel": 0}, {"rpm": 7, "user": "bob"}, {"rpm": 7, "id": 1}, {"admin": True, "models": "x", "rpm": 7}):
             with self.subTest(body):
                 self.refused("PATCH", f"/tokens/{made['id']}", body)
         self.assertEqual(self.call("GET", f"/tokens/{made['id']}")["rpm"], 5)
 
-    def test_only_numbers_are_in_a_tokens_path(self):
+    def test_token_paths_accept_only_numeric_ids(self):
         for path in ("/tokens/", "/tokens/0", "/tokens/01", "/tokens/-1", "/tokens/ada", "/tokens/1/", "/tokens/1/rotate/", "/tokens/%31",
                      "/tokens/9223372036854775808", "/tokens/1/2"):
             with self.subTest(path):
                 self.assertStatus(self.ask("GET", "/admin" + path, token=self.admin), 404)
         self.assertIn("number", self.refused("GET", "/tokens/999999999999999999", status=404))
 
-    def test_the_account_is_told_as_the_command_does(self):
+    def test_usage_is_reported_as_by_the_command(self):
         self.assertStatus(self.ask("POST", "/api/chat", CHAT), 200)
-        eventually(lambda: self.store.usage("user", 0), "the account")
+        eventually(lambda: self.store.usage("user", 0), "the usage to be stored")
         self.fake.received.clear()
         for by in gateway.USAGE_BY:
             with self.subTest(by):
@@ -7158,7 +7158,7 @@ class AdminApi(GatewayCase):
             with self.subTest(query):
                 self.assertIn(word, self.refused("GET", "/usage?" + query))
 
-    def test_the_state_tells_what_runs_and_what_waits(self):
+    def test_status_reports_running_and_queued_requests(self):
         server, go = self.serve(max_parallel="1"), self.hold()
         self.probe_health(server)
         self.fake.replies["/api/chat"] = Reply.stream(b'{"done":false}\n', go, b'{"done":true}\n')
@@ -7167,9 +7167,9 @@ class AdminApi(GatewayCase):
         waiting = self.begin("POST", "/api/chat", CHAT, token=self.admin, server=server)
 
         def state_of_two():
-            told = self.ask("GET", "/admin/status", token=self.admin, server=server).json()
-            return told if told["queued_requests"] and len(told["requests"]) == 2 else None
-        state = eventually(state_of_two, "the second's waiting")
+            status = self.ask("GET", "/admin/status", token=self.admin, server=server).json()
+            return status if status["queued_requests"] and len(status["requests"]) == 2 else None
+        state = eventually(state_of_two, "the second request to be queued")
         self.assertEqual([(one["user"], one["name"], one["model"], one["path"], one["waiting"]) for one in state["requests"]],
                          [("ada", "laptop", "tiny", "/api/chat", False), ("root", "box", "tiny", "/api/chat", True)])
         self.assertEqual((state["in_flight_requests"], state["queued_requests"], state["version"]), (1, 1, gateway.VERSION))
@@ -7178,18 +7178,18 @@ class AdminApi(GatewayCase):
         go.set()
         self.assertStatus(waiting.answer(), 200)
 
-    def test_the_state_is_told_while_the_upstream_is_down(self):
+    def test_status_is_available_while_the_upstream_is_down(self):
         self.fake.server_close()
         self.probe_health()
         self.assertEqual(self.call("GET", "/status")["upstream"], {"status": "down", "version": None, "models": [], "loaded": []})
 
-    def test_a_database_that_cannot_be_written_is_told(self):
+    def test_locked_database_is_answered_with_503(self):
         with contextlib.closing(sqlite3.connect(self.db, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             self.assertIn("locked", self.refused("POST", "/tokens", {"user": "eve", "name": "phone"}, 503))
         self.make()
 
-    def test_a_page_of_another_origin_cannot_act(self):
+    def test_page_of_another_origin_cannot_create_a_token(self):
         answer = self.ask("POST", "/admin/tokens", {"user": "eve", "name": "phone"}, [("Origin", PAGE), ("Cookie", f"token={self.admin}")], token="")
         self.assertRefused(answer, 401)
         self.assertFalse({name for name in answer.headers if name.startswith("access-control-")})
@@ -8307,7 +8307,7 @@ class BufferingProxy(http.server.BaseHTTPRequestHandler):
     do_POST = do_GET    # noqa: N815
 
     def log_message(self, *args):
-        """Say nothing."""
+        """Log nothing."""
 
 
 class Doctor(GatewayCase, CommandCase):
@@ -9241,7 +9241,7 @@ def run_all():
     names = [name for name, value in globals().items() if isinstance(value, type) and issubclass(value, unittest.TestCase)
              and unittest.defaultTestLoader.getTestCaseNames(value)]
     alone = [[name] for name in names if not name.startswith("Live")]
-    alone.sort(key=lambda job: job != ["Browser"])      # the longest first
+    alone.sort(key=lambda job: job != ["WebPagesInBrowser"])      # the longest first
     jobs = [*alone[:1], [name for name in names if name.startswith("Live")], *alone[1:]]    # the real Ollama is only one
     began, ran, skipped, failed = time.perf_counter(), 0, 0, 0
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count() + 1) as pool:
