@@ -4884,9 +4884,9 @@ REMOVED_HEADERS = (("Cookie", "session=1"), ("Origin", "http://localhost"), ("Re
              ("Range", "bytes=0-1"),
              ("If-None-Match", '"x"'), ("Cache-Control", "no-cache"))
 BODIES = (
-    ("JSON as nobody would write it", b' {"model" :"tiny",\n\t"messages": [], "n": 1.0e+02, "n": 2, "u": "\\u00e9\xc3\xa9"}\n\n'),
+    ("unusually formatted JSON", b' {"model" :"tiny",\n\t"messages": [], "n": 1.0e+02, "n": 2, "u": "\\u00e9\xc3\xa9"}\n\n'),
     ("two values", b'{"model":"tiny","stream":false}{"x":1}'),
-    ("no JSON at all", bytes(range(256))),   # an administrator's alone
+    ("no JSON at all", bytes(range(256))),   # accepted from an administrator only
     ("nothing", b""),
     ("three megabytes", b'{"model":"tiny","images":["' + b"iVBORw0KGgo" * 280_000 + b'"]}'),
 )
@@ -4959,7 +4959,7 @@ class Forwarding(GatewayCase):
                 first = b"abc" if framing[0] == "Content-Length" else b"3\r\nabc\r\n"
                 client = self.client()
                 client.send(request("POST", path, None, [*bearer(self.admin), framing]) + first)
-                eventually(lambda: self.fake.arrived == 3, "the first piece to arrive")
+                eventually(lambda: self.fake.arrived == 3, "arrival of the first piece")
                 client.send(last)
                 self.assertStatus(client.answer(), 200)
                 self.assertEqual(self.upstream().body, b"abcdef")
@@ -5068,7 +5068,7 @@ class ClientDisconnects(GatewayCase):
         self.fake.received.clear()
         self.lines.clear()
         client = self.begin("POST", "/api/chat", body, **how)
-        eventually(lambda: self.fake.received, "the request to arrive upstream")
+        eventually(lambda: self.fake.received, "arrival of the request upstream")
         if read is not None:
             client.read(client.head(), until=read or None) if read else client.head()
         way(client)
@@ -5115,7 +5115,7 @@ class ClientDisconnects(GatewayCase):
                     client.send(request("POST", f"/api/blobs/{DIGEST}", None, [*bearer(self.admin), framing]) + sent)
                     eventually(lambda: self.fake.arrived == 3)
                     way(client)
-                    eventually(lambda: self.fake.broken, "the fake Ollama to notice")
+                    eventually(lambda: self.fake.broken, "detection by the fake Ollama")
         self.assertEqual(self.fake.received, [])
 
     def test_client_lost_within_its_request_body_is_logged_as_left(self):
@@ -5135,14 +5135,14 @@ class ClientDisconnectsOverTls(OverTls, ClientDisconnects):
 
 
 MALFORMED_RESPONSES = (   # label, what an upstream sends instead of a valid HTTP response
-    ("nothing", b""),
+    ("an empty response", b""),
     ("another protocol", b"SSH-2.0-OpenSSH_9.2\r\n"),
     ("a page without a head", b"<html>hello</html>"),
-    ("half a head", b"HTTP/1.1 200 OK\r\nContent-Le"),
+    ("an incomplete head", b"HTTP/1.1 200 OK\r\nContent-Le"),
     ("another version", b"HTTP/2.0 200 OK\r\nContent-Length: 2\r\n\r\n{}"),
-    ("a status of words", b"HTTP/1.1 fine OK\r\nContent-Length: 2\r\n\r\n{}"),
+    ("a non-numeric status", b"HTTP/1.1 fine OK\r\nContent-Length: 2\r\n\r\n{}"),
     ("a status too short", b"HTTP/1.1 20 OK\r\nContent-Length: 2\r\n\r\n{}"),
-    ("a status beyond", b"HTTP/1.1 1000 OK\r\nContent-Length: 2\r\n\r\n{}"),
+    ("a status above 999", b"HTTP/1.1 1000 OK\r\nContent-Length: 2\r\n\r\n{}"),
     ("a switch of protocols", b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\n\r\n"),
     ("a line without a colon", b"HTTP/1.1 200 OK\r\nnonsense\r\nContent-Length: 2\r\n\r\n{}"),
     ("a space before the colon", b"HTTP/1.1 200 OK\r\nContent-Length : 2\r\n\r\n{}"),
@@ -5153,7 +5153,7 @@ MALFORMED_RESPONSES = (   # label, what an upstream sends instead of a valid HTT
     ("a megabyte of headers", b"HTTP/1.1 200 OK\r\n" + b"X-Many: x\r\n" * 100_000 + b"Content-Length: 2\r\n\r\n{}"),
     ("both framings", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"),
     ("two lengths", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}x"),
-    ("a length of words", b"HTTP/1.1 200 OK\r\nContent-Length: two\r\n\r\n{}"),
+    ("a non-numeric length", b"HTTP/1.1 200 OK\r\nContent-Length: two\r\n\r\n{}"),
     ("a negative length", b"HTTP/1.1 200 OK\r\nContent-Length: -2\r\n\r\n{}"),
     ("a length with a sign", b"HTTP/1.1 200 OK\r\nContent-Length: +2\r\n\r\n{}"),
     ("another transfer coding", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"),
@@ -5265,7 +5265,7 @@ class UpstreamFailures(GatewayCase):
             self.assertIn("--connect-timeout", self.assertRefused(client.answer(), 502))
         self.assertEqual([thread.name for thread in threading.enumerate()].count("resolver"), 1, "one lookup serves all requests")
         hold.set()
-        eventually(lambda: self.ask("GET", "/api/tags", server=server).status == 200, "the name to be resolved")
+        eventually(lambda: self.ask("GET", "/api/tags", server=server).status == 200, "resolution of the name")
 
     def test_failed_name_lookup_is_answered_with_502_and_tried_again(self):
         answers = iter([socket.gaierror(socket.EAI_NONAME, "Name or service not known"), UnicodeError("label too long")])
@@ -5359,8 +5359,8 @@ class UpstreamFailures(GatewayCase):
     def test_stream_with_malformed_chunks_ends_with_an_error_line(self):
         size = b"%x\r\n" % len(HALF_LINE)
         for label, good, bad in (("half a chunk", b"ff\r\n" + HALF_LINE, b""), ("half a size", size + HALF_LINE, b"\r\nf"),
-                                 ("a size of words", size + HALF_LINE, b"\r\nxyz\r\n"),
-                                 ("more than was said", size + HALF_LINE, b"X\r\n0\r\n\r\n"),
+                                 ("a non-numeric size", size + HALF_LINE, b"\r\nxyz\r\n"),
+                                 ("more bytes than its size", size + HALF_LINE, b"X\r\n0\r\n\r\n"),
                                  ("no end of the last chunk", size + HALF_LINE, b"\r\n0\r\n")):
             with self.subTest(label):
                 hold = self.hold()
@@ -5411,9 +5411,9 @@ class UpstreamFailures(GatewayCase):
                 time.sleep(0.01)
         endless = Reply.stream(b'{"version":"', *[b"x" * 65536] * 100, until_hangup, kind=JSON)
         for label, reply in (("a stall", Reply.stream(b"{", until_hangup, kind=JSON)), ("no end", endless), ("a list", Reply.json(200, [])),
-                             ("a drip", Reply.stream(drip, kind=JSON)), ("no HTTP", Reply.raw(b"SSH-2.0\r\n\r\n")),
+                             ("one byte at a time", Reply.stream(drip, kind=JSON)), ("no HTTP", Reply.raw(b"SSH-2.0\r\n\r\n")),
                              ("an error", Reply.json(500, {"version": "0.9.3"})),
-                             ("a depth", Reply.body(200, b'{"a":' * 50_000, **{"Content-Type": JSON}))):
+                             ("deep nesting", Reply.body(200, b'{"a":' * 50_000, **{"Content-Type": JSON}))):
             with self.subTest(label), unittest.mock.patch.object(gateway, "PROBE_SECONDS", 0.5):
                 self.fake.replies["/api/version"] = reply
                 server = self.serve()
@@ -5450,9 +5450,9 @@ class UpstreamFailures(GatewayCase):
             self.probe_health()
             self.assertEqual(self.health(), "up")
             self.fake.replies["/api/version"] = Reply.json(503, {})
-            eventually(lambda: self.health() == "down", "health to go down")
+            eventually(lambda: self.health() == "down", "the change to down")
             self.fake.replies.clear()
-            eventually(lambda: self.health() == "up", "health to come up again")
+            eventually(lambda: self.health() == "up", "the change to up")
             self.assertEqual(self.fake.accepted, 1, "all probes share one connection")
 
     def test_waiting_health_probe_ends_with_the_server(self):
@@ -5626,7 +5626,7 @@ class ResponseRelay(GatewayCase):
             now[0] += 61
             self.assertStatus(self.ask_again(client), 200)
             self.assertEqual(self.fake.accepted, 2)
-            eventually(lambda: len(self.fake._open) == 1, "the old connection to end")
+            eventually(lambda: len(self.fake._open) == 1, "the end of the old connection")
 
     def test_idle_upstream_connections_of_a_burst_are_closed_while_a_newer_one_is_in_use(self):
         upstream, now = self.server.gateway.upstream, [1000.0]
@@ -5642,7 +5642,7 @@ class ResponseRelay(GatewayCase):
                 now[0] += 20
                 self.assertStatus(self.ask("GET", "/api/tags"), 200)
             upstream.close(60)     # as the health probe does
-            eventually(lambda: len(self.fake._open) == 1, "the other connections to end")
+            eventually(lambda: len(self.fake._open) == 1, "the end of the other connections")
             self.assertEqual(self.fake.accepted, 4)
 
     def test_tcp_keep_alive_is_set_for_clients_and_for_the_upstream(self):
@@ -5861,7 +5861,7 @@ class UsageReaders(unittest.TestCase):
         reply = unittest.mock.Mock(status=200, **{"head.media_type": kind.partition(";")[0]})
         return gateway.usage_reader_for(reply, next(route for route in gateway.ROUTES if route.path == path), ours)
 
-    def test_usage_of_an_incomplete_response_is_complete_at_its_end(self):
+    def test_usage_of_a_partly_read_response_is_complete_at_its_end(self):
         reader, answer = gateway.UsageReader(), compact({"response": "x" * 100, "done": True, "prompt_eval_count": 8, "eval_count": 5})
         for piece, last, usage in ((answer[:60], False, gateway.Usage(None, None, None)), (answer[60:], True, gateway.Usage(8, None, 5))):
             reader.feed(piece, last)
@@ -5957,7 +5957,7 @@ class UsageReaders(unittest.TestCase):
                     tap.feed(answer[at:at + size], at + size >= len(answer))
                 self.assertEqual(tap.usage[::2], cost, answer[:40])
 
-    def test_events_that_end_in_crlf_are_passed_on_at_once(self):
+    def test_events_with_any_line_ending_are_passed_on_at_once(self):
         for ending in b"\n\n", b"\r\n\r\n", b"\r\r":
             tap = self.usage_reader("/v1/chat/completions", SSE, True)
             event = b'data: {"choices":[{"delta":{"content":"x"}}],"usage":null}' + ending
@@ -5976,13 +5976,13 @@ class UsageReaders(unittest.TestCase):
         tap.feed(events(TEXT_HEAD + '{"text":" tier"}],' + TEXT_TAIL + NO_USAGE + "}"), False)
         self.assertEqual((tap.reported, tap.usage[::2]), (None, (0, 1)))
 
-    def test_missing_counts_are_zero_only_in_a_last_line(self):
+    def test_missing_token_counts_are_zero_only_in_a_last_line(self):
         for answer, reported in (({"done": True, "done_reason": "load"}, True), ({"model": "x", "embeddings": []}, True),
                                  ({"total_duration": 5}, True), ({"error": "x"}, False), ({"done": False, "eval_count": 3}, False),
                                  ({"usage": {}}, False), ({}, False)):
             self.assertEqual(gateway.parse_usage(answer), gateway.Usage() if reported else None, answer)
 
-    def test_cached_tokens_are_never_more_than_the_prompt(self):
+    def test_cached_tokens_are_limited_to_the_prompt_tokens(self):
         self.assertEqual(gateway.parse_usage({"done": True, "prompt_eval_count": 5, "prompt_eval_cached_count": 9}), (5, 5, 0, 0))
 
     def test_invalid_token_counts_are_ignored(self):
@@ -6069,7 +6069,7 @@ class Metrics(GatewayCase):
             self.ask("POST", "/api/chat", {"model": f"nonsense-{number}"})
             self.ask("GET", f"/nonsense-{number}")
             self.ask("GET", f"/v1/models/nonsense-{number}", token=f"ogw_{number}")
-        eventually(lambda: ("requests_total", ("", "", "", "/v1/models/{model}", "401")) in self.metrics(), "the requests to be counted")
+        eventually(lambda: ("requests_total", ("", "", "", "/v1/models/{model}", "401")) in self.metrics(), "counting of the requests")
         self.assertEqual({labels[2] for name, labels in self.metrics() if name == "requests_total"}, {""})
         self.assertLess(len(self.metrics()) - before, 60)
 
@@ -6190,7 +6190,7 @@ class RequestLog(GatewayCase):
         started = int(time.time())
         self.ask("GET", "/api/tags")
         used = eventually(lambda: next((token.last_used_at for token in self.store.list("ada") if token.last_used_at), None),
-                          "the use to be recorded")
+                          "recording of the use")
         self.assertTrue(started <= used <= time.time())
         self.assertIsNone(self.store.list("root")[0].last_used_at)
 
@@ -6287,8 +6287,8 @@ class BackgroundLog(Case):
         with unittest.mock.patch.object(gateway.LOG, "handlers", [bad, good]), unittest.mock.patch.object(gateway.LOG, "propagate", False):
             for number in range(3):
                 bad.handle(self.records(1)[0])
-                eventually(lambda: bad.dropped > number, "the line to be dropped")
-            eventually(lambda: bad.dropped == 4, "the report of the failure to be dropped")
+                eventually(lambda: bad.dropped > number, "dropping of the line")
+            eventually(lambda: bad.dropped == 4, "dropping of the error report")
             full.clear()
             bad.handle(self.records(1)[0])
             bad.finish()
@@ -6346,7 +6346,7 @@ class ServingWithUnreadStderr(Serving):
         super().__exit__(*exc_info)
 
 
-@unittest.skipIf(os.name == "nt", "stopping is done by signals")
+@unittest.skipIf(os.name == "nt", "the process is stopped by signals")
 class StalledLog(Case):
     """A blocked log loses its own lines only: requests, usage records and the shutdown go on."""
 
@@ -6357,13 +6357,13 @@ class StalledLog(Case):
         self.argv = self.folder, "--port", "0", "--ollama-url", fake.url, "--db", self.db
 
     def fill_log(self, serving, lines):
-        """Cause so many log lines of 7 KB, then 20 requests that count as usage, and wait until that is stored."""
+        """Cause this many log lines of 7 KB, then 20 requests that count as usage, and wait until that is stored."""
         with Client(serving.server_address) as client:
             for number in range(lines):
                 self.assertEqual(client.ask("GET", f"/{number}{'x' * 7000}", headers=bearer(self.token)).status, 404)
             for _ in range(20):
                 self.assertEqual(client.ask("POST", "/api/chat", CHAT, bearer(self.token)).status, 200)
-        eventually(lambda: [row["requests"] for row in self.store.usage("user", 0)] == [20], "the usage to be stored")
+        eventually(lambda: [row["requests"] for row in self.store.usage("user", 0)] == [20], "storing of the usage")
 
     def test_stalled_stderr_blocks_neither_the_usage_records_nor_the_shutdown(self):
         with ServingWithUnreadStderr(*self.argv) as serving:
@@ -6375,7 +6375,7 @@ class StalledLog(Case):
                 serving.process.send_signal(signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return serving.process.wait(0.05) is not None
-            eventually(ends_after_another_signal, "the process to end")     # repeated signals lose nothing either
+            eventually(ends_after_another_signal, "the end of the process")     # repeated signals lose nothing either
         self.assertEqual(serving.process.returncode, 0)
         self.assertEqual([row["requests"] for row in self.store.usage("user", 0)], [21])
 
@@ -6412,7 +6412,7 @@ class DatabaseFailures(GatewayCase):
                 self.assertStatus(self.ask("GET", "/api/tags", headers=[("X-Request-Id", f"locked-{number}")]), 200)
                 self.logged(lambda fields, number=number: fields["id"] == f"locked-{number}")
             other.execute("ROLLBACK")
-        eventually(lambda: self.store.list("ada")[0].last_used_at, "the last use to be stored at last")
+        eventually(lambda: self.store.list("ada")[0].last_used_at, "storing of the last use")
 
     def test_failure_to_store_last_uses_is_logged_once_and_retried(self):
         full = gateway.Failure("the disk is full")
@@ -6420,7 +6420,7 @@ class DatabaseFailures(GatewayCase):
             self.assertStatus(self.ask("GET", "/api/tags"), 200)
             eventually(lambda: add.call_count >= 2, "a second attempt")
         self.assertEqual(["the disk is full" in line for line in logs.output], [True])
-        eventually(lambda: self.store.list("ada")[0].last_used_at, "the last use to be stored at last")
+        eventually(lambda: self.store.list("ada")[0].last_used_at, "storing of the last use")
 
     def test_server_killed_while_tokens_are_created_loses_none(self):
         serving = self.enter(Serving(self.folder, "--port", "0", "--ollama-url", self.fake.url, "--db", self.db))
@@ -6446,12 +6446,12 @@ class OpenApi(GatewayCase):
         self.assertStatus(answer, 200)
         return answer.json()
 
-    def test_document_has_exactly_the_routes_that_are_served(self):
+    def test_openapi_document_has_exactly_the_routes_that_are_served(self):
         paths = self.document()["paths"]
         self.assertEqual({(method.upper(), path) for path, methods in paths.items() for method in methods},
                          {(route.method, route.path) for route in gateway.ROUTES})
 
-    def test_document_has_the_base_path_and_lacks_disabled_routes(self):
+    def test_openapi_document_has_the_base_path_and_lacks_disabled_routes(self):
         paths = self.document(base_path="/team", no_admin_api="on", metrics_open="on")["paths"]
         self.assertIn("/team/chat", paths)
         self.assertIn("/v1/models", paths)
@@ -6461,7 +6461,7 @@ class OpenApi(GatewayCase):
     def test_every_route_has_a_summary(self):
         self.assertTrue(all(route.summary for route in gateway.ROUTES))
 
-    def test_every_reference_resolves(self):
+    def test_every_openapi_reference_resolves(self):
         document = self.document()
         for reference in set(re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(document))):
             with self.subTest(reference):
@@ -6476,7 +6476,7 @@ class OpenApi(GatewayCase):
         self.assertNotIn("requestBody", chat)
         self.assertEqual((chat["summary"], chat["responses"]["200"]), ("continue a conversation", {"description": "done"}))
 
-    def test_every_schema_type_is_a_json_schema_type(self):
+    def test_every_openapi_schema_has_a_json_schema_type(self):
         for name, schema in self.document()["components"]["schemas"].items():
             for kind in re.findall(r'"type": "(\w+)"', json.dumps(schema)):
                 with self.subTest(name):
@@ -6495,14 +6495,14 @@ class OpenApi(GatewayCase):
     def test_responses_of_the_gateways_own_endpoints_conform_to_their_schemas(self):
         document = self.document()
         self.ask("POST", "/api/chat", CHAT)
-        eventually(lambda: self.store.usage("user", 0), "the usage to be stored")
+        eventually(lambda: self.store.usage("user", 0), "storing of the usage")
         for path in "/health", "/me", "/admin/status", "/admin/usage", "/admin/tokens", "/admin/tokens/1":
             with self.subTest(path):
                 answer = document["paths"][path.replace("/1", "/{id}")]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
                 self.assertConforms(self.ask("GET", path, token=self.admin).json(), answer, document)
 
     def assertConforms(self, value, schema, document=None):
-        """Check a value against as much of JSON Schema as the document uses."""
+        """Check a value against a schema, with the part of JSON Schema that the document uses."""
         if "$ref" in schema:
             schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
         kinds = schema.get("type", [])
@@ -6628,7 +6628,7 @@ class WebPagesInBrowser(GatewayCase):
             }""")
         tab.press("Send")
         for end, hold in zip(cuts[1:], holds):
-            eventually(lambda end=end: tab.evaluate("window.decoded") == end, f"the first {end} bytes to arrive")
+            eventually(lambda end=end: tab.evaluate("window.decoded") == end, f"arrival of the first {end} bytes")
             hold.set()
         tab.shows("5 tokens", "#figures")
         self.assertEqual(tab.text("#said"), "blüte")
@@ -6652,7 +6652,7 @@ class WebPagesInBrowser(GatewayCase):
         tab.press("New secret: ada/laptop")
         tab.press("New secret")
         tab.press("Cancel")
-        eventually(lambda: tab.evaluate("!document.querySelector('dialog')"), "the dialog to close")
+        eventually(lambda: tab.evaluate("!document.querySelector('dialog')"), "closing of the dialog")
         tab.evaluate("release()")
         tab.shows("shown only once", "dialog")
 
@@ -6700,7 +6700,7 @@ class WebPagesInBrowser(GatewayCase):
     def test_docs_show_limits_and_usage(self):
         self.ask("POST", "/api/chat", CHAT)
         self.store.update("ada", "laptop", rpm=30, tokens_per_day=1000, models="tiny")
-        eventually(lambda: self.store.usage("day", 0), "the usage to be stored")
+        eventually(lambda: self.store.usage("day", 0), "storing of the usage")
         tab = self.docs()
         for text in ("tiny", "30\nleft of 30", "987\nleft of 1,000", "until deleted"):
             tab.shows(text, "#me")
@@ -6772,7 +6772,7 @@ class WebPagesInBrowser(GatewayCase):
         secret = tab.text("#secret").strip()
         self.assertStatus(self.ask("GET", "/api/tags", token=secret), 200)
         tab.press("I have saved it")
-        eventually(lambda: not tab.holds(secret), "the secret to disappear")
+        eventually(lambda: not tab.holds(secret), "removal of the secret")
         tab.shows("7 a minute", "#tokens")
         tab.press("Edit: kim/school")
         tab.type("Requests a minute", "")
@@ -6790,7 +6790,7 @@ class WebPagesInBrowser(GatewayCase):
         tab.press("I have saved it")
         tab.press("Delete: kim/school")
         tab.press("Delete")
-        eventually(lambda: "kim" not in tab.text("#tokens"), "the row to disappear")
+        eventually(lambda: "kim" not in tab.text("#tokens"), "removal of the row")
         self.assertEqual(self.names(), ["ada/laptop", "root/box"])
 
     def test_admin_page_uses_the_new_secret_after_rotating_its_own_token(self):
@@ -6866,7 +6866,7 @@ class WebPagesInBrowser(GatewayCase):
                 tab.press(action)
                 tab.shows("Cancel", "dialog")
                 tab.press("Cancel")
-                eventually(lambda: tab.evaluate("!document.querySelector('dialog')"), "the dialog to close")
+                eventually(lambda: tab.evaluate("!document.querySelector('dialog')"), "closing of the dialog")
         self.assertEqual([token._replace(last_used_at=None) for token in self.store.list()], [token._replace(last_used_at=None) for token in before])
 
     def test_admin_page_shows_an_error_beside_the_field_that_caused_it(self):
@@ -6927,7 +6927,7 @@ class WebPagesInBrowser(GatewayCase):
         secret = self.store.create(user, name)[1]
         self.fake.replies["/api/ps"] = Reply.json(200, {"models": [dict(MODEL, name=user)]})
         self.ask("POST", "/api/chat", CHAT, token=secret)
-        eventually(lambda: self.store.usage("user", 0), "the usage to be stored")
+        eventually(lambda: self.store.usage("user", 0), "storing of the usage")
         rest = self.hold()
         self.chat(chat_line(user), rest, LAST_CHAT_LINE)
         docs = self.docs(secret)
@@ -6949,7 +6949,7 @@ class WebPagesInBrowser(GatewayCase):
     def test_pages_do_not_scroll_sideways_at_the_width_of_a_phone(self):
         self.store.create("x" * 64, "y" * 64, models="z" * 200)
         self.ask("POST", "/api/chat", CHAT)
-        eventually(lambda: self.store.usage("user", 0), "the usage to be stored")
+        eventually(lambda: self.store.usage("user", 0), "storing of the usage")
         for tab in (self.docs(width=400), self.panel(width=400)):
             tab.evaluate("for (const details of document.querySelectorAll('details')) details.open = true")
             self.assertLessEqual(tab.evaluate("document.scrollingElement.scrollWidth"), 400)
@@ -6996,10 +6996,10 @@ class WebPageResponses(GatewayCase):
                 with self.subTest(f"{base}: {route.method} {route.path}"):
                     self.assertIn(f"{route.method} {gateway.at_base(route.path, base.rstrip('/'))}", text)
                     self.assertIn(route.summary, text)
-        for text_of_docs in [reason.meaning for reason in gateway.REFUSALS.values()] + [
+        for required in [reason.meaning for reason in gateway.REFUSALS.values()] + [
                 word for option in gateway.OPTIONS for word in (option.flag, option.variable, option.default, option.help) if word]:
-            with self.subTest(text_of_docs):
-                self.assertIn(text_of_docs, text)
+            with self.subTest(required):
+                self.assertIn(required, text)
 
     def test_disabled_admin_api_leaves_no_trace(self):
         server = self.serve(no_admin_api="1")
@@ -7141,7 +7141,7 @@ class AdminApi(GatewayCase):
 
     def test_usage_is_reported_as_by_the_command(self):
         self.assertStatus(self.ask("POST", "/api/chat", CHAT), 200)
-        eventually(lambda: self.store.usage("user", 0), "the usage to be stored")
+        eventually(lambda: self.store.usage("user", 0), "storing of the usage")
         self.fake.received.clear()
         for by in gateway.USAGE_BY:
             with self.subTest(by):
@@ -7169,7 +7169,7 @@ class AdminApi(GatewayCase):
         def state_of_two():
             status = self.ask("GET", "/admin/status", token=self.admin, server=server).json()
             return status if status["queued_requests"] and len(status["requests"]) == 2 else None
-        state = eventually(state_of_two, "the second request to be queued")
+        state = eventually(state_of_two, "queueing of the second request")
         self.assertEqual([(one["user"], one["name"], one["model"], one["path"], one["waiting"]) for one in state["requests"]],
                          [("ada", "laptop", "tiny", "/api/chat", False), ("root", "box", "tiny", "/api/chat", True)])
         self.assertEqual((state["in_flight_requests"], state["queued_requests"], state["version"]), (1, 1, gateway.VERSION))
@@ -7197,9 +7197,9 @@ class AdminApi(GatewayCase):
 # == Commands =================================================================
 
 
-class Commands(CommandCase):
+class CommandLine(CommandCase):
 
-    def test_create_shows_the_secret_once_and_how_to_use_it(self):
+    def test_create_shows_the_secret_and_how_to_use_it(self):
         out = self.succeeds("token", "create", "ada", "laptop")
         secrets = SECRET.findall(out)
         self.assertGreaterEqual(len(secrets), 1, out)
@@ -7207,20 +7207,20 @@ class Commands(CommandCase):
         for word in ("ada", "laptop", "Authorization"):
             self.assertIn(word, out)
 
-    def test_messages_name_the_database_in_full(self):
+    def test_messages_contain_the_full_path_of_the_database(self):
         relative = os.path.relpath(self.db)
         for argv in (("create", "ada", "laptop"), ("delete", "ada", "laptop")):
             with self.subTest(argv):
                 self.assertIn(self.db, self.succeeds("token", *argv, "--db", relative))
         self.assertIn(self.db, self.fails("token", "delete", "ada", "laptop", "--db", relative))
 
-    def test_the_use_it_shows_is_of_the_address_that_is_configured(self):
+    def test_create_shows_an_example_with_the_configured_address(self):
         for settings, url in (("GATEWAY_PORT=1234\nGATEWAY_HOST=::", "http://[::1]:1234/api/tags"),
                               ("GATEWAY_HOST=0.0.0.0\nGATEWAY_TLS_CERT=x.pem\nBASE_PATH=/o", "https://127.0.0.1:8000/o/tags")):
             env = self.write("x.env", f"TOKEN_DB_PATH={self.db}\n{settings}")
             self.assertIn(url, self.succeeds("token", "create", "ada", url[-20:], "--env-file", env))
 
-    def test_limits_are_set_shown_and_lifted(self):
+    def test_limits_are_set_shown_and_removed(self):
         made = json.loads(self.succeeds("token", "create", "ada", "laptop", "--json", *LIMITS))
         self.assertEqual([made[key] for key in gateway.LIMIT_BY_COLUMN], [["llama3*", "qwen2.5:7b"], 60, 2, 100000])
         self.assertRegex(self.succeeds("token", "list"), r"(?s)MODELS +RPM +PARALLEL +A DAY.* llama3\*,qwen2.5:7b +60 +2 +100000")
@@ -7231,30 +7231,30 @@ class Commands(CommandCase):
             self.assertEqual({key: made[key] for key in KEYS}, self.tokens()[0])
         self.assertIn("60 a minute", self.succeeds("token", "create", "ada", "phone", *LIMITS))
 
-    def test_a_wrong_limit_is_told_with_its_name_and_value(self):
+    def test_invalid_limit_is_reported_with_its_flag_and_value(self):
         self.create()
         for flag, *values in (("--rpm", "0", "-1", "many", "1.5", "9" * 20), ("--max-parallel", "0", "all"), ("--tokens-per-day", "1k", "0"),
                               ("--models", "a b", ",", "a:b:c", "none,a", "ünï", "[a")):
             for value in values:
                 for command in ("create", "bob", "box"), ("update", "ada", "laptop"):
                     with self.subTest(flag, value=value, command=command[0]):
-                        told = self.fails("token", *command, f"{flag}={value}", status=2)
-                        self.assertIn(f'{flag}: "{value}"', told)
+                        error = self.fails("token", *command, f"{flag}={value}", status=2)
+                        self.assertIn(f'{flag}: "{value}"', error)
         self.assertIn('--rpm: "?[2J"', self.fails("token", "create", "bob", "box", "--rpm", "\x1b[2J", status=2))
         self.assertIn("models", self.fails("token", "create", "bob", "box", "--admin", "--models", "x", status=2))
         self.assertIn("models", self.fails("token", "update", "ada", "laptop", "--admin", "--models", "x", status=2))
         self.assertEqual([(token["user"], token["admin"]) for token in self.tokens()], [("ada", False)])
 
-    def test_quiet_prints_the_secret_alone(self):
+    def test_quiet_prints_only_the_secret(self):
         self.assertRegex(self.succeeds("token", "create", "ada", "laptop", "--quiet"), SECRET.pattern + r"\n\Z")
         self.assertRegex(self.succeeds("token", "rotate", "ada", "laptop", "--quiet"), SECRET.pattern + r"\n\Z")
 
-    def test_json_has_the_keys_of_the_contract(self):
+    def test_json_output_has_the_documented_keys(self):
         self.assertEqual(set(json.loads(self.succeeds("token", "create", "ada", "laptop", "--json"))), KEYS | {"token"})
         self.assertEqual(set(json.loads(self.succeeds("token", "rotate", "ada", "laptop", "--json"))), KEYS | {"token"})
         self.assertEqual([set(row) for row in self.tokens()], [KEYS])
 
-    def test_json_tells_what_is_stored(self):
+    def test_json_output_matches_the_stored_token(self):
         made = json.loads(self.succeeds("token", "create", "ada", "laptop", "--admin", "--expires", "2099-01-31", "--json"))
         secret = made.pop("token")
         self.assertEqual([made], self.tokens())
@@ -7263,19 +7263,19 @@ class Commands(CommandCase):
         self.assertRegex(made["expires_at"], r"2099-01-31T00:00:00(Z|\+00:00)")
         self.assertRegex(made["created_at"], r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d(Z|\+00:00)")
 
-    def test_a_name_can_be_used_once_per_user(self):
+    def test_token_name_is_unique_per_user(self):
         self.create("ada", "laptop")
         self.assertIn("laptop", self.fails("token", "create", "ada", "laptop"))
         self.create("ada", "phone")
         self.create("bob", "laptop")
         self.assertEqual(len(self.tokens()), 3)
 
-    def test_odd_but_printable_names_are_kept_as_they_are(self):
+    def test_unusual_printable_names_are_stored_unchanged(self):
         for name in ODD_NAMES:
             self.create(name, name)
         self.assertEqual({(row["user"], row["name"]) for row in self.tokens()}, {(name, name) for name in ODD_NAMES})
 
-    def test_absurd_names_are_refused_without_echoing_control_characters(self):
+    def test_invalid_names_are_refused_without_echoing_control_characters(self):
         for label, name in BAD_NAMES:
             for argv in ((name, "laptop"), ("ada", name)):
                 with self.subTest(label, argv=argv):
@@ -7284,7 +7284,7 @@ class Commands(CommandCase):
         self.create()
         self.assertEqual([row["user"] for row in self.tokens()], ["ada"])
 
-    def test_names_that_are_no_text_are_told_so(self):
+    def test_names_that_are_not_valid_unicode_are_reported(self):
         self.create()
         for command in (("delete", "\udcff", "x"), ("rotate", "ada", "\udcff"), ("update", "\udcff", "x", "--admin"), ("list", "--user", "\udcff")):
             with self.subTest(command):
@@ -7292,8 +7292,8 @@ class Commands(CommandCase):
         self.assertIn("database", self.fails("token", "list", "--db", self.path("a\0b")))
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
-    def test_what_cannot_be_printed_is_a_failure(self):
-        """On a full or closed stdout or stderr: one line where it can be said, status 1, and no complaint of Python's at exit."""
+    def test_failure_to_write_the_output_is_reported(self):
+        """If stdout or stderr is full or closed: one line of error where possible, status 1, and no error from Python at exit."""
         self.create()
         tokens, new = ("token", "list", "--db", self.db), ("token", "create", "bob", "desk", "--db", self.db)
         for argv, redirection, status, lines in (
@@ -7309,13 +7309,13 @@ class Commands(CommandCase):
         with self.subTest(argv, redirection=redirection, **environ):
             self.assertEqual((done.returncode, len(done.stderr.splitlines())), (status, lines), done.stderr)
 
-    def test_a_token_that_is_not_there_is_said_to_be_so(self):
+    def test_missing_token_is_reported(self):
         self.create("ada", "laptop")
         for argv in (("update", "ada", "phone", "--admin"), ("rotate", "ada", "phone"), ("delete", "ada", "phone")):
             with self.subTest(argv):
                 self.assertIn("phone", self.fails("token", *argv))
 
-    def test_expiry_is_a_duration_or_a_date_or_an_instant(self):
+    def test_expiry_accepts_a_duration_a_date_or_a_timestamp(self):
         for number, (value, expected) in enumerate((
             ("90s", 90), ("15m", 900), ("12h", 43200), ("30d", 30 * 86400), ("8w", 56 * 86400),
             ("2099-01-31", "2099-01-31T00:00:00"), ("2099-01-31T12:30:00Z", "2099-01-31T12:30:00"),
@@ -7330,17 +7330,17 @@ class Commands(CommandCase):
                     instant = self.find(made["token"])[0].expires_at
                     self.assertTrue(int(started) + expected <= instant <= time.time() + expected + 1, instant)
 
-    def test_create_prints_the_instant_of_expiry(self):
+    def test_create_prints_the_expiry_date(self):
         self.assertIn("2099-01-31", self.succeeds("token", "create", "ada", "laptop", "--expires", "2099-01-31"))
 
-    def test_a_wrong_or_past_expiry_is_refused(self):
+    def test_invalid_or_past_expiry_is_refused(self):
         for value in ("soon", "30", "d", "-1d", "1y", "2099-02-30", "2099-13-01", "2020-01-31", "2020-01-31T00:00:00Z", "2099-01-31T12:30:00",
                       "2099-01-31T12:30Z", "2099-01-31T25:00:00Z", "99999999999999w", "999999999w", "9999-12-31T23:59:59-23:59", "1.5.2d", "٣d",
                       "0d"):
             with self.subTest(value):
                 self.assertIn(value, self.fails("token", "create", "ada", "laptop", f"--expires={value}", status=2))
 
-    def test_update_changes_what_it_is_told_and_nothing_else(self):
+    def test_update_changes_only_the_given_fields(self):
         secret = self.create("ada", "laptop", "--expires", "2099-01-31")
         before, = self.tokens()
         for label, flags, changes in (
@@ -7355,7 +7355,7 @@ class Commands(CommandCase):
                 self.assertEqual(self.tokens(), [before])
         self.assertTrue(self.find(secret)[0])
 
-    def test_rotate_changes_the_secret_and_nothing_else(self):
+    def test_rotate_changes_only_the_secret(self):
         old = self.create("ada", "laptop", "--expires", "2099-01-31", "--admin")
         before, = self.tokens()
         new = self.succeeds("token", "rotate", "ada", "laptop", "--quiet").strip()
@@ -7364,12 +7364,12 @@ class Commands(CommandCase):
         unknown, known = self.find(old, new)
         self.assertEqual((unknown, known.name), (None, "laptop"))
 
-    def test_delete_takes_one_token_away(self):
+    def test_delete_removes_one_token(self):
         kept, gone = self.create("ada", "laptop"), self.create("ada", "phone")
         self.succeeds("token", "delete", "ada", "phone")
         self.assertEqual([token and token.name for token in self.find(kept, gone)], ["laptop", None])
 
-    def test_the_list_is_a_table_that_fits_a_terminal(self):
+    def test_list_prints_a_table_that_fits_the_terminal(self):
         secret = self.create("ada", "laptop", "--expires", "2099-01-31")
         self.create("bob", "old phone", "--admin")
         self.expire("ada", "laptop")
@@ -7385,19 +7385,19 @@ class Commands(CommandCase):
         with contextlib.closing(gateway.TokenStore(self.db)) as store:
             store.update(user, name, expires_at=1)
 
-    def test_the_list_can_be_of_one_user(self):
+    def test_list_can_be_restricted_to_one_user(self):
         self.create("ada", "laptop")
         self.create("bob", "laptop")
         self.assertEqual([row["user"] for row in self.tokens("--user", "bob")], ["bob"])
         self.assertNotIn("ada", self.succeeds("token", "list", "--user", "bob").replace(self.db, ""))
 
-    def test_what_only_reads_makes_no_database(self):
+    def test_commands_that_only_read_create_no_database(self):
         for argv in (("list",), ("list", "--json"), ("export", "-"), ("export", self.path("out.csv"))):
             with self.subTest(argv):
                 self.assertIn(self.db, self.fails("token", *argv))
                 self.assertEqual(os.listdir(self.folder), [])
 
-    def test_a_file_that_is_no_database_of_ours_is_told_and_left_alone(self):
+    def test_file_that_is_not_a_token_database_is_reported_and_not_changed(self):
         with contextlib.closing(sqlite3.connect(self.path("newer.db"))) as db:
             db.execute("PRAGMA user_version = 99")
             db.execute("CREATE TABLE tokens (x)")
@@ -7412,12 +7412,12 @@ class Commands(CommandCase):
             self.assertEqual((self.read(name), stat.S_IMODE(os.stat(self.path(name)).st_mode)), (before, 0o644))
             self.assertEqual(sorted(os.listdir(self.folder)), ["newer.db", "text.db"])
 
-    def test_a_folder_in_its_place_or_none_around_it_is_told(self):
+    def test_database_path_that_is_a_folder_or_in_a_missing_folder_is_reported(self):
         for path in (self.folder, self.path("no/such/tokens.db")):
             with self.subTest(path):
                 self.assertIn(path, self.fails("token", "create", "ada", "laptop", "--db", path))
 
-    def test_database_and_settings_may_stand_before_or_after_the_subcommand(self):
+    def test_global_options_are_accepted_before_or_after_the_subcommand(self):
         self.create()
         env = self.write("a.env", f"TOKEN_DB_PATH={self.db}")
         listed = self.succeeds("token", "list")
@@ -7428,33 +7428,33 @@ class Commands(CommandCase):
             with self.subTest(argv):
                 self.assertEqual(self.succeeds(*argv), listed)
 
-    def test_wrong_words_are_usage_errors(self):
+    def test_invalid_arguments_are_usage_errors(self):
         for argv in ((), ("nonsense",), ("token",), ("token", "nonsense"), ("token", "create"), ("token", "create", "ada"),
                      ("token", "list", "--us", "ada"),
                      ("token", "create", "ada", "x", "--quiet", "--json"), ("serve", "--port", "x"), ("token", "create", "ada", "x", "--admin=1")):
             with self.subTest(argv):
                 self.fails(*argv, status=2)
 
-    def test_a_wrong_setting_stops_every_command(self):
+    def test_invalid_setting_of_serve_is_reported_with_its_source(self):
         env = self.write("a.env", "TOKEN_DB_PATH=x.db\nGATEWAY_PORT=http\n")
         err = self.fails("serve", "--env-file", env, status=2)
         for word in ("GATEWAY_PORT", "http", env):
             self.assertIn(word, err)
 
-    def test_help_of_every_command_ends_in_an_example(self):
+    def test_help_of_every_command_ends_with_an_example(self):
         for argv in COMMANDS:
             with self.subTest(argv):
                 out = self.succeeds(*argv, "-h")
                 example = [line for line in out.splitlines() if "ollama_gateway.py" in line and not line.lower().startswith("usage")]
                 self.assertEqual(out.rstrip().splitlines()[-1:], example[-1:], out)
 
-    def test_help_of_every_command_fits_80_columns_and_tells_the_version(self):
+    def test_help_of_every_command_fits_80_columns_and_version_is_available(self):
         for argv in COMMANDS:
             with self.subTest(argv), unittest.mock.patch.dict(os.environ, COLUMNS="200"):
                 self.assertEqual([line for line in self.succeeds(*argv, "-h").splitlines() if len(line) > 80], [])
                 self.assertEqual(self.succeeds(*argv, "--version"), f"ollama_gateway {gateway.VERSION}\n")
 
-    def test_a_mistyped_word_is_answered_with_the_nearest_one(self):
+    def test_mistyped_argument_is_answered_with_a_suggestion(self):
         for argv, near in ((("serv",), "serve"), (("token", "creat"), "create"), (("token", "dele", "ada", "x"), "delete"),
                            (("usage", "--by", "modl"), "model"), (("serve", "--prot", "1"), "--port"),
                            (("token", "create", "ada", "x", "--rpn=4"), "--rpm")):
@@ -7464,7 +7464,7 @@ class Commands(CommandCase):
             with self.subTest(argv):
                 self.assertNotIn("did you mean", self.fails(*argv, status=2))
 
-    def test_examples_in_the_help_are_commands(self):
+    def test_examples_in_the_help_are_valid_commands(self):
         for argv in COMMANDS:
             for line in re.findall(r"python3 (ollama_gateway\.py .*)", self.succeeds(*argv, "-h")):
                 with self.subTest(line):
@@ -7476,29 +7476,29 @@ class ExportAndImport(CommandCase):
     ROW = {"user": "ada", "name": "laptop", "digest": "0" * 64, "hint": "ogw_xxxx", "created_at": "2026-11-23T00:00:00Z", "expires_at": None,
            "last_used_at": None, "admin": False, "models": None, "rpm": None, "max_parallel": None, "tokens_per_day": None}
 
-    def test_rows_that_no_list_could_show_are_refused(self):
+    def test_import_refuses_rows_with_invalid_values(self):
         for key, value in (("created_at", "9999-12-31T23:59:59-23:00"), ("created_at", "0001-01-01T00:00:00+23:00"), ("hint", "\x1b[2J"),
                            ("hint", "a\0b"), ("hint", "\ud800"), ("hint", "x" * 9), ("user", ["a"]), ("user", {}), ("user", "\ud800"),
                            ("digest", "0" * 63), ("admin", "perhaps"), ("created_at", None), ("models", "a b"), ("models", ["a"]), ("rpm", 0),
                            ("rpm", "many"), ("max_parallel", -1), ("tokens_per_day", 1.5), ("tokens_per_day", True)):
             with self.subTest(key, value=value):
-                told = self.fails("token", "import", "-", stdin=json.dumps({"version": 2, "tokens": [dict(self.ROW, **{key: value})]}))
-                self.assertIn("nothing was imported", told)
+                error = self.fails("token", "import", "-", stdin=json.dumps({"version": 2, "tokens": [dict(self.ROW, **{key: value})]}))
+                self.assertIn("nothing was imported", error)
 
-    def test_a_row_without_its_limits_or_an_admins_with_models_is_refused(self):
+    def test_import_refuses_rows_without_limits_and_admin_rows_with_models(self):
         for label, row in (("without", {key: self.ROW[key] for key in self.ROW if key != "rpm"}),
                            ("an admin's", dict(self.ROW, admin=True, models="tiny"))):
             with self.subTest(label):
                 self.assertIn("row 1", self.fails("token", "import", "-", stdin=json.dumps({"version": 2, "tokens": [row]})))
 
-    def test_an_export_of_before_the_limits_is_read_too(self):
+    def test_import_accepts_version_1_exports_without_limits(self):
         row = {key: value for key, value in self.ROW.items() if key not in gateway.LIMIT_BY_COLUMN}
         cells = [["version", *row], ["1", *("" if value is None else str(value) for value in row.values())]]
         for text in (json.dumps({"version": 1, "tokens": [row]}), "\n".join(map(",".join, cells))):
             self.succeeds("token", "import", "-", "--db", self.other, stdin=text)
             self.assertEqual([(token["user"], token["rpm"], token["models"]) for token in self.tokens("--db", self.other)], [("ada", None, None)])
 
-    def test_json_too_deep_to_be_read_is_refused(self):
+    def test_import_refuses_json_that_is_nested_too_deeply(self):
         self.assertIn("nothing was imported", self.fails("token", "import", "-", stdin='{"a":' * 100_000))
 
     def setUp(self):
@@ -7515,7 +7515,7 @@ class ExportAndImport(CommandCase):
     def comparable(self, db):
         return sorted(({**row, "id": 0} for row in self.tokens("--db", db)), key=lambda row: row["user"])
 
-    def test_what_was_exported_comes_back_elsewhere_with_its_secrets_working(self):
+    def test_exported_tokens_work_after_import_into_another_database(self):
         for name in ("tokens.csv", "tokens.json"):
             with self.subTest(name):
                 other = self.path(name + ".db")
@@ -7523,7 +7523,7 @@ class ExportAndImport(CommandCase):
                 self.assertEqual(self.comparable(other), self.comparable(self.db))
                 self.assertEqual([token.user for token in self.find(*self.secrets.values(), db=other)], list(self.secrets))
 
-    def test_a_second_generation_is_the_same_bytes(self):
+    def test_export_of_imported_tokens_is_identical(self):
         for name in ("tokens.csv", "tokens.json"):
             with self.subTest(name):
                 first = self.export(name)
@@ -7532,33 +7532,33 @@ class ExportAndImport(CommandCase):
                 self.succeeds("token", "export", again, "--db", self.path(name + ".db"))
                 self.assertEqual(self.read(name), self.read("again-" + name))
 
-    def test_the_dash_is_standard_output_and_input_in_json(self):
+    def test_dash_stands_for_standard_output_and_input_in_json(self):
         out = self.succeeds("token", "export", "-")
         self.assertTrue(json.loads(out))
         self.succeeds("token", "import", "-", "--db", self.other, stdin=out)
         self.assertEqual(self.comparable(self.other), self.comparable(self.db))
 
-    def test_the_format_goes_by_the_ending_unless_it_is_said(self):
+    def test_export_format_follows_the_file_extension_unless_it_is_given(self):
         self.assertEqual(json.loads(self.read(os.path.basename(self.export("a.csv", "--format", "json")))),
                          json.loads(self.succeeds("token", "export", "-")))
         self.assertEqual(self.succeeds("token", "export", "-", "--format", "csv").encode().replace(b"\r\n", b"\n"),
                          self.read(os.path.basename(self.export("a.json", "--format", "csv"))).replace(b"\r\n", b"\n"))
         self.fails("token", "export", self.path("a.txt"), status=2)
 
-    def test_an_export_holds_digests_and_no_secret(self):
+    def test_export_contains_digests_and_no_secrets(self):
         for name in ("tokens.csv", "tokens.json"):
             self.export(name)
             for secret in self.secrets.values():
                 self.assertNotIn(secret.encode(), self.read(name))
                 self.assertIn(hashlib.sha256(secret.encode()).hexdigest().encode(), self.read(name))
 
-    def test_no_cell_of_the_csv_is_a_formula(self):
+    def test_csv_export_contains_no_spreadsheet_formulas(self):
         for row in csv.reader(io.StringIO(self.read(os.path.basename(self.export("tokens.csv"))).decode("utf-8-sig"))):
             for cell in row:
                 self.assertFalse(cell.startswith(("=", "+", "-", "@", "\t", "\r")), cell)
 
     @unittest.skipIf(os.name == "nt", "Windows has no such permissions")
-    def test_the_target_is_replaced_as_a_whole_and_private(self):
+    def test_export_replaces_its_target_atomically_and_with_private_permissions(self):
         for name in ("tokens.csv", "tokens.json"):
             with self.subTest(name):
                 before = os.stat(self.write(name, "what was there"))
@@ -7570,34 +7570,34 @@ class ExportAndImport(CommandCase):
                 self.assertEqual(stat.S_IMODE(after.st_mode), 0o600)
         self.assertEqual({name for name in os.listdir(self.folder) if not name.startswith("tokens.db")}, {"tokens.csv", "tokens.json"})
 
-    def test_an_export_that_cannot_be_written_leaves_nothing(self):
+    def test_failed_export_leaves_no_files(self):
         os.mkdir(self.path("taken.csv"))
         for target in ("taken.csv", "no/such.csv"):
             with self.subTest(target):
                 self.assertIn(target, self.fails("token", "export", self.path(target)))
         self.assertEqual({name for name in os.listdir(self.folder) if not name.startswith("tokens.db")}, {"taken.csv"})
 
-    def test_importing_the_same_again_changes_nothing(self):
+    def test_repeated_import_changes_nothing(self):
         before = self.tokens()
         for name in ("tokens.csv", "tokens.json"):
             self.succeeds("token", "import", self.export(name))
         self.assertEqual(self.tokens(), before)
 
-    def test_a_clash_refuses_the_whole_file(self):
+    def test_import_with_a_conflicting_name_is_refused_as_a_whole(self):
         exported = self.export("tokens.json")
         self.succeeds("token", "create", "root", "box", "--db", self.other)
         before = self.tokens("--db", self.other)
         self.assertIn("root", self.fails("token", "import", exported, "--db", self.other))
         self.assertEqual(self.tokens("--db", self.other), before)
 
-    def test_a_secret_under_another_name_is_a_clash_too(self):
+    def test_import_with_a_known_secret_under_another_name_is_refused(self):
         exported = self.export("tokens.json")
         self.succeeds("token", "import", exported, "--db", self.other)
         self.write("renamed.json", self.read("tokens.json").replace(b'"root"', b'"toor"'))
         self.fails("token", "import", self.path("renamed.json"), "--db", self.other)
         self.assertEqual(self.comparable(self.other), self.comparable(self.db))
 
-    def test_what_is_no_export_is_told_and_changes_nothing(self):
+    def test_import_of_an_invalid_file_is_refused_and_changes_nothing(self):
         before = self.tokens()
         whole = self.read(os.path.basename(self.export("tokens.json")))
         table = self.read(os.path.basename(self.export("tokens.csv")))
@@ -7615,12 +7615,12 @@ class ExportAndImport(CommandCase):
                 self.assertIn(name, self.fails("token", "import", self.write(name, content)))
                 self.assertEqual(self.tokens(), before)
 
-    def test_a_file_that_is_not_there_is_told(self):
+    def test_import_of_a_missing_file_is_reported(self):
         self.assertIn("missing.csv", self.fails("token", "import", self.path("missing.csv")))
 
 
 OLD_SCHEMA = "CREATE TABLE tokens (id INTEGER PRIMARY KEY, user_id TEXT, user TEXT, api_name TEXT, token TEXT, created_at TEXT, expires_at TEXT)"
-OLD_ROWS = (   # user, name, clear token, created, expires
+OLD_ROWS = (   # user, name, token in clear text, created, expires
     ("ada", "laptop", "clear-token-of-ada-0001", "2024-05-01 10:00:00", None),
     ("ada", "phone", "clear-token-of-ada-0002", "2024-05-01T10:00:00.123456", "2099-01-31 12:30:00"),
     ("bob", "desk", "clear-token-of-bob-0003", "2024-05-01T10:00:00+00:00", "2099-01-31T12:30:00+02:00"),
@@ -7640,7 +7640,7 @@ OLD_ROWS = (   # user, name, clear token, created, expires
 OLD_SECRETS = sorted({row[2] for row in OLD_ROWS if row[2]})
 
 
-class Table(unittest.TestCase):
+class TableFormat(unittest.TestCase):
 
     ROWS = [("USER", "NAME", "SECRET", "EXPIRES", "LAST USED"),
             ("a" * 30, "b" * 40, "ogw_1234…", "2027-01-31", "2026-11-23 11:56"), ("日本語", "é", "ogw_1234…", "expired", "never")]
@@ -7650,7 +7650,7 @@ class Table(unittest.TestCase):
                 unittest.mock.patch("sys.stdout.isatty", lambda: terminal, create=True):
             return gateway.format_table(self.ROWS, **how)
 
-    def test_the_widest_columns_shrink_to_fit_a_terminal(self):
+    def test_table_shrinks_its_widest_columns_to_fit_the_terminal(self):
         for columns, margin, user in ((200, 0, "a" * 30), (100, 0, "a" * 27 + "…"), (100, 10, "a" * 22 + "…"), (80, 8, "a" * 14 + "…")):
             with self.subTest(columns, margin=margin):
                 lines = self.table(columns, margin=margin)
@@ -7659,14 +7659,14 @@ class Table(unittest.TestCase):
                 self.assertIn("2027-01-31  2026-11-23", lines[1])
         self.assertIn("ogw_1234…  2027-01-31  2026-11-23…", self.table(10)[1], "a date stays whole, and the line wraps")
 
-    def test_droppable_columns_are_left_out_in_turn_if_shrinking_is_not_enough(self):
+    def test_table_omits_droppable_columns_if_shrinking_is_not_enough(self):
         for columns, headings in ((60, self.ROWS[0]), (50, ("USER", "NAME", "EXPIRES", "LAST USED")), (40, ("USER", "NAME", "EXPIRES"))):
             with self.subTest(columns):
                 lines = self.table(columns, droppable=("SECRET", "LAST USED"))
                 self.assertLessEqual(max(map(gateway.text_width, lines)), columns, lines)
                 self.assertEqual(lines[0].replace("LAST USED", "LAST_USED").split(), [name.replace(" ", "_") for name in headings])
 
-    def test_elsewhere_nothing_is_cut(self):
+    def test_table_is_not_shortened_if_the_output_is_not_a_terminal(self):
         self.assertIn(f"{'a' * 30}  {'b' * 40}  ogw_1234…", self.table(40, terminal=False)[1])
 
 
@@ -7686,7 +7686,7 @@ class UsageCommand(CommandCase):
     def rows(self, *flags):
         return json.loads(self.succeeds("usage", "--json", *flags))
 
-    def test_it_is_told_by_what_is_asked_for(self):
+    def test_usage_is_grouped_by_the_requested_key(self):
         ada = {"requests": 4, "errors": 2, "cancelled": 0, "prompt_tokens": 30, "cached_tokens": 10, "completion_tokens": 60, "seconds": 5.0,
                "estimated_tokens": 0}
         bob = {"requests": 2, "errors": 0, "cancelled": 1, "prompt_tokens": None, "cached_tokens": None, "completion_tokens": None,
@@ -7702,7 +7702,7 @@ class UsageCommand(CommandCase):
         self.assertEqual(self.rows("--since", "1h")[0]["user"], "ada")
         self.assertEqual(len(self.rows("--since", "2020-01-01")), 2)
 
-    def test_since_7d_is_seven_utc_days_with_todays(self):
+    def test_since_7d_covers_seven_utc_days_including_today(self):
         midnight = 20_000 * 86400
         for text, start in (("7d", midnight - 6 * 86400), ("1d", midnight), ("1w", midnight - 6 * 86400), ("12h", midnight - 3600),
                             ("24h", midnight - 13 * 3600), ("1.5d", midnight - 25 * 3600), ("2024-10-01", midnight - 3 * 86400)):
@@ -7716,12 +7716,12 @@ class UsageCommand(CommandCase):
         self.assertEqual(days, [gateway.format_instant((self.hour // 86400 - back) * 86400)[:10] for back in range(6, -1, -1)])
         self.assertEqual([row["day"] for row in self.rows("--by", "day")], days)
 
-    def test_csv_is_text_to_a_spreadsheet(self):
+    def test_usage_csv_contains_no_spreadsheet_formulas(self):
         rows = list(csv.reader(io.StringIO(self.succeeds("usage", "--csv"))))
         self.assertEqual(rows, [["user", *gateway.MEASURED], ["ada", "4", "2", "0", "30", "10", "60", "5.0", "0"],
                                 ["'=bob", "2", "0", "1", "", "", "", "1.0", "0"]])
 
-    def test_a_table_says_what_is_unknown_and_names_the_database(self):
+    def test_usage_table_marks_unknown_counts_and_names_the_database(self):
         out = self.succeeds("usage")
         self.assertIn(self.db, out)
         self.assertRegex(out, r"=bob +2 +0 +1 +unknown +unknown +unknown +1\.0")
@@ -7730,7 +7730,7 @@ class UsageCommand(CommandCase):
         self.assertRegex(out, r"PROMPT +CACHED +COMPLETION +SECONDS\n")
         self.assertRegex(self.succeeds("usage", "--since", "30d"), r"SECONDS +ESTIMATED\n=bob .* 500\n")
 
-    def test_a_wrong_time_is_told_and_no_database_is_made(self):
+    def test_invalid_since_is_reported_and_no_database_is_created(self):
         for since in ("soon", "7", "2999-01-01", "-1d"):
             with self.subTest(since):
                 self.assertIn("--since", self.fails("usage", f"--since={since}", status=2))
@@ -7738,7 +7738,7 @@ class UsageCommand(CommandCase):
         self.fails("usage", "--db", self.path("missing.db"))
         self.assertFalse(os.path.exists(self.path("missing.db")))
 
-    def test_without_any_it_says_so(self):
+    def test_usage_of_an_empty_database_is_reported_as_zero(self):
         self.assertRegex(self.succeeds("usage", "--since", "1s", "--db", self.create_empty()), "^0 requests, 0 tokens since")
 
     def create_empty(self):
@@ -7746,11 +7746,11 @@ class UsageCommand(CommandCase):
         return self.path("empty.db")
 
 
-class StopAtOnce(Case):
+class StopDuringStartup(Case):
 
-    @unittest.skipIf(os.name == "nt", "stopping is done by signals")
-    def test_it_stops_whatever_it_is_at_just_then(self):
-        """A signal may come in the middle of anything that the start still has to do."""
+    @unittest.skipIf(os.name == "nt", "the process is stopped by signals")
+    def test_sigterm_during_startup_stops_the_gateway_cleanly(self):
+        """A signal may arrive while any step of the startup is still running."""
         for number in range(12):
             with self.subTest(number):
                 serving = self.enter(Serving(self.folder, "--port", "0", "--ollama-url", "http://127.0.0.1:1"))
@@ -7773,7 +7773,7 @@ class ServeCommand(Case):
         with contextlib.closing(gateway.TokenStore(self.db, create=True)) as store:
             return store.create("ada", "laptop")[1]
 
-    def test_the_first_line_says_all_that_matters(self):
+    def test_first_line_names_address_upstream_models_database_and_tokens(self):
         self.make_token()
         line = self.serving().first_line
         self.assertRegex(line, r"http://127\.0\.0\.1:[1-9]\d*")
@@ -7782,30 +7782,30 @@ class ServeCommand(Case):
         self.assertIn(os.path.realpath(self.db), line)
         self.assertRegex(line, r"\b1 token\b")
 
-    def test_it_serves_from_its_first_moment_while_the_first_line_waits_for_ollamas_answer(self):
+    def test_requests_are_served_while_the_first_line_waits_for_ollama(self):
         hold, port = self.hold(), free_port()
         self.fake.replies["/api/version"] = Reply.stream(hold, b'{"version":"0.9.3"}', kind=JSON)
-        patient = (f"import sys; sys.path.insert(0, {HERE!r}); import ollama_gateway as gateway; "
+        program = (f"import sys; sys.path.insert(0, {HERE!r}); import ollama_gateway as gateway; "
                    f"gateway.PROBE_SECONDS = {10 * GUARD}; gateway.main()")
-        with unittest.mock.patch.object(subprocess, "Popen", functools.partial(popen_as, subprocess.Popen, ["-c", patient])):
+        with unittest.mock.patch.object(subprocess, "Popen", functools.partial(popen_as, subprocess.Popen, ["-c", program])):
             serving = self.serving("--port", str(port))
-        eventually(lambda: self.fake.received, "the probe")
+        eventually(lambda: self.fake.received, "the health probe")
         with Client(("127.0.0.1", port)) as client:
             self.assertEqual(client.ask("GET", "/").body, b"Ollama is running")
             self.assertEqual(client.ask("GET", "/health").json()["upstream"], "down")
-            self.assertNotIn(self.fake.url, "".join(serving.lines), "the line that says what Ollama has")
+            self.assertNotIn(self.fake.url, "".join(serving.lines), "the line with the models must wait for Ollama")
             hold.set()
             line = eventually(lambda: next((line for line in serving.lines if self.fake.url in line), None))
             self.assertRegex(line, r"\b1 model\b")
             self.assertEqual(client.ask("GET", "/health").json()["upstream"], "up")
 
-    def test_without_tokens_it_says_the_command_that_makes_one_and_lets_nobody_in(self):
+    def test_serve_without_tokens_shows_how_to_create_one_and_refuses_requests(self):
         serving = self.serving()
         eventually(lambda: any("token create" in line for line in serving.lines), "the hint")
         with Client(serving.server_address) as client:
             self.assertEqual(client.ask("GET", "/api/tags").status, 401)
 
-    def test_with_the_upstream_down_it_starts_all_the_same_and_recovers(self):
+    def test_serve_starts_with_the_upstream_down_and_recovers(self):
         secret, port = self.make_token(), self.fake.server_address[1]
         self.fake.shutdown()
         self.fake.server_close()
@@ -7816,7 +7816,7 @@ class ServeCommand(Case):
             self.enter(running(FakeOllama(port)))
             self.assertEqual(client.ask("GET", "/api/tags", headers=bearer(secret)).status, 200)
 
-    def test_it_serves_and_stops_with_a_good_conscience(self):
+    def test_serve_stops_cleanly_on_sigterm_and_sigint(self):
         secret = self.make_token()
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             with self.subTest(signal_number):
@@ -7826,8 +7826,8 @@ class ServeCommand(Case):
                 self.assertEqual(serving.stop(signal_number), 0)
                 self.assertNotRegex("\n".join(serving.lines), "Traceback|Warning|Exception")
 
-    @unittest.skipUnless(shutil.which("prlimit"), "needs prlimit to take descriptors away")
-    def test_the_cap_is_fitted_to_the_descriptors_there_are(self):
+    @unittest.skipUnless(shutil.which("prlimit"), "needs prlimit to limit the descriptors")
+    def test_connection_limit_is_reduced_to_the_available_descriptors(self):
         command = ["prlimit", "--nofile=400:400", sys.executable, GATEWAY, "serve", "--port", "0", "--db", self.db]
         with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=self.folder) as process:
             try:
@@ -7837,14 +7837,14 @@ class ServeCommand(Case):
         self.assertIn(b"ollama_gateway", first)
         self.assertRegex(second.decode(), r"Only 52 connections .*ulimit")
 
-    def test_a_port_that_is_taken_is_named(self):
+    def test_occupied_port_is_reported(self):
         port = str(self.fake.server_address[1])
         serving = self.serving("--port", port)
         self.assertEqual(serving.wait(), 1)
         self.assertIn(port, serving.lines[-1])
         self.assertNotIn("Traceback", "\n".join(serving.lines))
 
-    def test_a_wrong_setting_is_one_line_and_status_2(self):
+    def test_invalid_setting_is_reported_in_one_line_with_status_2(self):
         self.write(".env", "GATEWAY_STALL_TIMEOUT=soon")
         serving = self.serving()
         self.assertEqual(serving.wait(), 2)
@@ -7860,7 +7860,7 @@ class ServeCommand(Case):
         with Client(serving.server_address) as client:
             self.assertEqual(client.ask("GET", "/env/tags", headers=bearer(secret)).status, 200)
 
-    def test_requests_are_logged_on_standard_error_with_their_time(self):
+    def test_requests_are_logged_on_stderr_with_their_time(self):
         secret = self.make_token()
         serving = self.serving()
         with Client(serving.server_address) as client:
@@ -7868,7 +7868,7 @@ class ServeCommand(Case):
         line = eventually(lambda: next((line for line in serving.lines if "path=/api/tags" in line), None))
         self.assertRegex(line, r"20\d\d-\d\d-\d\dT?.\d\d:\d\d:\d\d")
 
-    def test_a_level_for_the_file_opens_the_file(self):
+    def test_log_file_level_enables_the_log_file(self):
         secret = self.make_token()
         serving = self.serving(LOG_LEVEL="ERROR", LOG_FILE_LEVEL="INFO")
         with Client(serving.server_address) as client:
@@ -7883,14 +7883,14 @@ class ServeCommand(Case):
         self.assertNotIn("app.log", os.listdir(self.folder))
 
     @unittest.skipUnless(ipv6_loopback(), "this machine has no IPv6")
-    def test_it_listens_on_ipv6_too(self):
+    def test_serve_listens_on_an_ipv6_address(self):
         serving = self.serving("--host", "::1")
         port = int(re.search(r"http://\[::1\]:(\d+)", serving.first_line).group(1))
         with Client(("::1", port)) as client:
             self.assertEqual(client.ask("GET", "/").body, b"Ollama is running")
 
     @unittest.skipUnless(shutil.which("openssl"), "needs the openssl command to make a certificate")
-    def test_a_hangup_signal_reads_the_certificate_again(self):
+    def test_sighup_reloads_the_certificate(self):
         secret = self.make_token()
         cert, key = certificate(self.folder, "first")
         serving = self.serving("--tls-cert", cert, "--tls-key", key)
@@ -7910,16 +7910,16 @@ class ServeCommand(Case):
         serving = self.serving("--tls-cert", cert, "--tls-key", key)
         first = ssl.get_server_certificate(serving.server_address)
         os.replace(new_cert, cert)
-        for number, spoil in enumerate((lambda: None, lambda: os.remove(key)), 1):
-            spoil()
+        for number, break_key in enumerate((lambda: None, lambda: os.remove(key)), 1):
+            break_key()
             serving.process.send_signal(signal.SIGHUP)
-            eventually(lambda number=number: sum("old certificate stays" in line for line in serving.lines) == number, "the refusal")
+            eventually(lambda number=number: sum("old certificate stays" in line for line in serving.lines) == number, "logging of the error")
             self.assertEqual(ssl.get_server_certificate(serving.server_address), first)
         os.replace(new_key, key)
         serving.process.send_signal(signal.SIGHUP)
         eventually(lambda: ssl.get_server_certificate(serving.server_address) != first, "the new certificate")
 
-    def test_sighup_reopens_the_log_file_and_cuts_no_stream(self):
+    def test_sighup_reopens_the_log_file_and_interrupts_no_stream(self):
         secret, hold, log = self.make_token(), self.hold(), self.path("gateway.log")
         self.fake.replies["/api/chat"] = Reply.stream(LINE, hold, LINE)
         serving = self.serving("--log-file", log)
@@ -7935,13 +7935,13 @@ class ServeCommand(Case):
             os.rename(log, log + ".2")
             os.mkdir(log)
             serving.process.send_signal(signal.SIGHUP)
-            eventually(lambda: b"the old log file stays" in self.read("gateway.log.2"), "the refusal, in the old file")
+            eventually(lambda: b"the old log file stays" in self.read("gateway.log.2"), "logging of the error in the old file")
             hold.set()
             self.assertEqual((streaming.read(answer).body, answer.ended), (LINE + LINE, "clean"))
         self.assertEqual(serving.stop(), 0)
         self.assertIn(b"path=/api/chat", self.read("gateway.log.2"))
 
-    def test_sighup_with_nothing_to_reload_is_logged_and_ends_nothing(self):
+    def test_sighup_with_nothing_to_reload_is_logged_and_does_not_stop_the_gateway(self):
         serving = self.serving()
         with Client(serving.server_address) as client:
             serving.process.send_signal(signal.SIGHUP)
@@ -7949,7 +7949,7 @@ class ServeCommand(Case):
             self.assertEqual(client.ask("GET", "/").status, 200)
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
-    def test_it_starts_and_logs_where_stderr_cannot_be_written(self):
+    def test_serve_starts_and_logs_to_its_file_if_stderr_cannot_be_written(self):
         secret = self.make_token()
         for redirection in "2>/dev/full", "2>&-", ">&- 2>&-":
             with self.subTest(redirection), socket.create_server(("127.0.0.1", 0)) as free:
@@ -7959,14 +7959,14 @@ class ServeCommand(Case):
                            "--ollama-url", self.fake.url, "--log-file", log]
                 with subprocess.Popen(command, cwd=self.folder, stdout=subprocess.DEVNULL) as process:
                     try:
-                        with eventually(lambda address=address: connected(address), "the start") as client:
+                        with eventually(lambda address=address: connected(address), "the start of the gateway") as client:
                             self.assertEqual(client.ask("GET", "/api/tags", headers=bearer(secret)).status, 200)
                     finally:
                         process.terminate()
                     self.assertEqual(process.wait(GUARD), 0)
                 self.assertIn(b"path=/api/tags", self.read(log))
 
-    def test_a_certificate_that_cannot_be_read_is_told(self):
+    def test_unreadable_certificate_is_reported(self):
         for content in (None, "no certificate"):
             with self.subTest(content):
                 path = self.write("bad.pem", content) if content else self.path("missing.pem")
@@ -7975,14 +7975,14 @@ class ServeCommand(Case):
                 self.assertIn(path, serving.lines[-1])
                 self.assertNotIn("Traceback", "\n".join(serving.lines))
 
-    @unittest.skipUnless(sys.platform == "linux" and shutil.which("setpriv"), "needs setpriv, for root may write anything")
-    def test_a_database_that_cannot_be_written_is_served_as_it_is(self):
+    @unittest.skipUnless(sys.platform == "linux" and shutil.which("setpriv"), "needs setpriv, because root may write anything")
+    def test_read_only_database_is_served_with_a_warning(self):
         secret = self.make_token()
         os.chmod(self.db, 0o400)
         os.chmod(self.folder, 0o500)
         self.addCleanup(os.chmod, self.folder, 0o700)
-        humble = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"] if os.geteuid() == 0 else []
-        with unittest.mock.patch("subprocess.Popen", functools.partial(popen_with, humble, subprocess.Popen)):
+        without_root = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"] if os.geteuid() == 0 else []
+        with unittest.mock.patch("subprocess.Popen", functools.partial(popen_with, without_root, subprocess.Popen)):
             serving = self.serving("--db", self.db)
             with Client(serving.server_address) as client:
                 self.assertEqual(client.ask("GET", "/api/tags", headers=bearer(secret)).status, 200)
@@ -7996,10 +7996,10 @@ class ServeCommand(Case):
 
 @unittest.skipIf(pty is None, "needs pseudo-terminals")
 class Menu(CommandCase):
-    """token menu, by keys on a terminal and line by line."""
+    """`token menu`, operated by keys on a terminal or by lines from a pipe."""
 
     def menu(self, *tokens, **how):
-        """Start it in a database with some tokens, "user/name", and wait until it is there."""
+        """Start the menu on a database with these tokens, each "user/name", and wait until it is shown."""
         with contextlib.closing(gateway.TokenStore(self.db, create=True)) as store:
             for token in tokens:
                 store.create(*token.split("/"))
@@ -8010,7 +8010,7 @@ class Menu(CommandCase):
     def names(self):
         return [f'{token["user"]}/{token["name"]}' for token in self.tokens()]
 
-    def test_a_token_is_generated_and_its_secret_framed(self):
+    def test_menu_creates_a_token_and_shows_its_secret_in_a_frame(self):
         menu = self.enter(Terminal("token", "menu", "--db", self.db))
         menu.shows(MAIN_MENU)
         menu.press("\r")
@@ -8028,84 +8028,84 @@ class Menu(CommandCase):
         menu.press("\x1b")
         self.assertEqual(menu.ends(), (0, True))
 
-    def test_what_is_typed_is_checked_at_once(self):
+    def test_menu_validates_every_answer_at_once(self):
         menu = self.menu("ada/laptop")
         menu.press("1")
         menu.shows("❯ 1")
         menu.press("\r")
         menu.shows("A new user")
         menu.press("2\r")
-        for typed, told in (("laptop\r", "exists already"), ("-x\r", "printable"), ("\r", "Expires"), ("soon\r", '"soon" is not a date'),
+        for typed, expected in (("laptop\r", "exists already"), ("-x\r", "printable"), ("\r", "Expires"), ("soon\r", '"soon" is not a date'),
                             ("1999-01-01\r", "in the past"), ("1d\r", "Admin"), (DOWN + "\r", "Limits"), ("2\r", "a minute"),
                             ("0\r", '"0" is not a whole number')):
             menu.press(typed)
-            self.assertNotIn("--", menu.shows(told))
+            self.assertNotIn("--", menu.shows(expected))
         menu.press("\x03")
         self.assertEqual((menu.ends(), self.names()), ((0, True), ["ada/laptop"]))
 
-    def test_tokens_are_changed_rotated_and_deleted(self):
+    def test_menu_changes_rotates_and_deletes_tokens(self):
         menu = self.menu("ada/laptop", "bob/box", "bob/phone")
         menu.press("5\r")
         menu.shows("ada (1 token)")
         menu.press(DOWN, "\r")
         self.assertIn("ogw_", menu.shows("never"))
         menu.press(DOWN, "\r")
-        for keys, told in (("2\r", "Admin (may"), (DOWN + "\r", "Changed the admin token"), ("", MAIN_MENU), ("\r", "Whose"), ("2\r", "Which"),
+        for keys, expected in (("2\r", "Admin (may"), (DOWN + "\r", "Changed the admin token"), ("", MAIN_MENU), ("\r", "Whose"), ("2\r", "Which"),
                            ("2\r", "Change"), ("3\r", "Models (as"), ("tiny\r", "may use every model"), ("", MAIN_MENU), ("\r2\r2\r4\r", "[none]"),
                            ("7\r", "7 a minute"), ("", MAIN_MENU), ("\r2\r2\r4\r", "a minute [7]"),
                            ("none\r", 'Changed the admin token "bob/phone" (does not expire) in'), ("", MAIN_MENU)):
             menu.press(keys)
-            menu.shows(told)
+            menu.shows(expected)
         self.assertEqual([token["admin"] for token in self.tokens()], [False, False, True])
         hints = [token["hint"] for token in self.tokens()]
-        for keys, told in (("6\r", "Whose"), ("2\r", "Which"), ("1\r", "old secret stops"), ("\r", MAIN_MENU), ("6\r", "Whose"), ("\r", "Which"),
+        for keys, expected in (("6\r", "Whose"), ("2\r", "Which"), ("1\r", "old secret stops"), ("\r", MAIN_MENU), ("6\r", "Whose"), ("\r", "Which"),
                            ("\r", "old secret stops"), (DOWN + "\r", "---"), ("", MAIN_MENU), ("3\r", "Whose"), ("2\r", "Which"), ("1\r", "stops at"),
                            ("\r", MAIN_MENU), ("3\r", "Whose"), ("2\r", "Which"), ("2\r", 'Delete "bob/phone"?'), (UP + "\r", "Deleted the token"),
                            ("8\r", "")):
             menu.press(keys)
-            menu.shows(told)
+            menu.shows(expected)
         self.assertEqual((menu.ends(), self.names()), ((0, True), ["ada/laptop", "bob/box"]))
         self.assertEqual([new["hint"] == old for new, old in zip(self.tokens(), hints)], [False, True])
 
-    def test_tokens_are_listed_and_exported_and_their_use_is_told(self):
+    def test_menu_lists_and_exports_tokens_and_shows_their_usage(self):
         menu, file = self.menu("ada/laptop"), self.path("out.csv")
         menu.press("2\r")
         self.assertRegex(menu.shows("1 token in"), r"USER +NAME.*\nada +laptop ")
         menu.shows(MAIN_MENU)
         menu.press("4\r")
         menu.shows("[tokens.csv]")
-        for keys, told in ((self.path("out.txt\r"), "ends neither in"), (file + "\r", "Exported 1 token"), ("", MAIN_MENU), ("4\r", "File"),
+        for keys, expected in ((self.path("out.txt\r"), "ends neither in"), (file + "\r", "Exported 1 token"), ("", MAIN_MENU), ("4\r", "File"),
                            (file + "\r", "Replace "), ("\r", MAIN_MENU), ("7\r", "model"), ("3\r", "[7d]"), ("x\r", '"x" is not a date'),
                            ("30d\r", "0 requests, 0 tokens since"), ("", MAIN_MENU)):
             menu.press(keys)
-            menu.shows(told)
+            menu.shows(expected)
         self.assertIn(b"ada,laptop", self.read("out.csv"))
 
-    def test_escape_left_and_less_than_go_back_to_the_actions_and_leave_them(self):
+    def test_menu_goes_back_on_escape_left_and_less_than_and_ends_on_escape(self):
         menu = self.menu("ada/laptop")
-        for keys, told in (("\r", "A new user"), ("\x1b", MAIN_MENU), ("\r", "A new user"), (LEFT, MAIN_MENU), ("\r", "A new user"), ("<", MAIN_MENU),
+        for keys, expected in (("\r", "A new user"), ("\x1b", MAIN_MENU), ("\r", "A new user"), (LEFT, MAIN_MENU), ("\r", "A new user"), ("<", MAIN_MENU),
                            ("\r", "A new user"), (DOWN + "\r", "[laptop-2]"), ("\r", "Expires"), (" < \r", MAIN_MENU), ("\x1b", "")):
             menu.press(keys)
-            menu.shows(told)
+            menu.shows(expected)
         self.assertEqual((menu.ends(), self.names()), ((0, True), ["ada/laptop"]))
 
-    def test_whatever_ends_it_the_terminal_is_as_it_was(self):
+    def test_menu_restores_the_terminal_when_ended_by_a_key_or_a_signal(self):
         for label, keys, end in (("Ctrl-C", "\x03", None), ("Ctrl-D", "\x04", None), ("Ctrl-\\", "\x1c", None),
                                  ("Ctrl-Z without a shell", "\x1a\x03", None), ("SIGTERM", "", signal.SIGTERM), ("two at once", "", signal.SIGHUP)):
             with self.subTest(label):
                 menu = self.menu()
                 self.assertNotEqual(termios.tcgetattr(menu.master), menu.before)
                 menu.press(keys)
-                for number in (signal.SIGSTOP, end, signal.SIGTERM, signal.SIGCONT) if end else ():   # so both are there at once
+                for number in (signal.SIGSTOP, end, signal.SIGTERM, signal.SIGCONT) if end else ():   # so that both are pending at once
                     menu.process.send_signal(number)
                 self.assertEqual(menu.ends(), (0, True))
 
-    def test_a_signal_in_a_callback_whose_exceptions_are_ignored_ends_it(self):
+    def test_menu_ends_on_a_signal_within_a_callback_that_ignores_exceptions(self):
         menu = self.enter(Terminal("token", "menu", "--db", self.db, script=SIGNALLED_IN_A_CALLBACK))
         self.assertEqual(menu.ends(), (0, True))
         self.assertNotIn("ignored", menu.text)
 
-    def test_whatever_ends_it_at_a_question_the_terminal_is_as_it_was(self):
+    def test_menu_restores_the_terminal_when_ended_at_a_text_prompt(self):
         for label, keys, end in (("Ctrl-C", "\x03", 0), ("Ctrl-D", "\x04", 0), ("Ctrl-\\", "\x1c", 0), ("SIGTERM", "", signal.SIGTERM),
                                  ("SIGHUP", "", signal.SIGHUP)):
             with self.subTest(label):
@@ -8118,16 +8118,16 @@ class Menu(CommandCase):
                 menu.process.send_signal(end)
                 self.assertEqual(menu.ends(), (0, True))
 
-    def test_ctrl_z_and_sigtstp_suspend_it_with_the_terminal_in_its_normal_mode(self):
+    def test_menu_suspended_by_ctrl_z_restores_the_terminal_and_resumes(self):
         menu = self.menu("ada/laptop", script=AS_A_JOB)
         stopped = "stopped in normal mode"
-        for keys, told in (("\x1a", stopped), ("", "❯ 1"), ("1\r", "A new user"), ("\r", "User (a"), ("ki\x1a", stopped), ("m\r", "[laptop]"),
+        for keys, expected in (("\x1a", stopped), ("", "❯ 1"), ("1\r", "A new user"), ("\r", "User (a"), ("ki\x1a", stopped), ("m\r", "[laptop]"),
                            ("<\r", MAIN_MENU), ("\x1a", stopped), ("", "❯ 1"), ("\x1b", "")):
             menu.press(keys)
-            menu.shows(told)
+            menu.shows(expected)
         self.assertEqual(menu.ends(), (0, True))
 
-    def test_keys_typed_ahead_are_not_lost(self):
+    def test_menu_keeps_keys_that_are_typed_ahead(self):
         keys = f"{DOWN}{UP}\r<\r\rada\r\r30d\r\r2\rtiny*\r60\r\r5\r2\r8\r"
         for label, pieces in (("before it starts", [keys]), ("one by one", keys)):
             with self.subTest(label):
@@ -8140,7 +8140,7 @@ class Menu(CommandCase):
                                  ["ada", "laptop", ["tiny*"], 60, None, 5])
                 self.succeeds("token", "delete", "ada", "laptop")
 
-    def test_a_fault_leaves_the_terminal_and_the_signals_as_they_were(self):
+    def test_menu_restores_terminal_and_signal_handlers_after_an_exception(self):
         master, slave = pty.openpty()
         before, handler = termios.tcgetattr(slave), signal.getsignal(signal.SIGTERM)
 
@@ -8158,8 +8158,8 @@ class Menu(CommandCase):
             os.close(master)
             os.close(slave)
 
-    def test_a_signal_just_before_the_wait_for_a_key_is_not_lost(self):
-        """The signal arrives after Python last looked for one: `map` calls C functions alone, so no handler runs in between."""
+    def test_menu_handles_a_signal_that_arrives_just_before_the_wait_for_a_key(self):
+        """The signal arrives after Python's last check for signals: `map` calls only C functions, so no handler runs in between."""
         master, slave = pty.openpty()
         go, done = threading.Lock(), threading.Lock()
         go.acquire()
@@ -8181,7 +8181,7 @@ class Menu(CommandCase):
             ended.set()
             thread.join(GUARD)
 
-    def test_a_long_list_scrolls_and_digits_find_their_line(self):
+    def test_menu_scrolls_a_long_list_and_selects_a_line_by_its_number(self):
         menu = self.menu(*(f"user{number:02}/box" for number in range(1, 61)), rows=10)
         menu.press("3\r")
         for keys, place in (("", 1), (UP, 60), (DOWN, 1), ("4", 4), ("2", 42), ("9", 9), ("0", 9), (UP, 8), (DOWN, 9), ("1", 1),
@@ -8192,12 +8192,12 @@ class Menu(CommandCase):
                 menu.shows(f"❯ {place:2}  user{place:02} (1 token)")
         self.assertLess(max(frame.count("\n") for frame in menu.frames()[1:-1]), 10)
 
-    def test_no_line_of_a_list_is_wider_than_the_terminal(self):
+    def test_menu_lines_are_not_wider_than_the_terminal(self):
         menu = self.menu(f"{'x' * 64}/{'y' * 64}", f"{'日' * 64}/{'本' * 64}", columns=40)
-        for keys, told in (("3\r", "Whose"), ("2\r", "Which"), ("\r", "Delete"), ("\r", MAIN_MENU), ("1\r", "Whose"), ("\r", "User (a"),
+        for keys, expected in (("3\r", "Whose"), ("2\r", "Which"), ("\r", "Delete"), ("\r", MAIN_MENU), ("1\r", "Whose"), ("\r", "User (a"),
                            ("é" * 70, "éé"), ("\r", "printable"), ("<\r", MAIN_MENU)):
             menu.press(keys)
-            menu.shows(told)
+            menu.shows(expected)
         menu.shows("❯")
         start = len(menu.frames())
         for columns in (30, 1):
@@ -8214,16 +8214,16 @@ class Menu(CommandCase):
                     for line in frame.splitlines():
                         self.assertLess(gateway.text_width(line), columns, line)
 
-    def test_names_from_elsewhere_can_do_no_harm(self):
+    def test_menu_escapes_control_characters_in_stored_names(self):
         menu = self.menu("ada/laptop")
         with contextlib.closing(sqlite3.connect(self.db)) as db, db:
             db.execute("UPDATE tokens SET user = ?, name = ?", ("\x1b]0;owned\x07\u202e", "a\nb\x9b31m"))
-        for keys, told in (("3\r", "❯ 1  ?]0;owned??"), ("\r", "❯ 1  a?b?31m")):
+        for keys, expected in (("3\r", "❯ 1  ?]0;owned??"), ("\r", "❯ 1  a?b?31m")):
             menu.press(keys)
-            menu.shows(told)
+            menu.shows(expected)
         self.assertNotIn(b"\x07", menu.raw)
 
-    def test_a_plain_terminal_gets_no_escape_sequences(self):
+    def test_menu_sends_no_escape_sequences_to_a_dumb_terminal(self):
         for term in ("xterm", "dumb"):
             with self.subTest(term):
                 menu = self.enter(Terminal("token", "menu", "--db", self.db, TERM=term))
@@ -8232,20 +8232,20 @@ class Menu(CommandCase):
                 menu.press("\x04")
                 self.assertEqual(menu.ends(), (0, True))
 
-    def test_a_terminal_of_few_characters_is_spared_others(self):
+    def test_menu_writes_only_ascii_to_an_ascii_terminal(self):
         menu = self.menu("日本/laptop", PYTHONIOENCODING="ascii")
-        for keys, told in (("6\r", r"> 1  \u65e5\u672c (1 token)"), ("\r\r\x1b[B\r", "----")):
+        for keys, expected in (("6\r", r"> 1  \u65e5\u672c (1 token)"), ("\r\r\x1b[B\r", "----")):
             menu.press(keys)
-            menu.shows(told)
+            menu.shows(expected)
         self.assertTrue(menu.raw.isascii())
 
-    def test_create_frames_the_secret_on_a_terminal_so_that_it_can_be_selected(self):
+    def test_create_frames_the_secret_on_a_terminal(self):
         for columns, width in ((80, 47), (40, 39)):
             terminal = self.enter(Terminal("token", "create", "ada", str(columns), "--db", self.db, columns=columns))
             terminal.shows("ended with 0")
             self.assertRegex(terminal.text, rf"\n-{{{width}}}\n{SECRET.pattern}\n-{{{width}}}\n")
 
-    def test_what_fails_is_told_and_the_menu_goes_on(self):
+    def test_menu_reports_an_error_and_goes_on(self):
         menu = self.menu("ada/laptop")
         for name in os.listdir(self.folder):
             os.remove(self.path(name))
@@ -8258,7 +8258,7 @@ class Menu(CommandCase):
     def script(self, *lines):
         return self.succeeds("token", "menu", stdin="".join(line + "\n" for line in lines))
 
-    def test_lines_from_a_pipe_do_all_the_same(self):
+    def test_menu_reads_its_answers_from_a_pipe(self):
         self.assertIn("There are no tokens yet", self.script("3"))
         out = self.script("1", "ada", "", "", "2", "2", "60", "", "")
         self.assertEqual(len(self.find(*set(SECRET.findall(out)))), 1, out)
@@ -8270,7 +8270,7 @@ class Menu(CommandCase):
         self.script("1", "2", "", "", "", "", "3", "1", "2", "1", "3", "1", "2", "2")
         self.assertEqual(self.names(), ["ada/laptop"])
 
-    def test_lines_end_where_they_end_and_less_than_goes_back(self):
+    def test_menu_handles_end_of_input_going_back_and_invalid_lines_from_a_pipe(self):
         self.assertNotIn("Created", self.script())
         self.assertTrue(os.path.getsize(self.db))
         self.assertNotIn("Created", self.script("1", "ada"))
@@ -8280,7 +8280,7 @@ class Menu(CommandCase):
         self.assertEqual((done.returncode, done.stderr, done.stdout.count(b"printable"), self.names()), (0, b"", 3, ["ada/laptop"]), done)
         self.assertNotIn(b"\x1b", done.stdout)
 
-    def test_a_missing_or_empty_database_is_made(self):
+    def test_menu_creates_a_missing_or_empty_database(self):
         self.write("tokens.db", b"")
         self.assertIn(self.db, self.script("8"))
         self.assertEqual(self.tokens(), [])
@@ -8292,12 +8292,12 @@ class Menu(CommandCase):
 
 
 class BufferingProxy(http.server.BaseHTTPRequestHandler):
-    """What holds a whole answer back before it passes it on."""
+    """A reverse proxy that buffers a whole response before it passes it on."""
 
     def do_GET(self):   # noqa: N802, http.server's name
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        asked = urllib.request.Request(self.server.behind + self.path, body or None, dict(self.headers), method=self.command)
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked, timeout=GUARD) as reply:
+        forwarded = urllib.request.Request(self.server.upstream + self.path, body or None, dict(self.headers), method=self.command)
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(forwarded, timeout=GUARD) as reply:
             whole = reply.read()
             self.send_response(reply.status)
             self.send_header("Content-Length", str(len(whole)))
@@ -8317,12 +8317,12 @@ class Doctor(GatewayCase, CommandCase):
         self.enter(unittest.mock.patch.object(gateway, "HEALTH_SECONDS", 0.02))
         self.probe_health()
 
-    def lose_ollama(self):
+    def stop_ollama(self):
         self.fake.server_close()
-        eventually(lambda: self.health() == "down", "the gateway's noticing")
+        eventually(lambda: self.health() == "down", "detection by the gateway")
 
-    def examine(self, *flags, addresses=(), token=""):
-        """Run it before the stand-in, and return its exit status and its lines."""
+    def run_doctor(self, *flags, addresses=(), token=""):
+        """Run doctor against the fake Ollama, and return its exit status and its lines."""
         port = str(self.server.server_address[1])
         with unittest.mock.patch("ollama_gateway.local_addresses", lambda: list(addresses)), \
                 unittest.mock.patch("ollama_gateway.can_show", lambda text: True), \
@@ -8333,67 +8333,67 @@ class Doctor(GatewayCase, CommandCase):
             self.assertNotIn(secret, out)
         return status, out.splitlines()
 
-    def told(self, word, *flags, mark="✓", **how):
-        """Run it, and return the line with a word and what it advises; check its mark and the exit status."""
-        status, lines = self.examine(*flags, **how)
+    def finding(self, word, *flags, mark="✓", **how):
+        """Run doctor, and return the line that contains a word and its advice; check its mark and the exit status."""
+        status, lines = self.run_doctor(*flags, **how)
         self.assertEqual(status, int(any(line.startswith("✗") for line in lines)), lines)
         at, = [at for at, line in enumerate(lines) if word in line and line[:1] in "✓✗-"]
         self.assertTrue(lines[at].startswith(mark + " "), lines)
         return lines[at], lines[at + 1].strip() if lines[at + 1].startswith("  ") else ""
 
-    def talk(self, seconds, pause):
-        """Have the stand-in stream an answer at its pace, and tell how long that was."""
+    def stream_reply(self, seconds, pause):
+        """Have the fake Ollama stream an answer with this pause between its lines, and report that it took this many seconds."""
         last = b'{"done":true,"eval_duration":%d}\n' % (seconds * 1e9)
         self.fake.replies["/api/generate"] = Reply.stream(*[b'{"response":"x","done":false}\n'] * 4, last, pause=pause)
 
-    def behind_proxy(self):
+    def url_of_buffering_proxy(self):
         proxy = self.enter(running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), BufferingProxy)))
-        proxy.behind = "http://127.0.0.1:%d" % self.server.server_address[1]
+        proxy.upstream = "http://127.0.0.1:%d" % self.server.server_address[1]
         return "http://127.0.0.1:%d/" % proxy.server_address[1]
 
-    def test_all_is_well(self):
-        status, lines = self.examine()
+    def test_doctor_reports_no_failure_for_a_working_setup(self):
+        status, lines = self.run_doctor()
         self.assertEqual((status, [line for line in lines if line.startswith("✗")]), (0, []))
         self.assertRegex(lines[-1], r"\A\d+ checks, none failed\Z")
 
-    def test_settings_are_told_with_their_sources(self):
+    def test_doctor_reports_settings_with_their_sources(self):
         env = self.write("x.env", f"BASE_PATH=/team\nTOKEN_DB_PATH={self.db}\n")
         with unittest.mock.patch.dict(os.environ, GATEWAY_MAX_QUEUE="7"):
-            line, _ = self.told("settings:", "--env-file", env)
+            line, _ = self.finding("settings:", "--env-file", env)
         for source in (f"--ollama-url {self.fake.url}", f"BASE_PATH in {env}: /team", "GATEWAY_MAX_QUEUE: 7"):
             self.assertIn(source, line)
 
-    def test_a_wrong_setting_is_told_and_the_other_checks_wait(self):
-        status, lines = self.examine("--max-queue", "none")
+    def test_doctor_reports_an_invalid_setting_and_skips_the_other_checks(self):
+        status, lines = self.run_doctor("--max-queue", "none")
         self.assertEqual((status, lines[2][:14], lines[-1]), (1, "✗ settings: --", "1 of 3 checks failed"))
 
-    def test_old_versions_are_told(self):
+    def test_doctor_reports_outdated_versions(self):
         floors = (("Python", "3.7.1", (3, 8)), ("SQLite", "3.25.3", (3, 26)))
         with unittest.mock.patch("ollama_gateway.FLOORS", floors):
-            self.assertIn("3.8", self.told("Python", mark="✗")[1])
-            self.assertIn("3.26", self.told("SQLite", mark="✗")[1])
+            self.assertIn("3.8", self.finding("Python", mark="✗")[1])
+            self.assertIn("3.26", self.finding("SQLite", mark="✗")[1])
 
-    def test_a_database_that_is_not_there_or_no_database_is_told_and_nothing_made(self):
-        self.assertIn("token create", self.told("no database", "--db", self.path("none.db"), mark="✗")[0])
+    def test_doctor_reports_a_missing_or_invalid_database_and_creates_none(self):
+        self.assertIn("token create", self.finding("no database", "--db", self.path("none.db"), mark="✗")[0])
         self.write("text.db", "hello, this is no database" * 100)
-        self.told("cannot use the database", "--db", self.path("text.db"), mark="✗")
+        self.finding("cannot use the database", "--db", self.path("text.db"), mark="✗")
         self.assertEqual(self.read("text.db"), b"hello, this is no database" * 100)
         self.assertFalse(os.path.exists(self.path("none.db")))
 
     @unittest.skipIf(os.name == "nt", "Windows has no such permissions")
-    def test_a_database_that_others_may_read_is_told_and_left(self):
+    def test_doctor_reports_a_database_readable_by_others_and_leaves_it_unchanged(self):
         os.chmod(self.db, 0o644)
-        self.assertIn("chmod 600", self.told("other users of this machine", mark="✗")[1])
+        self.assertIn("chmod 600", self.finding("other users of this machine", mark="✗")[1])
         self.assertEqual(stat.S_IMODE(os.stat(self.db).st_mode), 0o644)
 
     @unittest.skipUnless(sys.platform == "linux", "reads mountinfo")
-    def test_a_network_or_fuse_file_system_is_a_warning_of_doctor_and_serve(self):
+    def test_doctor_and_serve_warn_about_a_network_or_fuse_file_system(self):
         device = os.stat(self.folder).st_dev
         line = "36 35 %d:%d / /mnt\\040x rw,noatime master:1 - %%s host:/share rw\n" % (os.major(device), os.minor(device))
         for kind in ("nfs4", "cifs", "fuse.sshfs"):
             mounts = self.write("mounts", "1 1 0:999 / / rw - ext4 /dev/x rw\n" + line % kind)
             with self.subTest(kind), unittest.mock.patch("ollama_gateway.MOUNTS", mounts):
-                self.assertIn("local disk", self.told(f"({kind})", mark="✗")[1])
+                self.assertIn("local disk", self.finding(f"({kind})", mark="✗")[1])
                 settings = gateway.load_settings({"ollama_url": self.fake.url}, {})
                 with contextlib.redirect_stderr(io.StringIO()) as err:
                     gateway.announce(settings, self.server, self.store)
@@ -8403,135 +8403,135 @@ class Doctor(GatewayCase, CommandCase):
         with unittest.mock.patch("ollama_gateway.MOUNTS", self.path("missing")):
             self.assertEqual(gateway.remote_file_system(self.db), "")
 
-    def test_an_old_database_is_told_and_not_upgraded(self):
+    def test_doctor_reports_an_old_database_and_does_not_upgrade_it(self):
         old = self.path("old.db")
         with contextlib.closing(sqlite3.connect(old)) as db:
             db.execute(OLD_SCHEMA)
             db.commit()
         os.chmod(old, 0o600)
         before = self.read("old.db")
-        self.assertIn("upgraded to", self.told("the database", "--db", old)[0])
+        self.assertIn("upgraded to", self.finding("the database", "--db", old)[0])
         self.assertEqual(self.read("old.db"), before)
         self.assertEqual([name for name in os.listdir(self.folder) if name.startswith("old.db")], ["old.db"])
 
-    def test_ollama_is_told_with_its_version_and_models(self):
-        line, _ = self.told("Ollama 0.9.3")
+    def test_doctor_reports_the_version_and_models_of_ollama(self):
+        line, _ = self.finding("Ollama 0.9.3")
         self.assertIn("1 model: tiny:latest", line)
         self.fake.replies["/api/tags"] = Reply.json(200, {"models": None})
-        self.assertIn("ollama pull", self.told("Ollama 0.9.3")[0])
+        self.assertIn("ollama pull", self.finding("Ollama 0.9.3")[0])
 
-    def test_an_ollama_that_does_not_answer_is_told(self):
+    def test_doctor_reports_an_unreachable_or_invalid_ollama(self):
         for label, reply, words in (("another server", Reply.json(200, {"hello": 1}), "is not Ollama"),
                                     ("an error", Reply.json(500, {}), "is not Ollama"),
                                     ("our Host", Reply.body(403, b""), "refuses requests for that host name"),
                                     ("nonsense", Reply.raw(b"SSH-2.0\r\n\r\n"), "does not speak HTTP")):
             with self.subTest(label):
                 self.fake.replies["/api/version"] = reply
-                self.assertTrue(self.told(words, mark="✗")[1])
+                self.assertTrue(self.finding(words, mark="✗")[1])
         self.fake.server_close()
-        self.assertIn("--ollama-url", self.told("Ollama at", mark="✗")[1])
+        self.assertIn("--ollama-url", self.finding("Ollama at", mark="✗")[1])
 
-    def test_an_odd_list_of_models_is_survived_and_shown_harmlessly(self):
+    def test_doctor_survives_an_invalid_list_of_models(self):
         for models, shown in (("x", "0 models"), (5, "0 models"), ([1, None, {"name": "a\x1b[31mb"}], "1 model: a?[31mb"), ({"a": 1}, "0 models")):
             with self.subTest(models):
                 self.fake.replies["/api/tags"] = Reply.json(200, {"models": models})
-                self.assertIn(shown, self.told("Ollama 0.9.3")[0])
+                self.assertIn(shown, self.finding("Ollama 0.9.3")[0])
 
-    def test_an_ollama_that_others_reach_is_told(self):
+    def test_doctor_reports_an_ollama_that_other_machines_can_reach(self):
         with running(FakeOllama(self.fake.server_address[1], "127.0.0.2")) as other:
-            line, advice = self.told("protects nothing", addresses=("127.0.0.2", "127.0.0.3"), mark="✗")
+            line, advice = self.finding("protects nothing", addresses=("127.0.0.2", "127.0.0.3"), mark="✗")
             self.assertIn("OLLAMA_HOST", advice)
             self.assertNotIn("127.0.0.3", line)
-            other.replies["/api/version"] = Reply.json(401, {"error": "no valid token"})    # a gateway's
-            self.told("is closed", addresses=("127.0.0.2",))
-        self.assertIn("127.0.0.3", self.told("is closed", addresses=("127.0.0.3",))[0])
+            other.replies["/api/version"] = Reply.json(401, {"error": "no valid token"})    # as a gateway answers
+            self.finding("is closed", addresses=("127.0.0.2",))
+        self.assertIn("127.0.0.3", self.finding("is closed", addresses=("127.0.0.3",))[0])
 
-    def test_an_ollama_elsewhere_cannot_be_judged(self):
+    def test_doctor_does_not_judge_the_exposure_of_a_remote_ollama(self):
         with unittest.mock.patch("ollama_gateway.is_local_host", lambda host: False):
-            self.assertIn("only this machine", self.told("cannot be checked from here", mark="-")[1])
+            self.assertIn("only this machine", self.finding("cannot be checked from here", mark="-")[1])
 
-    def test_addresses_of_this_machine_are_no_loopback(self):
+    def test_local_addresses_exclude_loopback_and_link_local(self):
         for address in gateway.local_addresses():
             self.assertFalse(address.startswith(("127.", "::1", "fe80", "169.254", "0.0.0.0")), address)
         self.assertTrue(gateway.is_local_host("localhost"))
         self.assertFalse(gateway.is_local_host("192.0.2.77"))
 
     @unittest.skipUnless(shutil.which("openssl"), "needs the openssl command to make a certificate")
-    def test_a_certificate_is_tried_with_its_key(self):
+    def test_doctor_checks_that_the_certificate_matches_its_key(self):
         os.mkdir(self.path("other"))
         cert, key = certificate(self.folder, "localhost")
         _, other = certificate(self.path("other"), "localhost")
-        self.told("are readable and match", "--tls-cert", cert, "--tls-key", key)
-        self.told("cannot use the certificate", "--tls-cert", cert, "--tls-key", other, mark="✗")
-        self.told("cannot use the certificate", "--tls-cert", self.path("none.pem"), mark="✗")
+        self.finding("are readable and match", "--tls-cert", cert, "--tls-key", key)
+        self.finding("cannot use the certificate", "--tls-cert", cert, "--tls-key", other, mark="✗")
+        self.finding("cannot use the certificate", "--tls-cert", self.path("none.pem"), mark="✗")
 
-    def test_tokens_in_clear_are_told(self):
-        self.assertIn("only this machine", self.told("no TLS", mark="-")[0])
-        self.assertIn("--tls-cert", self.told("no TLS", "--host", "0.0.0.0", mark="-")[1])
+    def test_doctor_reports_missing_tls(self):
+        self.assertIn("only this machine", self.finding("no TLS", mark="-")[0])
+        self.assertIn("--tls-cert", self.finding("no TLS", "--host", "0.0.0.0", mark="-")[1])
 
-    def test_the_address_is_free_or_the_gateways_or_anothers(self):
-        self.assertIn("reaches Ollama", self.told("the gateway 1.0.0")[0])
-        self.told("is free", "--port", "0")
-        self.assertIn("--port", self.told("cannot listen", "--port", str(self.fake.server_address[1]), mark="✗")[1])
+    def test_doctor_reports_whether_the_address_is_free_or_used_by_the_gateway(self):
+        self.assertIn("reaches Ollama", self.finding("the gateway 1.0.0")[0])
+        self.finding("is free", "--port", "0")
+        self.assertIn("--port", self.finding("cannot listen", "--port", str(self.fake.server_address[1]), mark="✗")[1])
 
-    def test_a_gateway_that_lost_ollama_is_told(self):
-        self.lose_ollama()
-        self.told("does not reach Ollama", mark="✗")
+    def test_doctor_reports_a_gateway_that_does_not_reach_ollama(self):
+        self.stop_ollama()
+        self.finding("does not reach Ollama", mark="✗")
 
-    def test_a_stream_is_tried_with_the_token_of_the_environment(self):
-        self.assertIn("GATEWAY_TOKEN", self.told("was not tried", mark="-")[1])
-        self.talk(0.08, 0.02)
-        self.told("forwards streams", token=self.token)
-        self.talk(0.001, 0)
-        self.told("is unknown", token=self.token, mark="-")
-        self.assertIn("GATEWAY_TOKEN", self.told("answers 401", token="ogw_wrong", mark="✗")[1])
+    def test_doctor_tests_a_stream_with_the_token_of_the_environment(self):
+        self.assertIn("GATEWAY_TOKEN", self.finding("was not tried", mark="-")[1])
+        self.stream_reply(0.08, 0.02)
+        self.finding("forwards streams", token=self.token)
+        self.stream_reply(0.001, 0)
+        self.finding("is unknown", token=self.token, mark="-")
+        self.assertIn("GATEWAY_TOKEN", self.finding("answers 401", token="ogw_wrong", mark="✗")[1])
 
-    def test_a_proxy_that_holds_streams_back_is_told(self):
-        self.talk(0.4, 0.1)
-        line, advice = self.told("holds streams back", "--url", self.behind_proxy(), token=self.token, mark="✗")
+    def test_doctor_reports_a_proxy_that_buffers_streams(self):
+        self.stream_reply(0.4, 0.1)
+        line, advice = self.finding("holds streams back", "--url", self.url_of_buffering_proxy(), token=self.token, mark="✗")
         self.assertIn("proxy_buffering off", advice)
         self.assertIn("tiny:latest took 0.40 s", line)
 
-    def test_a_model_that_makes_no_text_is_passed_over(self):
+    def test_doctor_skips_a_model_that_generates_no_text(self):
         self.fake.replies["/api/generate"] = Reply.json(400, {"error": "does not support generate"})
-        self.told("no model makes text", token=self.token, mark="-")
+        self.finding("no model makes text", token=self.token, mark="-")
 
-    def test_a_stream_that_a_limit_refuses_was_not_tried(self):
+    def test_doctor_skips_the_stream_test_if_a_rate_limit_refuses_it(self):
         self.store.update("ada", "laptop", rpm=1)
-        self.talk(0.08, 0.02)
-        self.told("forwards streams", token=self.token)
-        self.assertIn("429", self.told("was not tried", token=self.token, mark="-")[0])
+        self.stream_reply(0.08, 0.02)
+        self.finding("forwards streams", token=self.token)
+        self.assertIn("429", self.finding("was not tried", token=self.token, mark="-")[0])
 
-    def test_without_ollama_a_token_is_not_blamed_and_no_port_called_closed(self):
-        self.lose_ollama()
-        status, lines = self.examine(token=self.token)
+    def test_doctor_without_ollama_blames_no_token_and_calls_no_port_closed(self):
+        self.stop_ollama()
+        status, lines = self.run_doctor(token=self.token)
         self.assertEqual((status, lines[-1][:4]), (1, "2 of"), lines)
-        self.told("whether others reach Ollama itself", mark="-")
+        self.finding("whether others reach Ollama itself", mark="-")
 
-    def test_a_token_that_was_not_copied_whole_is_told(self):
-        self.talk(0.08, 0.02)
-        self.told("forwards streams", token=f" {self.token} \n")
+    def test_doctor_trims_a_token_and_rejects_one_with_spaces_inside(self):
+        self.stream_reply(0.08, 0.02)
+        self.finding("forwards streams", token=f" {self.token} \n")
         with unittest.mock.patch.dict(os.environ, {"GATEWAY_TOKEN": "ogw_x ogw_y"}):
             self.assertIn("GATEWAY_TOKEN", self.fails("doctor", status=2))
 
-    def test_a_stream_that_breaks_off_is_told(self):
+    def test_doctor_reports_a_broken_stream(self):
         self.fake.replies["/api/generate"] = Reply.stream(b'{"done":false}\n', cut)
-        self.told("a stream of", token=self.token, mark="✗")
+        self.finding("a stream of", token=self.token, mark="✗")
 
-    def test_a_public_address_that_is_wrong_is_told(self):
+    def test_doctor_reports_a_wrong_public_url(self):
         for url, words in ((self.fake.url, "is not this gateway"), ("http://127.0.0.1:1/", "refused"),
                            ("https://127.0.0.1:%d/" % self.server.server_address[1], "https://")):
             with self.subTest(url):
-                self.told(words, "--url", url, mark="✗")
+                self.finding(words, "--url", url, mark="✗")
         self.assertIn("--url", self.fails("doctor", "--url", "ftp://x", status=2))
 
-    def test_marks_are_plain_where_the_encoding_is(self):
+    def test_doctor_prints_ascii_marks_if_the_encoding_is_ascii(self):
         done = run_alone("doctor", "--ollama-url", "http://127.0.0.1:1", "--db", self.db, "--port", "0",
                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
         self.assertEqual((done.returncode, done.stderr), (1, b""))
         self.assertEqual({line[:5].strip() for line in done.stdout.decode("ascii").splitlines()[:-1]} - {""}, {"ok", "FAIL", "--"})
 
-# == Promises =================================================================
+# == Source code rules ========================================================
 
 
 def source_of(path):
@@ -8540,13 +8540,13 @@ def source_of(path):
 
 
 def shell_words(line):
-    """The words of a shell line, up to whatever the shell itself would take."""
+    """Return the words of a shell command line up to its first operator or redirection."""
     words = shlex.split(line, comments=True)
     return list(itertools.takewhile(lambda word: not re.match(r"[|&;<>]|2>", word), words))
 
 
 def sections(source):
-    """The source by banner: {name: text}."""
+    """Return the sections of the source, {name: text}."""
     parts = re.split(r"^# == (\S[^=]*?) =+$", source, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2]))
 
@@ -8554,8 +8554,8 @@ def sections(source):
 LINE_BUDGET = 5700
 
 
-class Promises(unittest.TestCase):
-    """What keeps the file honest."""
+class SourceCodeRules(unittest.TestCase):
+    """Rules for the source code, and checks of the README against it."""
 
     maxDiff = None
 
@@ -8564,53 +8564,53 @@ class Promises(unittest.TestCase):
         cls.source, cls.tests = source_of(GATEWAY), source_of(TESTS)
         cls.tree = ast.parse(cls.source)
 
-    def test_the_index_lists_the_banners(self):
+    def test_module_index_lists_all_sections(self):
         index = re.findall(r"^    ([A-Z]\w+(?: \w+)*) {2,}\S", ast.get_docstring(self.tree), re.MULTILINE)
         self.assertEqual(index, list(sections(self.source)))
 
-    def test_banners_reach_the_last_column(self):
+    def test_section_banners_are_79_columns_wide(self):
         for line in re.findall("^# ==.*$", self.source + self.tests, re.MULTILINE):
             self.assertRegex(line, r"\A# == \S.* =+\Z")
             self.assertEqual(len(line), 79, line)
 
-    def test_every_name_stands_above_its_use(self):
+    def test_every_name_is_defined_above_its_use(self):
         defined = {}
         for node in self.tree.body:
             for name in names_bound_by(node):
                 defined.setdefault(name, node.lineno)
         table = symtable.symtable(self.source, GATEWAY, "exec")
         spans = {node.name: (node.lineno, node.end_lineno) for node in self.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-        downward = [f"{child.get_name()} uses {name}, defined below it" for child in table.get_children() if child.get_name() in spans
+        used_too_early = [f"{child.get_name()} uses {name}, defined below it" for child in table.get_children() if child.get_name() in spans
                     for name in globals_used_by(child) if defined.get(name, 0) > spans[child.get_name()][1]]
-        self.assertEqual(downward, [])
+        self.assertEqual(used_too_early, [])
 
-    def test_nothing_is_imported_but_the_standard_library(self):
+    def test_only_the_standard_library_is_imported(self):
         library = [os.path.realpath(sysconfig.get_path(kind)) for kind in ("stdlib", "platstdlib")]
         for path, own in ((GATEWAY, set()), (TESTS, {"ollama_gateway"})):
-            for name in imports_of(ast.parse(source_of(path))) - set(sys.builtin_module_names) - own - {"msvcrt"}:  # Windows' own
+            for name in imports_of(ast.parse(source_of(path))) - set(sys.builtin_module_names) - own - {"msvcrt"}:  # exists on Windows only
                 origin = importlib.util.find_spec(name).origin
                 if origin != "frozen":
                     origin = os.path.realpath(origin)
                     self.assertTrue(origin.startswith(tuple(library)) and "site-packages" not in origin, (name, origin))
 
-    def test_sqlite_3_26_knows_the_upserts(self):
-        self.assertNotRegex(self.source, r"ON CONFLICT\s+DO")     # without a target since 3.35 only
+    def test_upserts_are_compatible_with_sqlite_3_26(self):
+        self.assertNotRegex(self.source, r"ON CONFLICT\s+DO")     # the conflict target may be omitted only since 3.35
 
-    def test_both_files_are_python_3_8(self):
+    def test_both_files_are_valid_python_3_8(self):
         for source in (self.source, self.tests):
             self.assertTrue(ast.parse(source, feature_version=(3, 8)))
 
-    def test_no_function_is_longer_than_a_screen(self):
+    def test_no_function_is_longer_than_40_lines(self):
         for tree in (self.tree, ast.parse(self.tests)):
             for node in ast.walk(tree):
                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                     self.assertLessEqual(node.end_lineno - node.lineno + 1, 40, node.name)
 
-    def test_no_line_is_longer_than_an_editor(self):
+    def test_no_line_is_longer_than_150_columns(self):
         for source in (self.source, self.tests):
             self.assertEqual([line for line in source.splitlines() if len(line) > 150], [])
 
-    def test_each_trade_stays_in_its_section(self):
+    def test_modules_and_functions_are_used_only_in_their_sections(self):
         for pattern, homes in ((r"\bsqlite3\.", {"Store"}), (r"\burllib\.request\.", {"Backends"}),
                                (r"\bsocket\.", {"Connection", "Server", "Backends", "Doctor"}),
                                (r"\bprint\(", {"Commands", "Menu", "Main"}), (r"\binput\(", {"Commands", "Menu"})):
@@ -8618,13 +8618,13 @@ class Promises(unittest.TestCase):
                 code = {name: re.sub(r'#.*|"""(?s:.*?)"""', "", text) for name, text in sections(self.source).items()}
                 self.assertLessEqual({name for name, text in code.items() if re.search(pattern, text)}, homes)
 
-    def test_the_file_keeps_its_line_budget(self):
+    def test_program_stays_within_its_line_budget(self):
         self.assertLessEqual(len(self.source.splitlines()), LINE_BUDGET)
 
     def test_no_line_of_the_program_is_longer_than_120_columns(self):
         self.assertEqual([line for line in self.source.splitlines() if len(line) > 120], [])
 
-    def test_importing_does_nothing(self):
+    def test_import_has_no_side_effects(self):
         done = subprocess.run([sys.executable, "-W", "error", "-c", f"import sys; sys.path.insert(0, {HERE!r}); import ollama_gateway, threading; "
                                "sys.exit(threading.active_count() - 1)"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                cwd=tempfile.gettempdir())
@@ -8638,11 +8638,11 @@ class Promises(unittest.TestCase):
                 row, = [line for line in readme.splitlines() if line.startswith("|") and all(name in line for name in names)]
                 self.assertIn(option.default or "", row)
 
-    def test_whoever_is_to_come_again_is_told_when(self):
+    def test_refusals_with_429_and_503_have_a_retry_after_header(self):
         for code, reason in gateway.REFUSALS.items():
             with self.subTest(code):
-                told = [int(value) for name, value in gateway.Refusal(code).fields if name == "Retry-After"]
-                self.assertEqual([seconds > 0 for seconds in told], [True] if reason.status in (429, 503) else [])
+                delays = [int(value) for name, value in gateway.Refusal(code).fields if name == "Retry-After"]
+                self.assertEqual([seconds > 0 for seconds in delays], [True] if reason.status in (429, 503) else [])
 
     def test_every_refusal_is_in_the_readme(self):
         readme = source_of(README)
@@ -8650,7 +8650,7 @@ class Promises(unittest.TestCase):
             with self.subTest(code):
                 self.assertTrue(re.search(rf"(?m)^\|.*\b{reason.status}\b.*\|", readme))
 
-    def test_the_readmes_commands_are_commands(self):
+    def test_commands_in_the_readme_are_valid(self):
         lines = re.findall(r"^\s*(?:\$ )?(?:\w+=\$\()?python3 (ollama_gateway\.py .*?)\)?$", source_of(README).replace("\\\n", " "), re.MULTILINE)
         self.assertTrue(lines)
         for line in lines:
@@ -8659,7 +8659,7 @@ class Promises(unittest.TestCase):
 
 
 def names_bound_by(node):
-    """The top-level names that a statement of the module defines."""
+    """Return the top-level names that a statement of the module defines."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
@@ -8667,7 +8667,7 @@ def names_bound_by(node):
 
 
 def globals_used_by(table):
-    """The global names that a function or class and all within it read."""
+    """Return the global names that a function or class and everything nested in it read."""
     used = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global() and symbol.is_referenced()}
     return used.union(*map(globals_used_by, table.get_children()))
 
@@ -8676,11 +8676,11 @@ def imports_of(tree):
     return {name.partition(".")[0] for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))
             for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module])}
 
-# == The stand-in on its own ==================================================
+# == Fake Ollama ==============================================================
 
 
-class StandIn(Case):
-    """The toolbox is worth its tests: what the stand-in gets wrong, no other test would see."""
+class FakeOllamaItself(Case):
+    """Tests of the fake Ollama, because no other test would notice its mistakes."""
 
     def setUp(self):
         super().setUp()
@@ -8691,7 +8691,7 @@ class StandIn(Case):
         connection.request(method, path, body if body is None or isinstance(body, bytes) else compact(body), headers)
         return connection.getresponse()
 
-    def test_it_talks_like_ollama(self):
+    def test_fake_ollama_responds_like_ollama(self):
         for path, kind, streaming in (("/api/chat", NDJSON, True), ("/api/generate", NDJSON, True), ("/v1/chat/completions", SSE, True),
                                       ("/v1/completions", SSE, True),
                                       ("/api/chat", JSON, False), ("/v1/chat/completions", "application/json", False)):
@@ -8699,35 +8699,35 @@ class StandIn(Case):
                 reply = self.ask("POST", path, {"model": "m", "stream": streaming})
                 self.assertEqual((reply.status, reply.headers["Content-Type"]), (200, kind))
                 self.assertEqual(reply.headers["Transfer-Encoding"], "chunked" if streaming else None)
-                said = reply.read().decode()
-                self.assertIn(WORDS[1] if streaming else "".join(WORDS), said)
-                self.assertTrue(said.endswith("data: [DONE]\n\n" if kind == SSE else "}\n" if streaming else "}"))
+                text = reply.read().decode()
+                self.assertIn(WORDS[1] if streaming else "".join(WORDS), text)
+                self.assertTrue(text.endswith("data: [DONE]\n\n" if kind == SSE else "}\n" if streaming else "}"))
 
-    def test_it_remembers_what_it_saw(self):
+    def test_fake_ollama_records_requests(self):
         self.ask("POST", "/api/show?x", b"abc", X_A="1").read()
         seen, = self.fake.received
         self.assertEqual((seen.method, seen.path, seen.body), ("POST", "/api/show?x", b"abc"))
         self.assertIn(("X_A", "1"), seen.headers)
 
-    def test_it_says_what_it_is_told_one_after_the_other(self):
+    def test_fake_ollama_sends_configured_replies_in_order(self):
         self.fake.replies["/api/tags"] = [Reply.json(503, {"error": "busy"}), Reply.json(200, {})]
         self.assertEqual([self.ask("GET", "/api/tags").status for _ in range(3)], [503, 200, 200])
 
-    def test_it_tells_when_its_client_left(self):
+    def test_fake_ollama_records_client_disconnects(self):
         self.fake.replies["/api/tags"] = Reply.stream(b"x", until_hangup)
         with Client(self.fake.server_address) as client:
             client.send(request("GET", "/api/tags"))
             client.read(client.head(), until=b"x")
         self.assertEqual(self.fake.hangups.get(timeout=GUARD), "/api/tags")
 
-    def test_it_can_be_started_again_on_its_port(self):
+    def test_fake_ollama_can_be_restarted_on_its_port(self):
         port = self.fake.server_address[1]
         self.fake.shutdown()
         self.fake.server_close()
         self.fake = self.enter(running(FakeOllama(port)))
         self.assertEqual(self.ask("GET", "/api/version").read(), b'{"version":"0.9.3"}')
 
-    def test_it_tells_a_body_that_broke_off(self):
+    def test_fake_ollama_records_incomplete_request_bodies(self):
         for framing, sent in ((("Content-Length", "5"), b"abc"), (("Transfer-Encoding", "chunked"), b"3\r\nabc\r\n")):
             with self.subTest(framing):
                 self.fake.broken.clear()
@@ -8737,7 +8737,7 @@ class StandIn(Case):
                 self.assertEqual(eventually(lambda: self.fake.broken)[0].body, b"abc")
         self.assertEqual(self.fake.received, [])
 
-    def test_alone_it_serves_from_the_command_line(self):
+    def test_fake_ollama_can_be_started_from_the_command_line(self):
         process = self.enter(subprocess.Popen([sys.executable, TESTS, "--fake-ollama", "0"], stdout=subprocess.PIPE))
         try:
             url = re.search(r"http://\S+", process.stdout.readline().decode()).group()
@@ -8758,7 +8758,7 @@ LAST_LINE = compact({"model": "tiny", "created_at": CREATED, "response": "", "do
 
 
 def lean_upstream():
-    """Answer as fast as Python can, and look at nothing but a request's end; a stream's pace is its prompt, in milliseconds."""
+    """Serve as an upstream of minimal cost that hardly parses requests; the prompt of a stream is its pause between lines, in milliseconds."""
     def plain(body):
         return b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n%s" % (JSON.encode(), len(body), body)
 
@@ -8768,17 +8768,17 @@ def lean_upstream():
         with contextlib.suppress(OSError), connection:
             for first in iter(stream.readline, b""):
                 length = sum(int(line.split()[1]) for line in iter(stream.readline, b"\r\n") if line.lower().startswith(b"content-length:"))
-                asked = json.loads(stream.read(length) or b"{}") if length < 4096 else {"stream": False}
+                options = json.loads(stream.read(length) or b"{}") if length < 4096 else {"stream": False}
                 for _ in range(length // 65536 + 1 if length >= 4096 else 0):   # a large body is neither kept nor parsed
                     length -= len(stream.read(min(length, 65536)))
                 if first.startswith(b"GET "):
                     connection.sendall(answers[0])
-                elif not asked.get("stream", True):
+                elif not options.get("stream", True):
                     connection.sendall(answers[1])
                 else:
                     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n")
-                    for line in lines[-asked.get("lines", BENCH_LINES):]:
-                        time.sleep(float(asked["prompt"]) / 1000) if asked["prompt"] else None
+                    for line in lines[-options.get("lines", BENCH_LINES):]:
+                        time.sleep(float(options["prompt"]) / 1000) if options["prompt"] else None
                         connection.sendall(line)
 
     answers = plain(TAGS), plain(GENERATED)
@@ -8788,12 +8788,12 @@ def lean_upstream():
             threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
 
 
-class Asker(threading.Thread):
-    """One connection that asks the same again and again until the time is up; what it saw is in its lists."""
+class BenchmarkClient(threading.Thread):
+    """A connection that repeats one request until the time is up, and keeps the measured times in lists."""
 
-    def __init__(self, port, wire, until, streams):
+    def __init__(self, port, data, until, streams):
         super().__init__(daemon=True)
-        self.wire, self.until, self.streams = wire, until, streams
+        self.data, self.until, self.streams = data, until, streams
         self.took, self.first, self.gaps, self.lines = [], [], [], 0
         self.connection = socket.create_connection(("127.0.0.1", port), GUARD)
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -8802,7 +8802,7 @@ class Asker(threading.Thread):
         with self.connection:
             while time.perf_counter() < self.until or not self.took:
                 began = time.perf_counter()
-                self.connection.sendall(self.wire)
+                self.connection.sendall(self.data)
                 self.read_stream(began) if self.streams else self.read_answer()
                 self.took.append(time.perf_counter() - began)
 
@@ -8832,12 +8832,12 @@ class Asker(threading.Thread):
     def receive(self, data):
         piece = self.connection.recv(65536)
         if not piece:
-            raise ConnectionError("the answer ended early")
+            raise ConnectionError("the response ended early")
         return data + piece
 
 
 def chat_of(size):
-    """A coding agent's turn: messages with code in them, of about so many bytes."""
+    """Return a chat request like a coding agent's, of about this many bytes: messages that contain code."""
     code = "def hello(name):\n    return f\"Hello, {name}!\"\n\n\n" * 40
     message = compact({"role": "user", "content": code})
     return b'{"model":"tiny","stream":false,"messages":[' + b",".join([message] * (size // len(message) + 1)) + b"]}"
@@ -8847,17 +8847,17 @@ def long_value(start, piece, end, size=90 * 1024 * 1024):
     return b'{"model":"tiny","stream":false,"x":' + start + piece * (size // len(piece)) + end + b"}"
 
 
-def bench_request(token, asked):
-    """The bytes to ask with, of which only the body differs."""
+def bench_request(token, body):
+    """Return the bytes of a request; without a body, of one for the list of models."""
     headers = [*bearer(token), ("User-Agent", "ollama-python/0.6.3"), ("Accept", "*/*")]
-    return request("GET", "/api/tags", None, headers) if asked is None else request("POST", "/api/generate", asked, headers)
+    return request("GET", "/api/tags", None, headers) if body is None else request("POST", "/api/generate", body, headers)
 
 
-class Bench:
-    """Ask a lean upstream directly and through the gateway, in turns and in one run; on a shared machine only ratios mean anything."""
+class Benchmark:
+    """Send requests to `lean_upstream` directly and through the gateway, in turns; on a shared machine only ratios are meaningful."""
 
-    ASKED = {"tags": None, "generate": {"model": "tiny", "prompt": "", "stream": False}, "stream": {"model": "tiny", "prompt": ""},
-             "paced": {"model": "tiny", "prompt": "10"}, "idle": {"model": "tiny", "prompt": "500", "lines": 5}}
+    BODIES = {"tags": None, "generate": {"model": "tiny", "prompt": "", "stream": False}, "stream": {"model": "tiny", "prompt": ""},
+              "paced": {"model": "tiny", "prompt": "10"}, "idle": {"model": "tiny", "prompt": "500", "lines": 5}}
     SCRIPT, MODULE = (GATEWAY,), ("-m", "ollama_gateway")
 
     def __init__(self, folder):
@@ -8870,7 +8870,7 @@ class Bench:
         self.gateway, self.through = None, None
 
     def start(self, program):
-        """Start the gateway anew, and return how many seconds it took to answer."""
+        """Start the gateway again, and return how many seconds it took until it answered."""
         if self.gateway:
             self.gateway.kill()
             self.gateway.wait()
@@ -8885,7 +8885,7 @@ class Bench:
             with contextlib.suppress(OSError), Client(("127.0.0.1", self.through)) as client:
                 client.ask("GET", "/")
                 return time.perf_counter() - began
-            if self.gateway.poll() is not None:     # such a connection held its port
+            if self.gateway.poll() is not None:     # another connection occupied its port
                 return self.start(program)
             time.sleep(0.002)
 
@@ -8896,23 +8896,23 @@ class Bench:
         self.upstream.stdout.close()
 
     def measure(self, port, kind, connections, seconds=BENCH_SECONDS):
-        """Ask over so many connections at once; return answers and lines a second, and the times seen."""
-        wire = bench_request(self.token, kind if isinstance(kind, bytes) else self.ASKED[kind])
+        """Send requests over this many connections at once; return responses and lines per second, and the measured times."""
+        data = bench_request(self.token, kind if isinstance(kind, bytes) else self.BODIES[kind])
         began, cpu = time.perf_counter(), self.cpu()
-        askers = [Asker(port, wire, began + seconds, kind in ("stream", "paced", "idle")) for _ in range(connections)]
-        for asker in askers:
-            asker.start()
-        for asker in askers:
-            asker.join(3 * GUARD)
+        clients = [BenchmarkClient(port, data, began + seconds, kind in ("stream", "paced", "idle")) for _ in range(connections)]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join(3 * GUARD)
         seconds = time.perf_counter() - began
-        took, first, gaps = (sorted(itertools.chain.from_iterable(getattr(asker, name) for asker in askers)) for name in ("took", "first", "gaps"))
-        lines = sum(asker.lines for asker in askers)
-        return {"answers": len(took) / seconds, "lines": lines / seconds, "p50": middle(took), "first": middle(first),
-                "gap": gaps[int(len(gaps) * 0.99)] if gaps else 0.0, "failed": sum(not asker.took for asker in askers),
+        took, first, gaps = (sorted(itertools.chain.from_iterable(getattr(client, name) for client in clients)) for name in ("took", "first", "gaps"))
+        lines = sum(client.lines for client in clients)
+        return {"answers": len(took) / seconds, "lines": lines / seconds, "p50": median(took), "first": median(first),
+                "gap": gaps[int(len(gaps) * 0.99)] if gaps else 0.0, "failed": sum(not client.took for client in clients),
                 "cpu": (self.cpu() - cpu) / (lines or len(took) or 1)}
 
     def cpu(self):
-        """The gateway's CPU seconds so far; 0 where there is no /proc."""
+        """Return the CPU seconds that the gateway used so far; 0 where there is no /proc."""
         try:
             with open(f"/proc/{self.gateway.pid}/stat", encoding="ascii") as stat:
                 return sum(map(int, stat.read().rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
@@ -8927,9 +8927,9 @@ class Bench:
             return 0.0
 
     def compare(self, kind, connections, seconds=BENCH_SECONDS):
-        """Measure both in turns; return the medians of each figure, direct and through the gateway."""
+        """Measure both ways in turns; return the medians of every value, direct and through the gateway."""
         rounds = [[self.measure(port, kind, connections, seconds) for port in (self.direct, self.through)] for _ in range(BENCH_ROUNDS)]
-        return [{name: middle(sorted(one[which][name] for one in rounds)) for name in rounds[0][0]} for which in (0, 1)]
+        return [{name: median(sorted(one[which][name] for one in rounds)) for name in rounds[0][0]} for which in (0, 1)]
 
     def row(self, what, direct, through, ratio=None, difference=False):
         self.rows.append({"what": what, "direct": direct, "gateway": through, "ratio": ratio, "difference": difference})
@@ -8941,7 +8941,7 @@ class Bench:
         return direct, through
 
     def bodies(self):
-        """Measure what bodies of real sizes cost, in json.loads of them, and how long a stream stands still beside one."""
+        """Measure the cost of bodies of real sizes as multiples of json.loads, and how long a large one delays a concurrent stream."""
         small = self.measure(self.through, "generate", 1)["cpu"]
         for name, size in ("64 KiB", 64 * 1024), ("256 KiB", 256 * 1024), ("10 MiB", 10 * 1024 * 1024):
             body = chat_of(size)
@@ -8954,18 +8954,18 @@ class Bench:
             self.row(f"longest gap of a stream beside 90 MiB of {name}, ms", *(gap * 1e3 for gap in gaps), difference=True)
 
     def longest_gap(self, port, body):
-        """Send a body while a stream of a line each 10 ms goes on, and return the longest time between two lines."""
-        stream = Asker(port, bench_request(self.token, self.ASKED["paced"]), float("inf"), True)
+        """Send a body during a stream of one line every 10 ms, and return the longest time between two lines."""
+        stream = BenchmarkClient(port, bench_request(self.token, self.BODIES["paced"]), float("inf"), True)
         stream.start()
-        Asker(port, bench_request(self.token, body), 0, False).run()
+        BenchmarkClient(port, bench_request(self.token, body), 0, False).run()
         stream.until = 0
         stream.join(GUARD)
         return max(stream.gaps)
 
     def run(self):
-        """Measure everything, in about a minute."""
+        """Measure everything; this takes about a minute."""
         imports = [sys.executable, "-c", "import http.server, urllib.request, sqlite3, argparse"]
-        self.start(self.MODULE)     # it is compiled once
+        self.start(self.MODULE)     # compiles it, so that the measured starts do not
         starts = [(timed(lambda: subprocess.run(imports, check=True)), self.start(self.MODULE), self.start(self.SCRIPT)) for _ in range(5)]
         direct, through = self.rates("small answers", "tags", 1)
         self.row("  median time, ms", direct["p50"] * 1e3, through["p50"] * 1e3, difference=True)
@@ -8985,13 +8985,13 @@ class Bench:
         self.start(self.MODULE)
         self.measure(self.through, "idle", 200, 0)
         self.row("  of python3 -m ollama_gateway, MB", None, self.memory())
-        bare, module, script = (middle(sorted(times)) for times in zip(*starts))
+        bare, module, script = (median(sorted(times)) for times in zip(*starts))
         self.row("start to the first answer, ms, to importing the library", bare * 1e3, script * 1e3, script / bare)
         self.row("  of python3 -m ollama_gateway, ms", bare * 1e3, module * 1e3, module / bare)
         return self.rows
 
 
-def middle(values):
+def median(values):
     return values[len(values) // 2] if values else 0.0
 
 
@@ -9006,13 +9006,13 @@ def figure(value):
 
 
 def bench(as_json):
-    """Run the benchmark and print what it found."""
+    """Run the benchmark and print its results."""
     with tempfile.TemporaryDirectory() as folder:
-        measured = Bench(folder)
+        benchmark = Benchmark(folder)
         try:
-            rows = measured.run()
+            rows = benchmark.run()
         finally:
-            measured.stop()
+            benchmark.stop()
     if as_json:
         return print(json.dumps(rows, indent=2))
     print(f"{'':61}{'direct':>9}{'gateway':>9}{'':>7}")
@@ -9021,24 +9021,24 @@ def bench(as_json):
         print(f"{row['what']:61}{figure(row['direct']):>9}{figure(row['gateway']):>9}{ratio:>7}")
 
 
-class BenchItself(Case):
-    """A benchmark that asked for less than it counts would flatter."""
+class BenchmarkItself(Case):
+    """A benchmark that counts more than it requested would report too good results."""
 
-    def test_whole_answers_are_counted_directly_and_through_the_gateway(self):
-        measured = Bench(self.folder)
-        self.addCleanup(measured.stop)
-        for program in Bench.MODULE, Bench.SCRIPT:
-            self.assertGreater(measured.start(program), 0)
+    def test_benchmark_counts_whole_responses_directly_and_through_the_gateway(self):
+        benchmark = Benchmark(self.folder)
+        self.addCleanup(benchmark.stop)
+        for program in Benchmark.MODULE, Benchmark.SCRIPT:
+            self.assertGreater(benchmark.start(program), 0)
         for kind, lines in (("tags", 0), ("generate", 0), ("stream", BENCH_LINES), ("idle", 5)):
-            measured.ASKED = {**Bench.ASKED, "idle": {"model": "tiny", "prompt": "1", "lines": 5}}
-            for port in measured.direct, measured.through:
-                with self.subTest(kind, direct=port == measured.direct):
-                    found = measured.measure(port, kind, 2, seconds=0)
-                    self.assertEqual((found["failed"], round(found["lines"] / found["answers"])), (0, lines))
-        for port in measured.direct, measured.through:
-            self.assertEqual(measured.measure(port, chat_of(100_000), 1, seconds=0)["failed"], 0)
+            benchmark.BODIES = {**Benchmark.BODIES, "idle": {"model": "tiny", "prompt": "1", "lines": 5}}
+            for port in benchmark.direct, benchmark.through:
+                with self.subTest(kind, direct=port == benchmark.direct):
+                    result = benchmark.measure(port, kind, 2, seconds=0)
+                    self.assertEqual((result["failed"], round(result["lines"] / result["answers"])), (0, lines))
+        for port in benchmark.direct, benchmark.through:
+            self.assertEqual(benchmark.measure(port, chat_of(100_000), 1, seconds=0)["failed"], 0)
         with contextlib.closing(gateway.TokenStore(self.db)) as store:
-            eventually(lambda: [row["requests"] for row in store.usage("user", 0)] == [7], "the account")
+            eventually(lambda: [row["requests"] for row in store.usage("user", 0)] == [7], "storing of the usage")
             self.assertEqual(store.usage("user", 0)[0]["completion_tokens"], 7 * len(WORDS))
 
 # == A real Ollama ============================================================
@@ -9050,7 +9050,7 @@ VOLATILE = re.compile(rb'"(created_at|expires_at|\w*_duration|id|created)": ?("[
 
 @unittest.skipUnless(OLLAMA, "needs a real Ollama at OLLAMA_TEST_URL")
 class LiveCase(GatewayCase):
-    """Through the gateway everything is as it is without it."""
+    """Responses through the gateway are identical to those of Ollama itself."""
 
     def setUp(self):
         super().setUp()
@@ -9066,7 +9066,7 @@ class LiveCase(GatewayCase):
             return client.ask(method, path, body, host="localhost")
 
     def assert_same(self, method, path, body=None):
-        """Ask both ways; but for times and ids, the answers must be alike to the byte."""
+        """Send a request both ways; except for times and ids, both responses must be identical."""
         ours, theirs = self.through(method, path, body), self.directly(method, path, body)
         self.assertEqual((ours.status, ours.headers.get("content-type"), ours.ended), (theirs.status, theirs.headers.get("content-type"), "clean"))
         self.assertEqual(VOLATILE.sub(b"", ours.body), VOLATILE.sub(b"", theirs.body))
@@ -9075,14 +9075,14 @@ class LiveCase(GatewayCase):
 
 class LiveInference(LiveCase):
 
-    def test_generate_and_chat_answer_alike(self):
+    def test_generate_and_chat_responses_are_identical(self):
         for stream in (True, False):
             for path, rest in (("/api/generate", {"prompt": "hello"}), ("/api/chat", {"messages": CHAT["messages"]})):
                 with self.subTest(path, stream=stream):
                     answer = self.assert_same("POST", path, {"model": "tiny", "stream": stream, "options": SAME, **rest})
                     self.assertEqual(json.loads(answer.body.splitlines()[-1])["eval_count"], 8)
 
-    def test_the_openai_dialect_answers_alike(self):
+    def test_openai_responses_are_identical(self):
         for stream in (True, False):
             for path, rest in (("/v1/chat/completions", {"messages": CHAT["messages"]}), ("/v1/completions", {"prompt": "hello"})):
                 with self.subTest(path, stream=stream):
@@ -9090,43 +9090,43 @@ class LiveInference(LiveCase):
                                                              **rest})
                     self.assertEqual(answer.body.endswith(b"data: [DONE]\n\n"), stream)
 
-    def test_embeddings_answer_alike(self):
+    def test_embedding_responses_are_identical(self):
         for path, rest in (("/api/embed", {"input": ["hello", "x"]}), ("/api/embeddings", {"prompt": "hello"}),
                            ("/v1/embeddings", {"input": "hello"})):
             with self.subTest(path):
                 self.assertEqual(self.assert_same("POST", path, {"model": "tiny-embed", **rest}).status, 200)
 
-    def test_errors_answer_alike(self):
+    def test_error_responses_are_identical(self):
         for path, body in (("/api/chat", {"model": "nope", "messages": []}), ("/api/generate", b""), ("/api/generate", b'{"prompt":"x"}'),
                            ("/v1/chat/completions", {"model": "nope", "messages": CHAT["messages"]}),
                            ("/api/chat", {"model": "tiny", "messages": [{"role": "user", "content": 5}]})):
             with self.subTest(path, body=body):
                 self.assertGreaterEqual(self.assert_same("POST", path, body).status, 400)
 
-    def test_a_path_token_reaches_it_too(self):
+    def test_path_token_gives_access_to_ollama(self):
         answer = self.ask("POST", f"/t/{self.token}/api/generate", {"model": "tiny", "prompt": "hello", "options": SAME}, token="",
                           server=self.real)
         self.assertEqual(json.loads(answer.body.splitlines()[-1])["done"], True)
 
     @unittest.skipUnless(os.environ.get("OLLAMA_TEST_LOG"), "needs the server's log at OLLAMA_TEST_LOG")
-    def test_a_cancelled_answer_ends_in_the_servers_own_log(self):
+    def test_cancelled_request_ends_in_the_log_of_ollama(self):
         for stream, path in ((True, "/api/generate"), (False, "/api/generate"), (True, "/v1/completions")):
             with self.subTest(path, stream=stream):
                 self.unload()
                 client = self.begin("POST", path, {"model": "long", "prompt": "hello", "stream": stream, "max_tokens": 20000}, server=self.real)
-                eventually(self.loaded, "the model's loading")
+                eventually(self.loaded, "loading of the model")
                 if stream:
                     client.read(client.head(), until=b"\n")
                 before = self.finished(path)
                 client.close()
                 eventually(lambda path=path, before=before: self.finished(path) > before, "the end of the cancelled request")
-                self.unload()   # of a hundred cancellations one leaves 0.9.3's runner stuck, without a gateway, too
+                self.unload()   # one of a hundred cancellations leaves the runner of 0.9.3 stuck, even without a gateway
                 self.assertStatus(self.through("POST", "/api/generate", {"model": "tiny", "prompt": "hello", "stream": False, "options": SAME}),
                                   200)
 
     def unload(self):
         self.directly("POST", "/api/generate", {"model": "tiny", "keep_alive": 0})
-        eventually(lambda: not self.loaded(), "the model's unloading")
+        eventually(lambda: not self.loaded(), "unloading of the model")
 
     def loaded(self):
         return [row for row in self.directly("GET", "/api/ps").json()["models"] if row["details"]["family"] == "llama"]
@@ -9136,18 +9136,18 @@ class LiveInference(LiveCase):
             return sum("[GIN]" in line and f'"{path}"' in line for line in log)
 
 
-class LiveAccount(LiveCase):
-    """The account has what Ollama itself counts."""
+class LiveUsage(LiveCase):
+    """Recorded usage equals what Ollama itself counts."""
 
     def counted(self, path, body, stream):
-        """Ask through the gateway, a stream with its usage, and return what Ollama tells it cost."""
-        asked = {**body, "stream": stream, **({"stream_options": {"include_usage": True}} if stream and path.startswith("/v1/") else {})}
-        lines = [line[line.find(b"{"):] for line in self.through("POST", path, asked, token=self.admin).body.splitlines() if b"{" in line]
-        told = json.loads(lines[-1])
-        told = told.get("usage") or told
-        return (told.get("prompt_eval_count", told.get("prompt_tokens", 0)), told.get("eval_count", told.get("completion_tokens", 0)))
+        """Send a request through the gateway, and return the usage that Ollama reports in its response."""
+        body = {**body, "stream": stream, **({"stream_options": {"include_usage": True}} if stream and path.startswith("/v1/") else {})}
+        lines = [line[line.find(b"{"):] for line in self.through("POST", path, body, token=self.admin).body.splitlines() if b"{" in line]
+        last = json.loads(lines[-1])
+        usage = last.get("usage") or last
+        return (usage.get("prompt_eval_count", usage.get("prompt_tokens", 0)), usage.get("eval_count", usage.get("completion_tokens", 0)))
 
-    def test_every_dialect_is_counted_as_ollama_counts(self):
+    def test_usage_of_every_api_dialect_matches_the_counts_of_ollama(self):
         talk = {"model": "tiny", "options": SAME, "temperature": 0, "seed": 1, "max_tokens": 8}
         for path, body, streams in (
                 ("/api/generate", {**talk, "prompt": "hello"}, (True, False)), ("/api/chat", {**talk, "messages": CHAT["messages"]}, (True, False)),
@@ -9164,7 +9164,7 @@ class LiveAccount(LiveCase):
                     self.assertEqual((int(fields["prompt"]), int(fields["completion"])), cost)
                     self.assertGreater(cost[0], 0)
 
-    def test_a_spelling_that_ollama_understands_is_understood_here(self):
+    def test_model_names_that_ollama_accepts_are_recognized(self):
         for name in ("tiny", "TINY:Latest", "library/tiny", "registry.ollama.ai/library/tiny:latest", "x://registry.ollama.ai/library/tiny",
                      " tiny", "tiny:", "/tiny", "library//tiny", "registry.ollama.ai:443/library/tiny", "tiny@sha256:1", "tiny\0", "tiny:a:b",
                      "ada/tiny"):
@@ -9173,14 +9173,14 @@ class LiveAccount(LiveCase):
                 self.assertLessEqual(known, gateway.model_allowed(name, "tiny"))
                 self.assertEqual(known, self.through("POST", "/api/show", {"model": name}).status == 200)
 
-    def test_of_two_equal_keys_the_last_one_wins_in_any_case(self):
-        """What the gateway refuses, and what its asking for the usage is built on."""
+    def test_ollama_uses_the_last_of_two_equal_keys_in_any_case(self):
+        """The gateway refuses such bodies, and relies on this rule when it requests the usage of a stream."""
         self.assertEqual(self.directly("POST", "/api/show", b'{"model":"nope","MODEL":"tiny"}').status, 200)
         stream = b'{"model":"tiny","prompt":"x","max_tokens":1,"stream":true,%s"stream_options":{"include_usage":true}}'
         for before in (b"", b'"stream_options":null,', b'"Stream_options":{"include_usage":false},'):
             self.assertIn(b'"total_tokens":', self.directly("POST", "/v1/completions", stream % before).body)
 
-    def test_a_listed_token_sees_its_models(self):
+    def test_token_with_a_model_list_sees_only_its_models(self):
         token = self.store.create("eve", "phone", models="tiny,tiny-e*")[1]
         for path, key, name in (("/api/tags", "models", "name"), ("/v1/models", "data", "id")):
             self.assertEqual(sorted(row[name] for row in self.through("GET", path, token=token).json()[key]), ["tiny-embed:latest", "tiny:latest"])
@@ -9189,21 +9189,21 @@ class LiveAccount(LiveCase):
 
 class LiveModels(LiveCase):
 
-    def test_lists_answer_alike(self):
+    def test_model_lists_are_identical(self):
         for path in ("/api/version", "/v1/models/tiny"):
             with self.subTest(path):
                 self.assertEqual(self.assert_same("GET", path).status, 200)
-        for path, key in (("/api/tags", "models"), ("/v1/models", "data")):   # models of one second come in any order
+        for path, key in (("/api/tags", "models"), ("/v1/models", "data")):   # models modified in the same second have no fixed order
             with self.subTest(path):
                 ours, theirs = (sorted(answer.json()[key], key=compact) for answer in (self.through("GET", path), self.directly("GET", path)))
                 self.assertEqual(ours, theirs)
 
-    def test_show_and_ps_tell_of_the_models(self):
+    def test_show_and_ps_return_the_models(self):
         self.assertIn("completion", self.through("POST", "/api/show", {"model": "tiny"}).json()["capabilities"])
         self.through("POST", "/api/generate", {"model": "tiny", "prompt": "x", "stream": False, "options": SAME})
         self.assertTrue(self.through("GET", "/api/ps").json()["models"])
 
-    def test_an_administrator_creates_copies_and_deletes(self):
+    def test_administrator_creates_copies_and_deletes_models(self):
         def manage(method, path, body):
             self.assertRefused(self.through(method, path, body), 403)
             answer = self.through(method, path, body, token=self.admin)
@@ -9216,7 +9216,7 @@ class LiveModels(LiveCase):
             manage("DELETE", "/api/delete", {"model": model})
         self.assertNotIn("mine", self.through("GET", "/api/tags").body.decode())
 
-    def test_a_blob_goes_up_and_is_found(self):
+    def test_uploaded_blob_is_found(self):
         blob = os.urandom(3_000_000)
         path = "/api/blobs/sha256:" + hashlib.sha256(blob).hexdigest()
         self.assertStatus(self.through("HEAD", path, token=self.admin), 404)
@@ -9226,23 +9226,23 @@ class LiveModels(LiveCase):
         self.assertStatus(client.answer(), 201)
         self.assertStatus(self.through("HEAD", path, token=self.admin), 200)
 
-# == All tests at once ========================================================
+# == Parallel test runner =====================================================
 
 
 def run_classes(names):
-    """Run the tests of classes; return how many ran and how many were skipped, and a report if one failed."""
+    """Run the tests of these classes; return how many ran, how many were skipped, and a report if one failed."""
     report = io.StringIO()
     result = unittest.TextTestRunner(report).run(unittest.defaultTestLoader.loadTestsFromNames(names, sys.modules[__name__]))
     return result.testsRun, len(result.skipped), "" if result.wasSuccessful() else report.getvalue()
 
 
 def run_all():
-    """Run all classes in parallel, for most tests wait; report in unittest's words and return the exit status."""
+    """Run all classes in parallel, as most tests spend their time waiting; report as unittest does and return the exit status."""
     names = [name for name, value in globals().items() if isinstance(value, type) and issubclass(value, unittest.TestCase)
              and unittest.defaultTestLoader.getTestCaseNames(value)]
-    alone = [[name] for name in names if not name.startswith("Live")]
-    alone.sort(key=lambda job: job != ["WebPagesInBrowser"])      # the longest first
-    jobs = [*alone[:1], [name for name in names if name.startswith("Live")], *alone[1:]]    # the real Ollama is only one
+    single = [[name] for name in names if not name.startswith("Live")]
+    single.sort(key=lambda job: job != ["WebPagesInBrowser"])      # the slowest class first
+    jobs = [*single[:1], [name for name in names if name.startswith("Live")], *single[1:]]    # tests of the real Ollama run one after the other
     began, ran, skipped, failed = time.perf_counter(), 0, 0, 0
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count() + 1) as pool:
         for done in concurrent.futures.as_completed([pool.submit(run_classes, job) for job in jobs]):
