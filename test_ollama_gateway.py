@@ -4875,14 +4875,14 @@ class AccountByTheClock(Case):
 # == Backends =================================================================
 
 FORWARDED_HEADERS = (("Accept", "application/x-ndjson, */*;q=0.1"), ("Content-Type", 'application/json; x="a b"'),
-             ("User-Agent", "ollama-python/0.5 (x86_64)"), ("X-Request-Id", "req-1.A_b"), ("Anthropic-Version", "2023-06-01"),
-             ("anthropic-beta", "tools-2024"), ("OpenAI-Beta", "assistants=v2"))
+                     ("User-Agent", "ollama-python/0.5 (x86_64)"), ("X-Request-Id", "req-1.A_b"), ("Anthropic-Version", "2023-06-01"),
+                     ("anthropic-beta", "tools-2024"), ("OpenAI-Beta", "assistants=v2"))
 REMOVED_HEADERS = (("Cookie", "session=1"), ("Origin", "http://localhost"), ("Referer", "http://localhost/chat"), ("Forwarded", "for=1.2.3.4"),
-             ("X-Forwarded-For", "1.2.3.4"), ("X-Forwarded-Host", "evil.example"), ("X-Real-Ip", "1.2.3.4"), ("Via", "1.1 proxy"),
-             ("Accept-Language", "de"), ("Proxy-Authorization", "Basic x"), ("Proxy-Connection", "keep-alive"), ("Keep-Alive", "timeout=5"),
-             ("TE", "trailers"), ("Upgrade", "h2c"), ("Trailer", "X-T"), ("X-Stainless-Lang", "python"), ("X-Whatever", "1"),
-             ("Range", "bytes=0-1"),
-             ("If-None-Match", '"x"'), ("Cache-Control", "no-cache"))
+                   ("X-Forwarded-For", "1.2.3.4"), ("X-Forwarded-Host", "evil.example"), ("X-Real-Ip", "1.2.3.4"), ("Via", "1.1 proxy"),
+                   ("Accept-Language", "de"), ("Proxy-Authorization", "Basic x"), ("Proxy-Connection", "keep-alive"), ("Keep-Alive", "timeout=5"),
+                   ("TE", "trailers"), ("Upgrade", "h2c"), ("Trailer", "X-T"), ("X-Stainless-Lang", "python"), ("X-Whatever", "1"),
+                   ("Range", "bytes=0-1"),
+                   ("If-None-Match", '"x"'), ("Cache-Control", "no-cache"))
 BODIES = (
     ("unusually formatted JSON", b' {"model" :"tiny",\n\t"messages": [], "n": 1.0e+02, "n": 2, "u": "\\u00e9\xc3\xa9"}\n\n'),
     ("two values", b'{"model":"tiny","stream":false}{"x":1}'),
@@ -6670,13 +6670,13 @@ class WebPagesInBrowser(GatewayCase):
 
     def test_docs_show_errors_of_ollama_and_of_the_gateway(self):
         tab = self.docs()
-        for label, reply, message in (("Ollama's error", Reply.json(404, {"error": "model 'tiny' not found"}), "model 'tiny' not found"),
+        for label, reply, text in (("Ollama's error", Reply.json(404, {"error": "model 'tiny' not found"}), "model 'tiny' not found"),
                                    ("an error line", Reply.stream(chat_line("The"), b'{"error": "out of <b>memory</b>"}\n'), "out of <b>memory</b>"),
                                    ("a broken stream", Reply.stream(chat_line("The"), cut), "broke off")):
             with self.subTest(label):
                 self.fake.replies["/api/chat"] = reply
                 tab.press("Send")
-                tab.shows(message, "#problem")
+                tab.shows(text, "#problem")
         del self.fake.replies["/api/chat"]
         self.store.update("ada", "laptop", rpm=1)
         tab.press("Send")
@@ -7081,8 +7081,8 @@ class AdminApi(GatewayCase):
         made = self.make(rpm=5, models="tiny", expires_at="2099-01-31")
         secret, path = made.pop("token"), f"/tokens/{made['id']}"
         for changes, shown in (({"rpm": 7}, {}), ({"rpm": None, "max_parallel": 3}, {}), ({"expires_at": None}, {}),
-                              ({"models": ["a", "b*"]}, {}), ({"models": None, "admin": True}, {}), ({"expires_at": "2098-01-31"},
-                                                                                                     {"expires_at": "2098-01-31T00:00:00Z"})):
+                               ({"models": ["a", "b*"]}, {}), ({"models": None, "admin": True}, {}), ({"expires_at": "2098-01-31"},
+                                                                                                      {"expires_at": "2098-01-31T00:00:00Z"})):
             with self.subTest(changes):
                 made.update(changes, **shown)
                 self.assertEqual(self.call("PATCH", path, changes), made)
@@ -8035,11 +8035,11 @@ class Menu(CommandCase):
         menu.press("\r")
         menu.shows("A new user")
         menu.press("2\r")
-        for typed, expected in (("laptop\r", "exists already"), ("-x\r", "printable"), ("\r", "Expires"), ("soon\r", '"soon" is not a date'),
+        for typed, text in (("laptop\r", "exists already"), ("-x\r", "printable"), ("\r", "Expires"), ("soon\r", '"soon" is not a date'),
                             ("1999-01-01\r", "in the past"), ("1d\r", "Admin"), (DOWN + "\r", "Limits"), ("2\r", "a minute"),
                             ("0\r", '"0" is not a whole number')):
             menu.press(typed)
-            self.assertNotIn("--", menu.shows(expected))
+            self.assertNotIn("--", menu.shows(text))
         menu.press("\x03")
         self.assertEqual((menu.ends(), self.names()), ((0, True), ["ada/laptop"]))
 
@@ -8050,20 +8050,20 @@ class Menu(CommandCase):
         menu.press(DOWN, "\r")
         self.assertIn("ogw_", menu.shows("never"))
         menu.press(DOWN, "\r")
-        for keys, expected in (("2\r", "Admin (may"), (DOWN + "\r", "Changed the admin token"), ("", MAIN_MENU), ("\r", "Whose"), ("2\r", "Which"),
+        for keys, text in (("2\r", "Admin (may"), (DOWN + "\r", "Changed the admin token"), ("", MAIN_MENU), ("\r", "Whose"), ("2\r", "Which"),
                            ("2\r", "Change"), ("3\r", "Models (as"), ("tiny\r", "may use every model"), ("", MAIN_MENU), ("\r2\r2\r4\r", "[none]"),
                            ("7\r", "7 a minute"), ("", MAIN_MENU), ("\r2\r2\r4\r", "a minute [7]"),
                            ("none\r", 'Changed the admin token "bob/phone" (does not expire) in'), ("", MAIN_MENU)):
             menu.press(keys)
-            menu.shows(expected)
+            menu.shows(text)
         self.assertEqual([token["admin"] for token in self.tokens()], [False, False, True])
         hints = [token["hint"] for token in self.tokens()]
-        for keys, expected in (("6\r", "Whose"), ("2\r", "Which"), ("1\r", "old secret stops"), ("\r", MAIN_MENU), ("6\r", "Whose"), ("\r", "Which"),
+        for keys, text in (("6\r", "Whose"), ("2\r", "Which"), ("1\r", "old secret stops"), ("\r", MAIN_MENU), ("6\r", "Whose"), ("\r", "Which"),
                            ("\r", "old secret stops"), (DOWN + "\r", "---"), ("", MAIN_MENU), ("3\r", "Whose"), ("2\r", "Which"), ("1\r", "stops at"),
                            ("\r", MAIN_MENU), ("3\r", "Whose"), ("2\r", "Which"), ("2\r", 'Delete "bob/phone"?'), (UP + "\r", "Deleted the token"),
                            ("8\r", "")):
             menu.press(keys)
-            menu.shows(expected)
+            menu.shows(text)
         self.assertEqual((menu.ends(), self.names()), ((0, True), ["ada/laptop", "bob/box"]))
         self.assertEqual([new["hint"] == old for new, old in zip(self.tokens(), hints)], [False, True])
 
@@ -8074,19 +8074,19 @@ class Menu(CommandCase):
         menu.shows(MAIN_MENU)
         menu.press("4\r")
         menu.shows("[tokens.csv]")
-        for keys, expected in ((self.path("out.txt\r"), "ends neither in"), (file + "\r", "Exported 1 token"), ("", MAIN_MENU), ("4\r", "File"),
+        for keys, text in ((self.path("out.txt\r"), "ends neither in"), (file + "\r", "Exported 1 token"), ("", MAIN_MENU), ("4\r", "File"),
                            (file + "\r", "Replace "), ("\r", MAIN_MENU), ("7\r", "model"), ("3\r", "[7d]"), ("x\r", '"x" is not a date'),
                            ("30d\r", "0 requests, 0 tokens since"), ("", MAIN_MENU)):
             menu.press(keys)
-            menu.shows(expected)
+            menu.shows(text)
         self.assertIn(b"ada,laptop", self.read("out.csv"))
 
     def test_menu_goes_back_on_escape_left_and_less_than_and_ends_on_escape(self):
         menu = self.menu("ada/laptop")
-        for keys, expected in (("\r", "A new user"), ("\x1b", MAIN_MENU), ("\r", "A new user"), (LEFT, MAIN_MENU), ("\r", "A new user"), ("<", MAIN_MENU),
+        for keys, text in (("\r", "A new user"), ("\x1b", MAIN_MENU), ("\r", "A new user"), (LEFT, MAIN_MENU), ("\r", "A new user"), ("<", MAIN_MENU),
                            ("\r", "A new user"), (DOWN + "\r", "[laptop-2]"), ("\r", "Expires"), (" < \r", MAIN_MENU), ("\x1b", "")):
             menu.press(keys)
-            menu.shows(expected)
+            menu.shows(text)
         self.assertEqual((menu.ends(), self.names()), ((0, True), ["ada/laptop"]))
 
     def test_menu_restores_the_terminal_when_ended_by_a_key_or_a_signal(self):
@@ -8121,10 +8121,10 @@ class Menu(CommandCase):
     def test_menu_suspended_by_ctrl_z_restores_the_terminal_and_resumes(self):
         menu = self.menu("ada/laptop", script=AS_A_JOB)
         stopped = "stopped in normal mode"
-        for keys, expected in (("\x1a", stopped), ("", "❯ 1"), ("1\r", "A new user"), ("\r", "User (a"), ("ki\x1a", stopped), ("m\r", "[laptop]"),
+        for keys, text in (("\x1a", stopped), ("", "❯ 1"), ("1\r", "A new user"), ("\r", "User (a"), ("ki\x1a", stopped), ("m\r", "[laptop]"),
                            ("<\r", MAIN_MENU), ("\x1a", stopped), ("", "❯ 1"), ("\x1b", "")):
             menu.press(keys)
-            menu.shows(expected)
+            menu.shows(text)
         self.assertEqual(menu.ends(), (0, True))
 
     def test_menu_keeps_keys_that_are_typed_ahead(self):
@@ -8194,10 +8194,10 @@ class Menu(CommandCase):
 
     def test_menu_lines_are_not_wider_than_the_terminal(self):
         menu = self.menu(f"{'x' * 64}/{'y' * 64}", f"{'日' * 64}/{'本' * 64}", columns=40)
-        for keys, expected in (("3\r", "Whose"), ("2\r", "Which"), ("\r", "Delete"), ("\r", MAIN_MENU), ("1\r", "Whose"), ("\r", "User (a"),
+        for keys, text in (("3\r", "Whose"), ("2\r", "Which"), ("\r", "Delete"), ("\r", MAIN_MENU), ("1\r", "Whose"), ("\r", "User (a"),
                            ("é" * 70, "éé"), ("\r", "printable"), ("<\r", MAIN_MENU)):
             menu.press(keys)
-            menu.shows(expected)
+            menu.shows(text)
         menu.shows("❯")
         start = len(menu.frames())
         for columns in (30, 1):
@@ -8218,9 +8218,9 @@ class Menu(CommandCase):
         menu = self.menu("ada/laptop")
         with contextlib.closing(sqlite3.connect(self.db)) as db, db:
             db.execute("UPDATE tokens SET user = ?, name = ?", ("\x1b]0;owned\x07\u202e", "a\nb\x9b31m"))
-        for keys, expected in (("3\r", "❯ 1  ?]0;owned??"), ("\r", "❯ 1  a?b?31m")):
+        for keys, text in (("3\r", "❯ 1  ?]0;owned??"), ("\r", "❯ 1  a?b?31m")):
             menu.press(keys)
-            menu.shows(expected)
+            menu.shows(text)
         self.assertNotIn(b"\x07", menu.raw)
 
     def test_menu_sends_no_escape_sequences_to_a_dumb_terminal(self):
@@ -8234,9 +8234,9 @@ class Menu(CommandCase):
 
     def test_menu_writes_only_ascii_to_an_ascii_terminal(self):
         menu = self.menu("日本/laptop", PYTHONIOENCODING="ascii")
-        for keys, expected in (("6\r", r"> 1  \u65e5\u672c (1 token)"), ("\r\r\x1b[B\r", "----")):
+        for keys, text in (("6\r", r"> 1  \u65e5\u672c (1 token)"), ("\r\r\x1b[B\r", "----")):
             menu.press(keys)
-            menu.shows(expected)
+            menu.shows(text)
         self.assertTrue(menu.raw.isascii())
 
     def test_create_frames_the_secret_on_a_terminal(self):
@@ -8581,7 +8581,7 @@ class SourceCodeRules(unittest.TestCase):
         table = symtable.symtable(self.source, GATEWAY, "exec")
         spans = {node.name: (node.lineno, node.end_lineno) for node in self.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
         used_too_early = [f"{child.get_name()} uses {name}, defined below it" for child in table.get_children() if child.get_name() in spans
-                    for name in globals_used_by(child) if defined.get(name, 0) > spans[child.get_name()][1]]
+                          for name in globals_used_by(child) if defined.get(name, 0) > spans[child.get_name()][1]]
         self.assertEqual(used_too_early, [])
 
     def test_only_the_standard_library_is_imported(self):
