@@ -2,8 +2,9 @@
 """Tests of ollama_gateway.py: real sockets on the loopback, the standard library alone, nothing slept for.
 
     python3 test_ollama_gateway.py                                          all of them, in parallel, in about a minute and a half
-    python3 test_ollama_gateway.py Door                                     one class
-    python3 test_ollama_gateway.py Door.test_a_deleted_token_is_refused     one test
+    python3 test_ollama_gateway.py Authentication                           one class
+    python3 test_ollama_gateway.py Authentication.test_deleted_token_is_refused
+                                                                            one test
     python3 test_ollama_gateway.py -k leave                                 those whose name contains a word
     ../shared/real-ollama/with-ollama.sh python3 test_ollama_gateway.py -k Live
                                                                             those against a real Ollama, at OLLAMA_TEST_URL
@@ -1195,15 +1196,15 @@ class Settings(Case):
     def value(self, name, **sources):
         return getattr(self.load(**sources), name)
 
-    def test_the_options_are_those_of_the_contract(self):
+    def test_options_are_exactly_the_documented_ones(self):
         self.assertEqual({option.flag for option in gateway.OPTIONS}, {flag(name) for name in VALUES})
 
-    def test_variables_are_named_after_their_flags_but_for_the_first_five(self):
+    def test_environment_variables_are_named_after_flags_except_five_legacy_names(self):
         for option in gateway.OPTIONS:
             usual = "GATEWAY_" + option.flag[2:].upper().replace("-", "_")
             self.assertEqual(option.variable, FIRST_FIVE.get(option.flag, usual))
 
-    def test_the_defaults_are_those_of_the_contract(self):
+    def test_defaults_are_the_documented_ones(self):
         for name, (default, *others) in VALUES.items():
             with self.subTest(name):
                 if default is None:
@@ -1211,7 +1212,7 @@ class Settings(Case):
                 else:
                     self.assertEqual(self.value(name), self.value(name, flags={name: default}))
 
-    def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_default(self):
+    def test_precedence_is_flag_environment_file_default(self):
         for name, (default, one, two) in VALUES.items():
             variable, company = variable_of(name), COMPANY.get(name, {})
             want_one, want_two = (self.value(name, flags={name: value, **company}) for value in (one, two or one))
@@ -1221,7 +1222,7 @@ class Settings(Case):
                 self.assertEqual(self.value(name, flags={name: one, **company}, environ={variable: two or one}), want_one)
                 self.assertNotEqual(want_one, self.value(name))
 
-    def test_a_wrong_value_is_told_with_its_name_and_where_it_stood(self):
+    def test_invalid_value_error_names_the_setting_the_value_and_its_source(self):
         for name, *values in BAD_VALUES:
             for value in values:
                 with self.subTest(name, value=value):
@@ -1235,7 +1236,7 @@ class Settings(Case):
         for word in words:
             self.assertIn(word, str(caught.exception))
 
-    def test_a_file_is_read_as_people_write_it(self):
+    def test_env_file_syntax_variants_are_accepted(self):
         for label, content in (
             ("plain", b"TOKEN_DB_PATH=x.db"),
             ("exported", b"export TOKEN_DB_PATH=x.db\n"),
@@ -1252,13 +1253,13 @@ class Settings(Case):
             with self.subTest(label):
                 self.assertEqual(self.value("db", env=content), "x.db")
 
-    def test_a_hash_within_quotes_or_a_word_is_no_comment(self):
+    def test_env_file_hash_inside_quotes_or_word_is_not_a_comment(self):
         for content, value in ((b"TOKEN_DB_PATH='x #1.db'", "x #1.db"), (b'TOKEN_DB_PATH="x #1.db" # no', "x #1.db"),
                                (b"TOKEN_DB_PATH=x#1.db", "x#1.db")):
             with self.subTest(content):
                 self.assertEqual(self.value("db", env=content), value)
 
-    def test_the_replaced_systems_file_works_unchanged(self):
+    def test_env_file_of_the_predecessor_works_unchanged(self):
         settings = self.load(env='OLLAMA_BASE_URL="http://localhost:11434"\nBASE_PATH="/ollama"\nTOKEN_DB_PATH="old.db"\n'
                                  'LOG_LEVEL="WARNING"\nLOG_FILE_LEVEL="DEBUG"\nCLI_API_KEY_ADA="s3cret"\n')
         same = self.load(flags={"base_path": "ollama", "db": "old.db", "log_level": "WARNING", "log_file_level": "DEBUG"})
@@ -1266,18 +1267,18 @@ class Settings(Case):
         self.assertEqual(settings, same)
         self.assertEqual(os.path.basename(settings.log_file), "app.log")
 
-    def test_dot_env_in_the_working_directory_is_read_by_itself(self):
+    def test_env_file_in_the_working_directory_is_read_by_default(self):
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.folder)
         self.write(".env", "TOKEN_DB_PATH=here.db")
         self.assertEqual(gateway.load_settings({}, {}).db, "here.db")
 
-    def test_slashes_at_the_ends_of_the_base_path_do_not_matter(self):
+    def test_base_path_leading_and_trailing_slashes_are_ignored(self):
         for path in ("ollama", "/ollama", "ollama/", "/ollama/"):
             with self.subTest(path):
                 self.assertEqual(self.value("base_path", flags={"base_path": path}), self.value("base_path", flags={"base_path": "/ollama"}))
 
-    def test_a_key_needs_its_certificate(self):
+    def test_tls_key_without_certificate_is_rejected(self):
         with self.assertRaises(gateway.UsageError):
             self.load(flags={"tls_key": "key.pem"})
 
@@ -1436,7 +1437,7 @@ GOOD_REQUESTS = (   # label, request, how many bytes of body go up
 NEXT = b"GET /api/version HTTP/1.1\r\nHost: gateway.test\r\nAuthorization: Bearer %(token)s\r\nX-Request-Id: smuggled\r\nConnection: close\r\n\r\n"
 
 
-class Framing(GatewayCase):
+class RequestFraming(GatewayCase):
 
     def feed(self, raw, expected):
         """Send a request whole, byte by byte, and with another one behind it; return what is answered each time."""
@@ -1459,27 +1460,27 @@ class Framing(GatewayCase):
             self.assertEqual((answers[0].ended, self.fake.received, self.fake.broken), ("clean", [], []), "nothing may reach the upstream")
         self.feed(raw, expected)
 
-    def test_a_request_line_has_exactly_three_parts_in_their_form(self):
+    def test_malformed_request_lines_are_rejected(self):
         for label, line, statuses in BAD_REQUEST_LINES:
             with self.subTest(case=label):
                 self.assert_refused(head(line), statuses)
 
-    def test_header_lines_and_framing_are_taken_strictly(self):
+    def test_malformed_header_fields_and_framing_are_rejected(self):
         for label, fields, statuses in BAD_FIELDS:
             with self.subTest(case=label):
                 self.assert_refused(post(*fields, body=b""), statuses)
 
-    def test_heads_are_taken_strictly(self):
+    def test_malformed_request_heads_are_rejected(self):
         for label, raw, statuses in BAD_HEADS:
             with self.subTest(case=label):
                 self.assert_refused(raw, statuses)
 
-    def test_chunks_are_taken_strictly(self):
+    def test_malformed_chunks_are_rejected(self):
         for label, body in BAD_CHUNKS:
             with self.subTest(case=label):
                 self.assert_refused(post_chunks(body), 400)
 
-    def test_what_is_right_is_served(self):
+    def test_well_formed_requests_are_served(self):
         for label, raw, length in GOOD_REQUESTS:
             with self.subTest(case=label):
                 def expected(client, behind, length=length):
@@ -1489,7 +1490,7 @@ class Framing(GatewayCase):
                     self.assertEqual(len(self.fake.received[0].body), length)
                 self.feed(raw, expected)
 
-    def test_a_body_that_ends_early_is_an_error_and_not_a_shorter_body(self):
+    def test_truncated_body_is_rejected_and_not_forwarded(self):
         for label, raw in (("a length", post(b"Content-Length: 10")), ("within a chunk", post_chunks(b"a\r\n{}")),
                            ("between two chunks", post_chunks(b"2\r\n{}\r\n")),
                            ("within a size", post_chunks(b"2\r\n{}\r\n1")), ("before the last line's end", post_chunks(b"2\r\n{}\r\n0\r\n"))):
@@ -1499,7 +1500,7 @@ class Framing(GatewayCase):
                 self.assertLessEqual({answer.status for answer in client.everything()}, {400})
         self.assertEqual((self.fake.received, self.fake.broken), ([], []))
 
-    def test_a_blob_that_goes_bad_never_ends_well_upstream(self):
+    def test_blob_with_malformed_chunk_is_never_completed_upstream(self):
         self.store.update("ada", "laptop", admin=True)
         for label, bad in BAD_CHUNKS[:12]:
             with self.subTest(case=label), Client(self.server.server_address) as client:
@@ -1512,20 +1513,20 @@ class Framing(GatewayCase):
                 eventually(lambda: self.fake.broken, "the stand-in's noticing")
         self.assertEqual(self.fake.received, [])
 
-    def test_a_refused_body_is_read_far_enough_for_the_refusal_to_be_seen(self):
+    def test_refusal_is_readable_by_a_client_that_is_still_sending_its_body(self):
         for label, token, path, status in (("no token", "", "/api/chat", 401), ("no such route", self.token, "/api/nonsense", 404),
                                            ("no right", self.token, "/api/create", 403)):
             with self.subTest(case=label), Client(self.server.server_address) as client:
                 client.socket.sendall(request("POST", path, b"x" * 8_000_000, bearer(token)))   # must not meet a closed door
                 self.assertEqual([answer.status for answer in client.everything()], [status])
 
-    def test_a_refusal_with_a_body_left_unread_ends_the_connection(self):
+    def test_refusal_with_unread_body_closes_the_connection(self):
         client = self.client()
         client.send(request("POST", "/api/chat", CHAT) + self.filled(NEXT))
         answer, = client.everything()
         self.assertEqual((answer.status, answer.headers["connection"]), (401, "close"))
 
-    def test_a_head_that_dribbles_in_is_served(self):
+    def test_head_received_byte_by_byte_is_served(self):
         dribble = threading.Event()
         for _ in range(2):
             client = self.client()
@@ -1534,13 +1535,13 @@ class Framing(GatewayCase):
                 dribble.wait(0.0005)   # nothing depends on it: it only makes more pieces arrive one by one
             self.assertStatus(client.answer(), 200)
 
-    def test_fields_of_a_cached_head_are_read_only(self):
+    def test_header_fields_of_a_cached_head_are_read_only(self):
         request = gateway.parse_cached_request(b"GET / HTTP/1.1\r\nHost: a\r\n")
         self.assertIs(gateway.parse_cached_request(b"GET / HTTP/1.1\r\nHost: a\r\n"), request)
         with self.assertRaises(TypeError):
             request.fields["host"] = "b"
 
-    def test_after_all_that_the_next_request_is_served(self):
+    def test_next_request_is_served_after_malformed_ones(self):
         for label, body in BAD_CHUNKS[:3]:
             self.assert_refused(post_chunks(body), 400)
         self.assertStatus(self.ask("GET", "/api/tags"), 200)
@@ -1608,7 +1609,7 @@ def judged_chunks(raw, at):
             return 0, b""
 
 
-class Mutants:
+class MutatedRequests:
     """An endless source of requests that were right once; the same seed gives the same ones on every Python."""
 
     def __init__(self, seed):
@@ -1674,13 +1675,13 @@ class Mutants:
         return raw[:match.start()] + self.chance.choice(ODD_NUMBERS) + raw[match.end():]
 
 
-class Fuzz(GatewayCase):
+class RequestFuzzing(GatewayCase):
     """Whatever a client sends, what arrives upstream is right, and the gateway lives on."""
 
     SEED, ROUNDS, AT_ONCE = 3, 190, 8
 
-    def test_nothing_malformed_arrives_upstream(self):
-        mutants, statuses = iter(Mutants(self.SEED)), collections.Counter()
+    def test_mutated_requests_reach_upstream_only_if_well_formed(self):
+        mutants, statuses = iter(MutatedRequests(self.SEED)), collections.Counter()
         serials, sent = itertools.count(100_000), []
         with unittest.mock.patch.object(gateway, "FREE_FAILURES", 10 ** 6), self.assertLogs("ollama_gateway") as logs:   # guessing is not the subject
             for _ in range(self.ROUNDS):
@@ -1738,7 +1739,7 @@ class Fuzz(GatewayCase):
 # == Request body =============================================================
 
 
-class ModelName(unittest.TestCase):
+class ModelNameInBody(unittest.TestCase):
     """The name is found as Go's decoder would find it, without the object being built."""
 
     def value(self, random, depth=0):
@@ -1757,7 +1758,7 @@ class ModelName(unittest.TestCase):
         except gateway.AmbiguousBody as error:
             return error
 
-    def test_it_is_what_a_decoder_finds(self):
+    def test_model_name_equals_that_of_a_full_json_decoder(self):
         source = random.Random(1)
         for decoded_bytes in 2000 * [gateway.DECODED_BYTES] + 2000 * [0]:   # decoded, and scanned
             pairs = [(source.choice(("model", "MODEL", "name", 'p"\\', "messages", "")), self.value(source)) for _ in range(source.randrange(6))]
@@ -1774,7 +1775,7 @@ class ModelName(unittest.TestCase):
                 names = [values[0] if values and isinstance(values[0], str) else "" for values in found]
                 self.assertEqual(got, names[0] or names[1], body)
 
-    def test_a_large_body_is_read_like_a_small_one(self):
+    def test_scanner_and_decoder_agree_on_large_bodies(self):
         """Whatever a value is, and wherever a window ends in it, the scanner finds what the decoder finds."""
         source = random.Random(2)
         values = (b'"}\\\\\\""', b'["]",{"x":"\\\\"}]', b"-1.5e3", b'{"a":{"b":null}}', b'"\\u00e9"', b"true", b"[]",
@@ -1789,15 +1790,15 @@ class ModelName(unittest.TestCase):
                         pairs, end = gateway.read_object(body + b' {"model":"z"}')
                     self.assertEqual((list(pairs), end), (expected, len(body)), body)
 
-    def test_a_long_prompt_full_of_quotes_is_skipped(self):
+    def test_long_prompt_with_many_escaped_quotes_is_skipped(self):
         for prompt in b'print(\\"hello, world\\")\\n', b'print(\\\\\\"hello, world\\\\\\")\\n':
             self.assertEqual(self.read(b'{"prompt":"' + prompt * 200_000 + b'","model":"tiny"}'), "tiny")
 
-    def test_many_short_texts_and_messages_are_let_through(self):
+    def test_bodies_with_many_short_strings_or_messages_are_accepted(self):
         for key, value in ("input", ["a short text"] * 60_000), ("messages", [{"role": "user", "content": "Hello"}] * 17_000):
             self.assertEqual(self.read(json.dumps({key: value, "model": "tiny"}).encode()), "tiny")
 
-    def test_the_limit_on_strings_and_brackets_is_named_in_a_413(self):
+    def test_exceeding_the_string_and_bracket_limit_is_a_413_that_names_it(self):
         for label, body in (("brackets", b"[]," * gateway.JSON_PARTS), ("strings", b'"",' * gateway.JSON_PARTS)):
             error = self.read(b'{"model":"tiny","x":[' + body + b"[]]}")
             self.assertIn(f"{gateway.JSON_PARTS} strings and brackets", str(error), label)
@@ -1805,24 +1806,24 @@ class ModelName(unittest.TestCase):
         error = self.read(b"{" + b",".join(b'"%d":"%b"' % (at, b"x" * 90) for at in range(3000)) + b"}")
         self.assertIn(f"{gateway.TOP_LEVEL_BYTES} bytes", str(error))
 
-    def test_a_number_of_many_digits_costs_linear_time(self):
+    def test_number_with_many_digits_is_scanned_in_linear_time(self):
         with unittest.mock.patch.object(gateway, "DECODED_BYTES", 10_000_000):  # int() without a limit would take minutes
             got = self.read(b'{"model":"tiny","x":' + b"7" * 5_000_000 + b"}")
         self.assertTrue(got == "tiny" or isinstance(got, gateway.AmbiguousBody), got)  # whether Python limits the digits of int()
 
-    def test_runs_of_backslashes_are_passed_over_in_one_go(self):
+    def test_long_runs_of_backslashes_are_scanned_correctly(self):
         for label, prompt, name in (("even", b"\\" * 8_000_000, "tiny"), ("odd", b"\\" * 8_000_001, gateway.AmbiguousBody),
                                     ("pairs", b"\\\\a" * 3_000_000, "tiny")):
             with self.subTest(label):
                 got = self.read(b'{"prompt":"' + prompt + b'","model":"tiny"}')
                 self.assertEqual(got, name) if name == "tiny" else self.assertIsInstance(got, name)
 
-    def test_blanks_between_members_are_passed_over(self):
+    def test_whitespace_between_members_is_skipped(self):
         blanks = b" \r\n\t" * 5000
         self.assertEqual(self.read(blanks.join((b"", b'{"model"', b":", b'"tiny"', b",", b'"x"', b":", b"[", b"1", b"]", b"}", b""))), "tiny")
         self.assertIsInstance(self.read(b'{"model":' + blanks + b'"tiny" "x"}'), gateway.AmbiguousBody)
 
-    def test_what_is_no_json_object_tells_nothing(self):
+    def test_body_that_is_not_a_json_object_is_ambiguous(self):
         for body in (b"", b"{", b"hello", b'{"model', b'{"model":', b'{"model":"', b'["model","x"]', b'{"model":"\\ud8"}', b"}" * 10,
                      b'{"model":"\xff"}', b'{"x":"' + b"x" * 9000 + b'\xff","model":"a"}', b'{"model" "a"}', b'{"model":"a",}', b'{"model":\'a\'}',
                      b'\xef\xbb\xbf{"model":"a"}', '{"model":"a"}'.encode("utf-16"), b'{"model":"a\nb"}', b"[" * 200_000,
@@ -1833,7 +1834,7 @@ class ModelName(unittest.TestCase):
             with self.subTest(body):
                 self.assertEqual(self.read(body), "")
 
-    def test_a_name_has_many_spellings(self):
+    def test_model_name_variants_are_normalized(self):
         own = ("tiny:latest", "library/tiny:latest", "registry.ollama.ai/library/tiny:latest")
         for name in ("tiny", "TINY:Latest", "library/tiny", "registry.ollama.ai/library/tiny", "Registry.Ollama.AI/library/tiny:latest",
                      "https://registry.ollama.ai/library/tiny", "://registry.ollama.ai/library/tiny", " tiny\n"):
@@ -1844,7 +1845,7 @@ class ModelName(unittest.TestCase):
                      "tïny"):
             self.assertEqual(gateway.name_variants(name), (), name)
 
-    def test_globs_name_models_in_any_spelling(self):
+    def test_globs_match_all_variants_of_a_model_name(self):
         for globs, inside, outside in (
             ("tiny", "tiny TINY:latest library/tiny registry.ollama.ai/library/tiny", "tiny:7b tiny-2 ada/tiny hf.co/library/tiny"),
             ("tiny*", "tiny tiny:7b tiny-2:latest", "my-tiny ada/tiny tiny:cloud tiny:7b-cloud tiny:7b-CLOUD"),
@@ -1883,7 +1884,7 @@ class Uploads(GatewayCase):
         super().setUp()
         self.released = self.hold()
 
-    def test_rate_budget_and_parallel_limits_are_judged_before_100_continue(self):
+    def test_rate_budget_and_parallel_limits_are_checked_before_100_continue(self):
         self.hold_requests(CHAT)
         self.store.add_usage({(int(time.time()) // 3600 * 3600, "ada", "laptop", "tiny", "/api/chat"): self.usage_row(prompt_tokens=50)}, {})
         for limits, words in (({"max_parallel": 1}, "1 request at once"), ({"tokens_per_day": 50}, "50 tokens a day")):
@@ -1902,7 +1903,7 @@ class Uploads(GatewayCase):
     def usage_row(**values):
         return [values.get(column, 0) for column in gateway.MEASURED]
 
-    def test_a_body_that_arrives_counts_as_running(self):
+    def test_request_with_body_in_transit_counts_as_running(self):
         for limits in {"max_parallel": 1}, {"rpm": 1}:
             with self.subTest(limits):
                 token = self.store.create("eve", f"phone {limits}", **limits)[1]
@@ -1913,7 +1914,7 @@ class Uploads(GatewayCase):
                 self.fake.replies["/api/chat"] = Reply.json(200, {})
                 self.assertStatus(client.answer(), 200)
 
-    def test_a_body_that_never_arrives_counts_no_longer(self):
+    def test_aborted_upload_is_released_from_the_limits(self):
         token = self.store.create("eve", "phone", rpm=1, max_parallel=1)[1]
         for end in LEAVING:
             with self.subTest(end[0]):
@@ -1925,7 +1926,7 @@ class Uploads(GatewayCase):
         self.assertRefused(client.answer(), 400)
         self.assertStatus(self.ask("POST", "/api/embed", CHAT, token=token), 200)
 
-    def test_bodies_on_disk_are_bounded_together(self):
+    def test_total_size_of_bodies_on_disk_is_bounded(self):
         server = self.serve(max_spool="3MiB")
         body = compact({**CHAT, "x": "x" * 2_000_000})
         held, = self.hold_requests(body, server=server)
@@ -1936,7 +1937,7 @@ class Uploads(GatewayCase):
         self.assertEqual(held.read(held.begun).ended, "clean")
         eventually(lambda: self.ask("POST", "/api/chat", body, server=server).status == 200, "the space is free again")
 
-    def test_bodies_in_memory_are_bounded_together_and_the_others_go_to_disk(self):
+    def test_total_size_of_bodies_in_memory_is_bounded_and_the_rest_spools_to_disk(self):
         with unittest.mock.patch.object(gateway, "BODY_MEMORY", 100_000):
             server = self.serve(max_spool="100000")
             body = compact({**CHAT, "x": "x" * 80_000})
@@ -1945,7 +1946,7 @@ class Uploads(GatewayCase):
             self.assertStatus(self.ask("POST", "/api/embed", CHAT, server=server), 200)     # small ones always have room
             self.assertEqual([seen.body for seen in self.fake.received if seen.path == "/api/chat"], [body] * 2)
 
-    def test_a_disk_error_of_a_body_is_a_503_at_once(self):
+    def test_disk_error_while_spooling_a_body_is_an_immediate_503(self):
         class Broken(io.BytesIO):
             def read(self, *_):
                 raise OSError(errno.EIO, "Input/output error")
@@ -1957,7 +1958,7 @@ class Uploads(GatewayCase):
         with open(self.write("body", body), "rb") as file, unittest.mock.patch("tempfile.TemporaryFile", Broken):
             self.assertIn("Input/output error", self.assertRefused(self.ask("POST", "/api/chat", body), 503))
 
-    def test_no_token_holds_more_than_a_quarter_of_the_connections(self):
+    def test_token_can_hold_at_most_a_quarter_of_the_connections(self):
         server = self.serve(max_connections="8")
         uploads = [self.upload(path, b"xx", server=server) for path in ("/api/show", "/api/chat")]
         answer = self.ask("GET", "/api/tags", server=server)
@@ -1967,7 +1968,7 @@ class Uploads(GatewayCase):
         self.assertStatus(uploads[0].answer(), 200)
         eventually(lambda: self.ask("GET", "/api/tags", server=server).status == 200, "a free connection")
 
-    def test_a_token_is_judged_again_when_its_body_is_there(self):
+    def test_token_is_rechecked_after_the_body_has_arrived(self):
         for label, change, status in (("deleted", lambda: self.store.delete("eve", "phone"), 401),
                                       ("rotated", lambda: self.store.rotate("eve", "phone"), 401),
                                       ("expired", lambda: self.store.update("eve", "phone", expires_at=1), 401),
@@ -1984,7 +1985,7 @@ class Uploads(GatewayCase):
                     self.store.delete("eve", "phone")
         self.assertEqual(self.fake.received, [])
 
-    def test_a_token_is_judged_again_when_its_turn_comes(self):
+    def test_token_is_rechecked_when_its_request_leaves_the_queue(self):
         server = self.serve(max_parallel="1")
         held, = self.hold_requests(CHAT, server=server)
         tokens = [self.store.create("eve", name)[1] for name in ("phone", "desk")]
@@ -1996,7 +1997,7 @@ class Uploads(GatewayCase):
         self.assertEqual([self.assertRefused(client.answer(), status) is not None for client, status in zip(waiting, (401, 403))], [True] * 2)
         self.assertEqual(len(self.fake.received), 1)
 
-    def test_an_admin_who_is_deleted_while_a_page_body_arrives_makes_no_token(self):
+    def test_admin_token_deleted_during_an_admin_api_upload_creates_no_token(self):
         admin = self.store.create("mallory", "box", admin=True)[1]
         body = compact({"user": "mallory", "name": "again", "admin": True})
         client = self.upload("/admin/tokens", body, admin)
@@ -2005,7 +2006,7 @@ class Uploads(GatewayCase):
         self.assertRefused(client.answer(), 401)
         self.assertEqual(self.store.list("mallory"), [])
 
-    def test_a_blob_of_a_deleted_admin_is_not_passed_on(self):
+    def test_blob_upload_stops_when_its_admin_token_is_deleted(self):
         admin = self.store.create("mallory", "box", admin=True)[1]
         with unittest.mock.patch.object(gateway, "TOKEN_CHECK_SECONDS", 0):
             client = self.upload(f"/api/blobs/{DIGEST}", b"x" * 20, admin)
@@ -2014,7 +2015,7 @@ class Uploads(GatewayCase):
             client.send(b"x" * 10)
             self.assertRefused(client.answer(), 401)
 
-    def test_a_page_body_has_a_deadline_as_a_whole(self):
+    def test_admin_api_body_has_an_overall_deadline(self):
         with unittest.mock.patch.object(gateway, "PAGE_BODY_SECONDS", 0.3):
             client = self.upload("/admin/tokens", b" " * 5000, self.admin)
             for _ in range(5000):
@@ -2033,7 +2034,7 @@ class PromptEstimate(Case):
 
     IMAGE = base64.b64encode(random.Random(1).randbytes(150_000) if hasattr(random.Random, "randbytes") else bytes(range(256)) * 600).decode()
 
-    def test_prompt_text_bytes_are_those_of_the_strings(self):
+    def test_prompt_text_bytes_equal_the_length_of_all_strings(self):
         generator = random.Random(5)
         for _ in range(60):
             texts = ["".join(generator.choice(('"', "\\", "a ", "é", "\n", "{", "x" * 50)) for _ in range(generator.randrange(2000)))
@@ -2042,7 +2043,7 @@ class PromptEstimate(Case):
             size = sum(len(match) for match in re.findall(rb'"((?:[^"\\]|\\.)*)"', body))
             self.assertEqual(gateway.prompt_text_bytes(body), size)
 
-    def test_escapes_at_the_edge_of_a_window(self):
+    def test_escapes_across_a_window_boundary_are_counted_correctly(self):
         for run in range(1, 6):
             for before in range(gateway.WINDOW_BYTES - 8, gateway.WINDOW_BYTES + 1):
                 body = b'"' + b" " * before + b"\\\\" * run + b'\\"' + b'x","y"'
@@ -2050,14 +2051,14 @@ class PromptEstimate(Case):
         for body in b"", b"\\", b'"\\', b"\\" * 70_001:
             self.assertLessEqual(gateway.prompt_text_bytes(body), 1)
 
-    def test_images_are_no_text(self):
+    def test_base64_images_are_not_counted_as_text(self):
         for image in (self.IMAGE, "data:image/png;base64," + self.IMAGE, self.IMAGE.replace("/", "\\/")):
             for before in 0, gateway.WINDOW_BYTES - 1500:
                 body = b'{"content":"%s","images":["%s"]}' % (b"a b " * (before // 4), image.encode())
                 self.assertLess(abs(gateway.prompt_text_bytes(body) - before), 2500)
         self.assertEqual(gateway.prompt_text_bytes(b'"%s"' % (b"word " * 10_000)), 50_000)
 
-    def test_the_ratio_is_learnt_by_model_within_bounds(self):
+    def test_token_ratio_is_learned_per_model_within_bounds(self):
         ratio = gateway.TokenRatio()
         self.assertEqual(ratio.tokens("tiny:latest", 400), 100)
         for _ in range(50):
@@ -2094,7 +2095,7 @@ BAD_NAMES = (("empty", ""), ("too long", "x" * 65), ("a line break", "a\nb"), ("
 
 class Store(Case):
 
-    def test_a_secret_is_found_again_and_no_other(self):
+    def test_lookup_finds_the_exact_secret_only(self):
         store = self.open_store()
         token, secret = store.create("ada", "laptop")
         self.assertRegex(secret, SECRET)
@@ -2106,11 +2107,11 @@ class Store(Case):
             with self.subTest(label):
                 self.assertEqual(self.find(wrong), [None])
 
-    def test_no_two_secrets_are_alike(self):
+    def test_secrets_are_unique(self):
         store = self.open_store()
         self.assertEqual(len({store.create("ada", str(number))[1] for number in range(50)}), 50)
 
-    def test_only_the_digest_and_the_first_characters_are_kept(self):
+    def test_only_digest_and_hint_of_a_secret_are_stored(self):
         store = self.open_store()
         secret = store.create("ada", "laptop")[1]
         kept = self.bytes_of_all_files()
@@ -2119,7 +2120,7 @@ class Store(Case):
         self.assertIn(secret[:8].encode(), kept)
         self.assertTrue(digest.digest() in kept or digest.hexdigest().encode() in kept)
 
-    def test_many_who_open_a_new_one_at_once_all_get_in(self):
+    def test_concurrent_creation_of_a_database_succeeds_for_all_openers(self):
         for number in range(12):
             path, start, failed = self.path(f"{number}.db"), threading.Barrier(8), []
 
@@ -2136,7 +2137,7 @@ class Store(Case):
                 thread.join(GUARD)
             self.assertEqual(failed, [])
 
-    def test_what_one_opener_writes_another_sees_at_once(self):
+    def test_changes_are_visible_to_other_stores_immediately(self):
         one, two = self.open_store(), self.open_store()
         one.create("ada", "laptop")
         self.assertEqual([token.user for token in two.list()], ["ada"])
@@ -2144,24 +2145,24 @@ class Store(Case):
         self.assertEqual(one.list(), [])
 
     @unittest.skipIf(os.name == "nt", "Windows has no such permissions")
-    def test_its_files_are_private_even_under_a_careless_umask(self):
+    def test_new_database_files_have_mode_0600_with_umask_0(self):
         self.addCleanup(os.umask, os.umask(0))
         self.open_store().create("ada", "laptop")
         for name in os.listdir(self.folder):
             self.assertEqual(stat.S_IMODE(os.stat(self.path(name)).st_mode), 0o600, name)
 
     @unittest.skipIf(os.name == "nt", "Windows has no such permissions")
-    def test_a_file_that_others_could_read_is_made_private(self):
+    def test_world_readable_database_is_changed_to_mode_0600(self):
         gateway.TokenStore(self.db, create=True).close()
         os.chmod(self.db, 0o644)
         self.open_store()
         self.assertEqual(stat.S_IMODE(os.stat(self.db).st_mode), 0o600)
 
-    def test_an_empty_file_becomes_a_database(self):
+    def test_empty_file_is_initialized_as_a_database(self):
         self.write("tokens.db", b"")
         self.assertTrue(self.open_store().create("ada", "laptop"))
 
-    def test_a_commit_that_fails_is_undone(self):
+    def test_failed_commit_is_rolled_back(self):
         store = self.open_store()
         store._db.execute("PRAGMA foreign_keys = ON")
         with self.assertRaisesRegex(gateway.Failure, "FOREIGN KEY"), store._access(write=True) as db:
@@ -2170,13 +2171,13 @@ class Store(Case):
         store.create("ada", "laptop")
         self.assertEqual([token.user for token in self.open_store().list()], ["ada"])
 
-    def test_the_schema_is_numbered_and_writers_do_not_block_readers(self):
+    def test_database_has_a_schema_version_and_wal_mode(self):
         self.open_store()
         with contextlib.closing(sqlite3.connect(self.db)) as db:
             self.assertGreater(db.execute("PRAGMA user_version").fetchone()[0], 0)
             self.assertEqual(db.execute("PRAGMA journal_mode").fetchone()[0], "wal")
 
-    def test_a_database_of_version_2_keeps_its_tokens_and_usage(self):
+    def test_upgrade_from_version_2_keeps_tokens_and_usage(self):
         hour = 20_000 * 86400
         with unittest.mock.patch.object(gateway, "MIGRATIONS", gateway.MIGRATIONS[:2]), \
                 contextlib.closing(gateway.TokenStore(self.db, create=True)) as store:
@@ -2196,7 +2197,7 @@ class Store(Case):
         self.assertEqual([list(row.values()) for row in store.usage("user", 0)], [["ada", 5, 2, 1, 40, 4, 65, 6.0, 2]])
 
 
-class OldDatabase(CommandCase):
+class LegacyDatabaseUpgrade(CommandCase):
 
     def setUp(self):
         super().setUp()
@@ -2225,18 +2226,18 @@ class OldDatabase(CommandCase):
             if name.startswith("tokens.db"):
                 self.assertNotIn(b"clear-token-of", self.read(name), name)
 
-    def test_it_is_laid_with_its_tokens_in_clear(self):
+    def test_legacy_fixture_contains_cleartext_tokens(self):
         laid = {token.decode() for token in re.findall(rb"clear-token-of-\w+-\d{4}", self.read("tokens.db"))}
         self.assertEqual(laid, {*OLD_SECRETS, "clear-token-of-deleted-0013"})
 
-    def test_its_tokens_work_and_none_of_them_is_in_clear_any_more(self):
+    def test_legacy_tokens_work_and_no_cleartext_remains(self):
         self.assert_upgraded()
 
-    def test_no_clear_token_remains_while_it_is_still_open(self):
+    def test_no_cleartext_token_remains_while_the_database_is_open(self):
         self.open_store().create("new", "one")
         self.assert_no_clear_token()
 
-    def test_one_that_was_in_write_ahead_mode_is_upgraded_too(self):
+    def test_legacy_database_in_wal_mode_is_upgraded(self):
         os.remove(self.db)
         live = self.path("live.db")
         self.lay_old_database(live, "wal")
@@ -2249,7 +2250,7 @@ class OldDatabase(CommandCase):
         self.assertTrue(self.find("clear-token-of-late-0014")[0])
         self.assert_upgraded()
 
-    def test_its_users_are_listed(self):
+    def test_legacy_users_are_listed(self):
         rows = self.tokens()
         listed = [(row["user"], row["name"]) for row in rows]
         self.assertEqual(len(listed), len(set(listed)), listed)
@@ -2258,17 +2259,17 @@ class OldDatabase(CommandCase):
             self.assertIn((user, name), listed)
         self.assertEqual([row for row in rows if row["admin"]], [])
 
-    def test_odd_names_become_such_as_every_command_takes(self):
+    def test_invalid_legacy_names_become_names_that_every_command_accepts(self):
         for row in self.tokens():
             with self.subTest(row):
                 self.succeeds("token", "rotate", "--quiet", "--", row["user"], row["name"])
         self.assertTrue(self.succeeds("token", "list").replace("\n", "").isprintable())
 
-    def test_hints_are_the_first_characters(self):
+    def test_legacy_hints_are_the_first_characters_of_the_token(self):
         self.assertIn("clear-to", {row["hint"] for row in self.tokens()})
 
     @unittest.skipUnless(hasattr(time, "tzset"), "needs a time zone to be set")
-    def test_naive_times_are_utc_wherever_the_machine_stands(self):
+    def test_legacy_naive_timestamps_are_utc_in_any_local_time_zone(self):
         self.enter(unittest.mock.patch.dict(os.environ, TZ="Asia/Tokyo"))
         self.addCleanup(time.tzset)
         time.tzset()
@@ -2279,18 +2280,18 @@ class OldDatabase(CommandCase):
         self.assertEqual({key for key, row in rows.items() if row["expired"]}, {("bob", "gone")})
 
     @unittest.skipIf(os.name == "nt", "Windows has no such permissions")
-    def test_it_is_made_private(self):
+    def test_legacy_database_is_changed_to_mode_0600(self):
         os.chmod(self.db, 0o666)
         self.tokens()
         self.assertEqual(stat.S_IMODE(os.stat(self.db).st_mode), 0o600)
 
-    def test_what_it_exports_comes_back(self):
+    def test_exported_legacy_tokens_can_be_imported(self):
         self.succeeds("token", "export", self.path("out.csv"))
         self.succeeds("token", "import", self.path("out.csv"), "--db", self.path("new.db"))
         self.assertTrue(all(self.find(*OLD_SECRETS, db=self.path("new.db"))))
 
     @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
-    def test_killed_at_any_statement_the_next_opener_finishes(self):
+    def test_upgrade_killed_at_any_statement_is_finished_by_the_next_opener(self):
         original = self.read("tokens.db")
         for statement in itertools.count(1):
             for name in os.listdir(self.folder):
@@ -2363,10 +2364,10 @@ class TokenCacheAcrossProcesses(Case):
                 if stop.wait(0.001):
                     return
 
-    def test_token_revoked_by_another_process_is_refused_at_once(self):
+    def test_token_revoked_by_another_process_is_refused_immediately(self):
         self.follow(self.open_cache(), times=200)
 
-    def test_token_revoked_while_usage_is_written_and_checkpoints_run_is_refused_at_once(self):
+    def test_token_revoked_during_usage_writes_and_checkpoints_is_refused_immediately(self):
         stop = self.hold()
         threads = [threading.Thread(target=self.use, args=(stop, self.store)), threading.Thread(target=self.use, args=(stop, self.open_store())),
                    threading.Thread(target=self.checkpoint, args=(stop,))]
@@ -2381,7 +2382,7 @@ class TokenCacheAcrossProcesses(Case):
                 thread.join(GUARD)
 
     @unittest.skipIf(os.name == "nt", "Windows does not map the WAL index")
-    def test_sqlite_is_asked_only_after_a_commit(self):
+    def test_sqlite_is_queried_only_after_a_commit(self):
         cache = self.open_cache()
         cache.lookup(self.secret)
         with unittest.mock.patch.object(cache, "_refresh", wraps=cache._refresh) as refresh:
@@ -2394,7 +2395,7 @@ class TokenCacheAcrossProcesses(Case):
             self.assertEqual(refresh.call_count, 1)
 
     @unittest.skipIf(os.name == "nt", "Windows does not map the WAL index")
-    def test_token_revoked_after_the_wal_index_was_recovered_is_refused_at_once(self):
+    def test_token_revoked_after_wal_index_recovery_is_refused_immediately(self):
         cache = self.open_cache()
         for times in range(1, 4):
             self.follow(cache, times)
@@ -2402,14 +2403,14 @@ class TokenCacheAcrossProcesses(Case):
             if times % 2:
                 self.assertTrue(cache.lookup(self.secret))
 
-    def test_without_a_wal_index_each_lookup_asks_sqlite(self):
+    def test_every_lookup_queries_sqlite_without_a_wal_index(self):
         self.store.close()
         with unittest.mock.patch("mmap.mmap", side_effect=OSError("no memory")):
             cache = self.open_cache(self.open_store())
             self.assertEqual(cache._wal_index, b"")
             self.follow(cache, times=3)
 
-    def test_sqlite_is_asked_by_the_clock_too(self):
+    def test_sqlite_is_also_queried_periodically(self):
         with unittest.mock.patch.object(gateway, "_map_wal_index", return_value=b"never changes"), \
                 contextlib.closing(gateway.TokenStore(self.db)) as store, contextlib.closing(gateway.TokenCache(store)) as cache:
             self.assertTrue(cache.lookup(self.secret))
@@ -2419,7 +2420,7 @@ class TokenCacheAcrossProcesses(Case):
                 eventually(lambda: cache.lookup(self.secret) is None, "the check by the clock")
 
     @unittest.skipIf(os.name == "nt", "Windows does not map the WAL index")
-    def test_sqlites_locks_on_the_wal_index_outlive_other_stores_and_caches_of_the_process(self):
+    def test_sqlite_locks_on_the_wal_index_survive_closing_other_stores_and_caches(self):
         def is_locked():
             return bool(subprocess.run([sys.executable, "-c", TRY_LOCK, self.db + "-shm"], stderr=subprocess.DEVNULL).returncode)
         with contextlib.closing(gateway.TokenStore(self.db)) as other, contextlib.closing(gateway.TokenCache(other)) as cache:
@@ -2471,7 +2472,7 @@ class ReplacedDatabase(GatewayCase):
         for word in (self.db, *words):
             self.assertIn(word, logs.output[0])
 
-    def test_a_database_moved_over_it_counts_at_the_next_request(self):
+    def test_database_moved_over_the_old_one_applies_to_the_next_request(self):
         path, secret = self.other()
         client = self.client()
         self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(secret)), 401)
@@ -2486,7 +2487,7 @@ class ReplacedDatabase(GatewayCase):
             os.replace(self.path("copy.db"), self.db)
             self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(self.token)), 200)
 
-    def test_a_restored_copy_is_as_it_was_copied(self):
+    def test_restored_backup_is_not_altered_by_the_old_wal(self):
         """Nothing that was written to the old file since, still in its -wal, gets into the copy."""
         copy = self.copy()
         lost = self.store.create("eve", "lost")[1]
@@ -2501,7 +2502,7 @@ class ReplacedDatabase(GatewayCase):
             self.assertStatus(self.ask("GET", "/api/tags", token=lost), 401)
         self.assertEqual(self.users_elsewhere(), {"ada", "root"})
 
-    def test_what_another_process_reads_after_a_restore_is_the_copy(self):
+    def test_other_process_reads_the_restored_backup(self):
         copy = self.copy()
         self.store.create("eve", "lost")
         os.replace(copy, self.db)   # no request comes, so that the gateway does not know it yet
@@ -2509,13 +2510,13 @@ class ReplacedDatabase(GatewayCase):
         self.delete_elsewhere()
         self.assertStatus(self.ask("GET", "/api/tags"), 401)
 
-    def test_a_token_revoked_by_another_process_in_the_new_file_is_refused(self):
+    def test_token_revoked_by_another_process_in_the_new_file_is_refused(self):
         os.replace(self.copy(), self.db)
         self.assertStatus(self.ask("GET", "/api/tags"), 200)
         self.delete_elsewhere()
         self.assertStatus(self.ask("GET", "/api/tags"), 401)
 
-    def test_two_gateways_go_over_to_the_new_file_together(self):
+    def test_two_gateways_both_switch_to_the_new_file(self):
         store = self.open_store()
         settings = gateway.load_settings({"ollama_url": self.fake.url, "db": self.db, "port": "0"}, {})
         other = self.enter(running(gateway.build_server(settings, store, log=lambda lines: None)))
@@ -2530,7 +2531,7 @@ class ReplacedDatabase(GatewayCase):
         self.assertStatus(self.ask("GET", "/api/tags", token=secret, server=other), 200)
         self.assertEqual(self.users_elsewhere(), {"bob", "root"})
 
-    def test_use_that_is_not_stored_yet_goes_to_the_new_file(self):
+    def test_usage_not_stored_yet_is_written_to_the_new_file(self):
         self.store.update("ada", "laptop", tokens_per_day=20)   # each answer costs 13
         copy = self.copy()
         self.assertStatus(self.ask("POST", "/api/chat", CHAT), 200)
@@ -2541,7 +2542,7 @@ class ReplacedDatabase(GatewayCase):
         self.store.update("ada", "laptop", tokens_per_day=1)
         self.assertStatus(self.ask("POST", "/api/chat", CHAT), 429)
 
-    def test_changes_by_the_admin_api_go_to_the_new_file(self):
+    def test_admin_api_changes_are_written_to_the_new_file(self):
         copy = self.copy()
         self.store.create("eve", "lost")
         os.replace(copy, self.db)
@@ -2549,7 +2550,7 @@ class ReplacedDatabase(GatewayCase):
         self.assertStatus(made, 201)
         self.assertEqual(self.users_elsewhere(), {"ada", "bob", "root"})
 
-    def test_a_removed_database_refuses_requests_until_it_is_back(self):
+    def test_requests_are_refused_while_the_database_is_removed(self):
         away = self.path("away.db")
         os.rename(self.db, away)
         self.assertOnlyRefused("is gone")
@@ -2563,7 +2564,7 @@ class ReplacedDatabase(GatewayCase):
         self.store.delete("ada", "laptop")
         self.assertStatus(self.ask("GET", "/api/tags"), 401)
 
-    def test_a_file_that_is_no_database_refuses_requests_until_a_good_one_is_there(self):
+    def test_requests_are_refused_while_the_file_is_not_a_valid_database(self):
         aside, new, newer = self.path("aside.db"), self.path("new.db"), self.copy("newer.db")
         with contextlib.closing(sqlite3.connect(newer)) as db:
             db.execute("PRAGMA user_version = 99")
@@ -2578,7 +2579,7 @@ class ReplacedDatabase(GatewayCase):
         self.delete_elsewhere()
         self.assertStatus(self.ask("GET", "/api/tags"), 401)
 
-    def test_a_file_that_is_away_between_two_requests_is_followed(self):
+    def test_database_replaced_and_put_back_between_requests_is_reopened(self):
         """Only the account noticed, and the table of tokens still has the first -shm open, which SQLite would share."""
         os.link(self.db, self.path("aside.db"))
         self.write("bad.db", b"This is not a database.\n" * 1000)
@@ -2594,7 +2595,7 @@ class ReplacedDatabase(GatewayCase):
         self.assertEqual(eventually(lambda: {self.ask("GET", "/api/tags").status} - {503}), {401})
         self.assertEqual([token.user for token in self.store.list()], ["root"])
 
-    def test_a_file_that_is_repaired_where_it_is_is_used(self):
+    def test_database_repaired_in_place_is_reopened(self):
         good = self.copy("good.db")
         self.write("bad.db", b"This is not a database.\n" * 1000)
         os.replace(self.path("bad.db"), self.db)
@@ -2602,7 +2603,7 @@ class ReplacedDatabase(GatewayCase):
         shutil.copyfile(good, self.db)
         eventually(lambda: self.ask("GET", "/api/tags").status == 200, "the trying again")
 
-    def test_an_older_database_is_upgraded(self):
+    def test_replacement_with_an_older_schema_is_upgraded(self):
         with contextlib.closing(sqlite3.connect(self.path("old.db"))) as db:
             for statement in gateway.MIGRATIONS[0]:
                 db.execute(statement)
@@ -2612,7 +2613,7 @@ class ReplacedDatabase(GatewayCase):
         os.replace(self.path("old.db"), self.db)
         self.assertStatus(self.ask("GET", "/me", token="old"), 200)
 
-    def test_errors_of_sqlite_are_503_and_no_fault_of_the_gateway(self):
+    def test_sqlite_errors_are_503_and_logged_once(self):
         for error in (sqlite3.DatabaseError("database disk image is malformed"), sqlite3.OperationalError("disk I/O error"),
                       sqlite3.OperationalError("attempt to write a readonly database")):
             self.store.update("ada", "laptop", rpm=1000)
@@ -2620,7 +2621,7 @@ class ReplacedDatabase(GatewayCase):
                 self.assertOnlyRefused(str(error))
             self.assertStatus(self.ask("GET", "/api/tags"), 200)
 
-    def test_a_read_only_database_that_is_replaced_is_noticed(self):
+    def test_replacement_of_a_read_only_database_is_detected(self):
         path, secret = self.other()
         with unittest.mock.patch("os.access", lambda path, mode: mode != os.W_OK):
             with contextlib.closing(gateway.TokenStore(self.copy())) as store, contextlib.closing(gateway.TokenCache(store)) as table:
@@ -2634,14 +2635,14 @@ class ReplacedDatabase(GatewayCase):
                 os.replace(self.path("aside.db"), store.path)
                 self.assertEqual((table.lookup(secret).name, len(store.list())), ("new", 1))
 
-    def test_a_commit_while_the_database_is_replaced_is_no_success(self):
+    def test_commit_during_replacement_fails(self):
         copy = self.copy()
         with self.assertRaisesRegex(gateway.Failure, "replaced meanwhile"), self.store._access(write=True) as db:
             db.execute("UPDATE tokens SET rpm = 1")
             os.replace(copy, self.db)
 
     @unittest.skipUnless(sys.platform == "linux", "reads /proc")
-    def test_descriptors_of_a_replaced_database_are_closed(self):
+    def test_file_descriptors_of_a_replaced_database_are_closed(self):
         def replaced():
             links = [os.path.join("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
             return [link for link in map(os.readlink, filter(os.path.islink, links)) if link.startswith(self.db) and link.endswith(" (deleted)")]
@@ -2650,11 +2651,11 @@ class ReplacedDatabase(GatewayCase):
             self.assertStatus(self.ask("GET", "/api/tags"), 200)
             self.assertEqual(replaced(), [])
 
-    def test_what_was_committed_does_not_stay_in_the_wal(self):
+    def test_commit_is_checkpointed_and_leaves_the_wal_empty(self):
         self.store.create("bob", "desk")
         self.assertEqual(os.path.getsize(self.db + "-wal"), 0)
 
-    def test_a_wal_that_was_left_behind_becomes_its_owners_alone(self):
+    def test_leftover_wal_and_shm_files_are_changed_to_mode_0600(self):
         names = [self.path("x.db" + suffix) for suffix in ("", "-wal", "-shm")]
         script = f"import os, sqlite3; db = sqlite3.connect({names[0]!r}); db.execute('PRAGMA journal_mode = WAL'); " \
                  "db.execute('VACUUM'); db.execute('CREATE TABLE x (y)'); db.commit(); db.execute('DROP TABLE x'); db.commit(); os._exit(0)"
@@ -2666,7 +2667,7 @@ class ReplacedDatabase(GatewayCase):
         with contextlib.closing(gateway.TokenStore(names[0])):
             self.assertEqual([stat.S_IMODE(os.stat(name).st_mode) for name in names], [0o600] * 3)
 
-    def test_a_mode_that_cannot_be_changed_is_a_warning(self):
+    def test_failure_to_change_the_file_mode_is_a_warning(self):
         os.chmod(self.db, 0o644)
         refused = unittest.mock.patch("os.chmod", side_effect=PermissionError("not permitted"))
         with refused, self.assertLogs("ollama_gateway", "WARNING") as logs, contextlib.closing(gateway.TokenStore(self.db)):
@@ -2683,7 +2684,7 @@ sys.exit(max(ollama_gateway.main(["token", "create", sys.argv[1], str(n), "--qui
 """
 
 
-class Concurrency(GatewayCase):
+class ConcurrentChangesAndClients(GatewayCase):
 
     def elsewhere(self, *argv):
         """Let another process change the tokens."""
@@ -2691,7 +2692,7 @@ class Concurrency(GatewayCase):
         self.assertEqual((done.returncode, done.stderr), (0, b""))
         return done.stdout.decode().strip()
 
-    def test_a_token_counts_and_stops_counting_on_an_open_connection(self):
+    def test_created_rotated_and_deleted_tokens_apply_on_an_open_connection(self):
         client = self.client()
         secret = self.store.create("bob", "desk")[1]
         self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(secret)), 200)
@@ -2701,38 +2702,38 @@ class Concurrency(GatewayCase):
         self.store.delete("bob", "desk")
         self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(rotated)), 401)
 
-    def test_rights_change_with_the_next_request(self):
+    def test_admin_right_change_applies_to_the_next_request(self):
         client = self.client()
         for admin, status in ((False, 403), (True, 200), (False, 403)):
             self.store.update("ada", "laptop", admin=admin)
             self.assertStatus(client.ask("HEAD", f"/api/blobs/{DIGEST}", headers=bearer(self.token)), status)
 
-    def test_a_token_expires_on_an_open_connection(self):
+    def test_token_expires_on_an_open_connection(self):
         client = self.client()
         secret = self.store.create("bob", "desk", expires_at=int(time.time()) + 2)[1]
         self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(secret)), 200)
         eventually(lambda: client.ask("GET", "/api/tags", headers=bearer(secret)).status == 401, "the expiry")
 
-    def test_what_another_process_changes_counts_at_the_next_request(self):
+    def test_token_commands_of_another_process_apply_to_the_next_request(self):
         client = self.client()
         secret = self.elsewhere("token", "create", "bob", "desk", "--quiet")
         self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(secret)), 200)
         self.elsewhere("token", "delete", "bob", "desk")
         self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(secret)), 401)
 
-    def test_every_change_counts_at_the_next_request_however_fast_they_follow(self):
+    def test_each_of_many_rapid_changes_applies_to_the_next_request(self):
         with Client(self.server.server_address) as client, contextlib.closing(gateway.TokenStore(self.db)) as store:
             for number in range(100):
                 store.update("ada", "laptop", admin=number % 2)
                 self.assertStatus(client.ask("GET", "/metrics", None, bearer(self.token)), 200 if number % 2 else 403)
 
-    def test_a_change_by_another_program_counts_at_the_next_request(self):
+    def test_direct_sql_change_applies_to_the_next_request(self):
         self.assertStatus(self.ask("GET", "/api/tags"), 200)
         with contextlib.closing(sqlite3.connect(self.db, isolation_level=None)) as db:
             db.execute("DELETE FROM tokens WHERE user = 'ada'")
         self.assertStatus(self.ask("GET", "/api/tags"), 401)
 
-    def test_what_another_process_imports_counts_at_the_next_request(self):
+    def test_import_by_another_process_applies_to_the_next_request(self):
         other = self.open_store(self.path("other.db"))
         secret = other.create("eve", "desk")[1]
         client = self.client()
@@ -2741,7 +2742,7 @@ class Concurrency(GatewayCase):
         self.elsewhere("token", "import", self.path("x.json"))
         self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(secret)), 200)
 
-    def test_a_stream_that_runs_outlives_its_tokens_deletion_but_nothing_new_begins(self):
+    def test_running_stream_survives_token_deletion_but_new_requests_are_refused(self):
         hold = self.hold()
         self.fake.replies["/api/chat"] = Reply.stream(b"one\n", hold, b"two\n")
         client = self.begin("POST", "/api/chat", CHAT)
@@ -2752,7 +2753,7 @@ class Concurrency(GatewayCase):
         self.assertEqual(client.read(answer).body, b"one\ntwo\n")
         self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(self.token)), 401)
 
-    def test_many_clients_get_each_its_own_answer(self):
+    def test_concurrent_clients_each_get_their_own_response(self):
         wrong = []
 
         def ask_often(number):
@@ -2770,7 +2771,7 @@ class Concurrency(GatewayCase):
         self.assertEqual(wrong, [])
         self.assertEqual(len(self.fake.received), 200)
 
-    def test_streams_that_wait_hold_nobody_else_up(self):
+    def test_stalled_streams_do_not_block_other_clients(self):
         hold = self.hold()
         self.fake.replies["/api/chat"] = Reply.stream(b"one\n", hold, b"two\n")
         waiting = [self.begin("POST", "/api/chat", CHAT) for _ in range(30)]
@@ -2779,7 +2780,7 @@ class Concurrency(GatewayCase):
         hold.set()
         self.assertEqual([client.answer().ended for client in waiting], ["clean"] * 30)
 
-    def test_uses_alone_do_not_have_the_tokens_read_again(self):
+    def test_last_used_updates_do_not_invalidate_the_token_cache(self):
         def generation():
             with contextlib.closing(sqlite3.connect(self.db)) as db:
                 return db.execute("SELECT generation FROM state").fetchone()
@@ -2788,7 +2789,7 @@ class Concurrency(GatewayCase):
             self.store.add_usage({}, {token: when})
         self.assertEqual((generation(), self.store.list("ada")[0].last_used_at), (before, 1001))
 
-    def test_eight_processes_making_tokens_at_once_lose_none(self):
+    def test_concurrent_token_creation_by_eight_processes_loses_none(self):
         script = CREATE_FIVE.format(here=HERE)
         for label, db in (("in a database that is served", self.db), ("in one that is not yet there", self.path("new.db"))):
             with self.subTest(label):
@@ -2805,7 +2806,7 @@ class Concurrency(GatewayCase):
                 if db == self.db:
                     self.assertEqual({self.ask("GET", "/api/version", token=secret).status for secret in secrets}, {200})
 
-    def test_a_stopped_gateway_leaves_no_thread_behind(self):
+    def test_stopped_gateway_leaves_no_threads(self):
         before = set(threading.enumerate())
         self.fake.replies["/api/chat"] = Reply.stream(b"one\n", until_hangup)
         with self.serving() as server:
@@ -2818,7 +2819,7 @@ class Concurrency(GatewayCase):
         eventually(lambda: set(threading.enumerate()) <= before, "the end of the gateway's threads")
 
 
-class Load(GatewayCase):
+class ConnectionLimitsAndSlowClients(GatewayCase):
     """Nothing that many clients, or slow ones, do takes the gateway from the others."""
 
     def hold_a_stream(self, server, hold, token=None):
@@ -2833,7 +2834,7 @@ class Load(GatewayCase):
         answers = (self.ask("GET", "/api/tags", server=server) for _ in itertools.count())
         return eventually(lambda: next((answer for answer in [next(answers)] if answer.status != 503), None))
 
-    def test_beyond_the_cap_the_longest_idle_connection_makes_room(self):
+    def test_connection_over_the_limit_evicts_the_longest_idle_one(self):
         server = self.serve(max_connections="3")
         clients = []
         for _ in range(3):
@@ -2844,7 +2845,7 @@ class Load(GatewayCase):
         for client in clients[1:]:
             self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(self.token)), 200)
 
-    def test_beyond_the_cap_with_none_idle_a_newcomer_reads_why_and_the_busy_go_on(self):
+    def test_connection_over_the_limit_gets_503_if_none_is_idle(self):
         hold, server = self.hold(), self.serve(max_connections="2")
         busy = [self.hold_a_stream(server, hold, token) for token in (self.token, self.admin)]
         for said in (b"", request("GET", "/api/tags", headers=bearer(self.token)), request("POST", "/api/chat", b"x" * 300_000)):
@@ -2858,13 +2859,13 @@ class Load(GatewayCase):
             self.assertEqual(client.read(client.begun).ended, "clean")
         self.assertStatus(self.ask_until_there_is_room(server), 200)
 
-    def test_a_connection_that_says_nothing_is_closed_without_a_word(self):
+    def test_silent_connection_is_closed_without_a_response(self):
         server = self.serve(header_timeout="0.3s", idle_timeout="0.3s")
         fresh, used = self.client(server), self.client(server)
         self.assertStatus(used.ask("GET", "/api/tags", headers=bearer(self.token)), 200)
         self.assertEqual((fresh.answer(), used.answer()), (None, None))
 
-    def test_a_head_that_dribbles_is_cut_off_however_it_dribbles(self):
+    def test_slowly_sent_head_times_out_with_408(self):
         server = self.serve(header_timeout="0.5s")
         for label, said in (("headers", b"GET /api/tags HTTP/1.1\r\n" + b"X: y\r\n" * 1000), ("a line", b"GET /" + b"a" * 5000),
                             ("half a line end", b"GET / HTTP/1.1\r")):
@@ -2875,7 +2876,7 @@ class Load(GatewayCase):
                         break
                 self.assertRefused(client.answer(), 408)
 
-    def test_a_body_that_stops_coming_is_given_up(self):
+    def test_stalled_body_times_out_with_408(self):
         with unittest.mock.patch.object(gateway, "BODY_SECONDS", 0.3):
             for path, token in (("/api/chat", self.token), (f"/api/blobs/{DIGEST}", self.admin)):
                 with self.subTest(path):
@@ -2883,7 +2884,7 @@ class Load(GatewayCase):
                     client.send(request("POST", path, None, [*bearer(token), ("Content-Length", "10")]) + b"abc")
                     self.assertRefused(client.answer(), 408)
 
-    def test_a_body_may_be_as_large_as_the_setting_and_a_blob_larger(self):
+    def test_body_size_is_limited_by_max_body_except_for_blobs(self):
         server = self.serve(max_body="2MiB")
         for size, status in ((2 * 1024 * 1024, 200), (2 * 1024 * 1024 + 1, 413)):
             body = b'{"x":"%s"}' % (b"x" * (size - 8))
@@ -2895,13 +2896,13 @@ class Load(GatewayCase):
                     self.assertStatus(client.answer(), status)
         self.assertStatus(self.ask("POST", f"/api/blobs/{DIGEST}", b"x" * 3_000_000, token=self.admin, server=server), 200)
 
-    def test_a_large_body_waits_in_a_file_and_goes_up_as_it_came(self):
+    def test_large_body_spooled_to_disk_is_forwarded_unchanged(self):
         body = compact({"images": ["x" * 3_000_000], "model": "tiny"})
         self.assertStatus(self.ask("POST", "/api/chat", body), 200)
         self.assertEqual((self.upstream().body, self.logged()["model"]), (body, "tiny"))
 
     @unittest.skipUnless(hasattr(signal, "SIGXFSZ"), "needs a limit of a file's size")
-    def test_a_body_that_fits_the_disk_in_part_is_refused_and_never_cut(self):
+    def test_body_that_exceeds_the_disk_space_is_refused_and_never_truncated(self):
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         self.addCleanup(signal.signal, signal.SIGXFSZ, signal.signal(signal.SIGXFSZ, signal.SIG_IGN))
@@ -2914,14 +2915,14 @@ class Load(GatewayCase):
         self.assertStatus(self.ask("POST", "/v1/chat/completions", body), 200)
         self.assertTrue(self.upstream().body == body[:-1] + b',"stream_options":{"include_usage":true}}')
 
-    def test_without_room_for_a_large_body_small_ones_go_on(self):
+    def test_full_disk_refuses_large_bodies_only(self):
         with unittest.mock.patch("tempfile.TemporaryFile", side_effect=OSError(errno.ENOSPC, "No space left on device")):
             answer = self.ask("POST", "/api/chat", b"x" * 3_000_000)
             self.assertIn("No space left", self.assertRefused(answer, 503))
             self.assertIn("retry-after", answer.headers)
             self.assertStatus(self.ask("POST", "/api/chat", CHAT), 200)
 
-    def test_a_client_that_reads_nothing_is_dropped_in_the_end(self):
+    def test_client_that_does_not_read_is_disconnected(self):
         def endless(exchange):
             while True:
                 exchange.send(b"x" * 65536)
@@ -2931,13 +2932,13 @@ class Load(GatewayCase):
             self.assertEqual(self.fake.hangups.get(timeout=GUARD), "/api/chat")
             self.assertEqual(self.logged()["outcome"], "left")
 
-    def test_a_burst_of_connections_is_answered_to_the_last(self):
+    def test_burst_of_connections_is_served_completely(self):
         clients = [self.client() for _ in range(150)]
         for client in clients:
             client.send(request("GET", "/api/tags", headers=bearer(self.token)))
         self.assertEqual({client.answer().status for client in clients}, {200})
 
-    def test_a_request_in_flight_is_not_idle(self):
+    def test_connection_with_running_request_is_not_evicted(self):
         hold, server = self.hold(), self.serve(max_connections="2")
         busy = self.hold_a_stream(server, hold, self.admin)
         for _ in range(4):
@@ -2962,7 +2963,7 @@ class Load(GatewayCase):
             client.send(b"ET / HTTP/1.1\r\nHost: x\r\n\r\n")
             self.assertStatus(client.answer(), 200)
 
-    def test_unfinished_heads_keep_no_valid_token_out_and_are_evicted_silently(self):
+    def test_incomplete_heads_do_not_block_valid_tokens_and_are_evicted_silently(self):
         server = self.serve(max_connections="8")
         clients = [self.unfinished(server, f"127.0.0.{number}") for number in range(2, 10)]
         used = self.client(server)
@@ -2976,7 +2977,7 @@ class Load(GatewayCase):
         metrics = self.ask("GET", "/metrics", token=self.admin, server=server).body.decode()
         self.assertIn("\nollama_gateway_cancelled_total 0\n", metrics)
 
-    def test_the_longest_waiting_connection_is_evicted_whether_idle_or_unfinished(self):
+    def test_longest_waiting_connection_is_evicted_whether_idle_or_with_incomplete_head(self):
         server = self.serve(max_connections="3")
         unfinished, idle, other = self.unfinished(server, "127.0.0.2"), self.client(server), self.unfinished(server, "127.0.0.3")
         self.assertStatus(idle.ask("GET", "/"), 200)
@@ -2985,7 +2986,7 @@ class Load(GatewayCase):
         self.assertStatus(idle.ask("GET", "/"), 200)
         self.assert_open(other)
 
-    def test_an_address_has_at_most_a_quarter_of_the_connections_in_unfinished_heads(self):
+    def test_incomplete_heads_per_address_are_limited_to_a_quarter_of_the_connections(self):
         server = self.serve(max_connections="12")
         idle = []
         for _ in range(4):      # one after the other: none is new any more when the next one comes
@@ -2998,11 +2999,11 @@ class Load(GatewayCase):
         for client in idle:
             self.assertStatus(client.ask("GET", "/"), 200)
 
-    def test_the_quarter_does_not_hold_for_a_trusted_proxy(self):
+    def test_incomplete_head_limit_does_not_apply_to_a_trusted_proxy(self):
         server = self.serve(max_connections="8", trusted_proxies="127.0.0.2")
         self.assert_open(*[self.unfinished(server, "127.0.0.2") for _ in range(8)])
 
-    def test_a_client_that_reads_no_answer_is_evicted_unless_it_has_a_valid_token(self):
+    def test_client_that_does_not_read_is_evicted_unless_its_token_is_valid(self):
         server = self.serve(max_connections="2")
         self.fake.replies["/api/chat"] = Reply.stream(*[b"x" * 65536] * 120)
         valid = self.begin("POST", "/api/chat", CHAT, token=self.admin, server=server)
@@ -3024,13 +3025,13 @@ def clients_sockets(clients):
 
 class Tls(OverTls, GatewayCase):
 
-    def test_certificate_and_key_may_be_one_file(self):
+    def test_certificate_and_key_can_share_one_file(self):
         with open(self.cert, "rb") as cert, open(self.key, "rb") as key:
             both = self.write("both.pem", cert.read() + key.read())
         client = self.client(self.serve(tls_cert=both, tls_key=""))
         self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(self.token)), 200)
 
-    def test_an_upload_is_answered_503_when_the_server_stops(self):
+    def test_upload_gets_503_when_the_server_stops(self):
         client = self.client()
         client.send(request("POST", "/api/chat", None, [*bearer(self.token), ("Content-Length", "9"), ("Expect", "100-continue")]))
         self.assertEqual(client.head().status, 100)
@@ -3048,14 +3049,14 @@ class Tls(OverTls, GatewayCase):
         self.enter(running(fake))
         return fake
 
-    def test_an_upstream_that_speaks_tls_is_believed_only_with_a_known_certificate(self):
+    def test_tls_upstream_is_accepted_only_with_a_trusted_certificate(self):
         fake = self.fake_over_tls()
         for trusted, status in ((self.cert, 200), (os.devnull, 502)):
             with self.subTest(status), unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=trusted):
                 server = self.serve(ollama_url="https://localhost:%d" % fake.server_address[1])
                 self.assertStatus(self.ask("GET", "/api/tags", server=server), status)
 
-    def test_a_blob_goes_up_to_an_upstream_that_speaks_tls(self):
+    def test_blob_is_forwarded_to_a_tls_upstream(self):
         fake = self.fake_over_tls()
         with unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=self.cert):
             server = self.serve(ollama_url="https://localhost:%d" % fake.server_address[1])
@@ -3066,7 +3067,7 @@ class Tls(OverTls, GatewayCase):
         self.assertStatus(client.answer(), 200)
         self.assertEqual(fake.received[0].body, b"abcdef")
 
-    def test_beyond_the_cap_a_connection_is_just_closed(self):
+    def test_connection_over_the_limit_is_closed_without_a_response(self):
         hold, server = self.hold(), self.serve(max_connections="1")
         self.fake.replies["/api/chat"] = Reply.stream(LINE, hold)
         busy = self.begin("POST", "/api/chat", CHAT, server=server)
@@ -3075,7 +3076,7 @@ class Tls(OverTls, GatewayCase):
         hold.set()
         self.assertEqual(busy.read(begun).ended, "clean")
 
-    def test_unfinished_handshakes_keep_no_valid_token_out(self):
+    def test_incomplete_handshakes_do_not_block_valid_tokens(self):
         server = self.serve(max_connections="8")
         clients = [self.plain_client(server) for _ in range(8)]
         for client in clients:
@@ -3087,7 +3088,7 @@ class Tls(OverTls, GatewayCase):
             with contextlib.suppress(ConnectionResetError):
                 self.assertEqual(client.stream.read(1), b"")
 
-    def test_a_connection_evicted_while_tls_takes_its_socket_over_is_closed(self):
+    def test_connection_evicted_while_its_socket_is_being_wrapped_is_closed(self):
         take_over = self.server.tls.wrap_socket
 
         def wrap_socket(*args, **how):
@@ -3097,7 +3098,7 @@ class Tls(OverTls, GatewayCase):
         with unittest.mock.patch.object(self.server, "tls", unittest.mock.Mock(wrap_socket=wrap_socket)):
             self.assertEqual(self.plain_client().stream.read(1), b"")
 
-    def test_who_speaks_no_tls_or_nothing_holds_nobody_up(self):
+    def test_plaintext_and_silent_connections_do_not_block_others(self):
         silent, plain = self.plain_client(), self.plain_client()
         plain.send(request("GET", "/api/tags", headers=bearer(self.token)))
         self.assertStatus(self.ask("GET", "/api/tags"), 200)
@@ -3107,7 +3108,7 @@ class Tls(OverTls, GatewayCase):
 
 
 @unittest.skipIf(os.name == "nt", "stopping is done by signals")
-class OneCore(unittest.TestCase):
+class CpuAffinity(unittest.TestCase):
     """The process stays on one core, the one that other processes use least."""
 
     def cores_chosen(self, *rounds, cores=(0, 1, 2), failures=()):
@@ -3132,23 +3133,23 @@ class OneCore(unittest.TestCase):
             gateway.stay_on_one_core()
         return [min(chosen) for chosen in moves]
 
-    def test_a_core_is_chosen_when_descriptors_are_free_again(self):
+    def test_core_selection_is_retried_after_file_descriptors_ran_out(self):
         self.assertEqual(self.cores_chosen((9, 5, 7), (0, 0, 0), failures=[OSError(errno.EMFILE, "Too many open files")]), [1])
 
-    def test_the_least_used_core_is_chosen_and_changed_only_for_a_clear_gain(self):
+    def test_least_used_core_is_chosen_and_changed_only_for_a_clear_gain(self):
         for label, rounds, chosen in (("the least used so far", [(9, 5, 7)], [1]), ("not for a little", [(9, 5, 7), (5, 0.5, 0)], [1, 1]),
                                       ("a clear gain", [(9, 5, 7), (5, 4, 0.2)], [1, 2]), ("none better", [(9, 5, 7), (5, 5, 5)], [1, 1])):
             with self.subTest(label):
                 self.assertEqual(self.cores_chosen(*rounds), chosen)
 
-    def test_with_one_core_no_proc_or_no_affinity_nothing_is_moved(self):
+    def test_affinity_is_unchanged_with_one_core_or_without_proc_or_affinity_support(self):
         self.assertEqual(self.cores_chosen((5,), (5,), cores=(0,)), [])
         self.assertEqual(self.cores_chosen((9, 5, 7), failures=[FileNotFoundError()] * 9), [])
         with unittest.mock.patch.object(gateway, "os", unittest.mock.Mock(spec=[])):
             gateway.stay_on_one_core()
 
     @unittest.skipUnless(os.path.exists("/proc/stat"), "needs Linux")
-    def test_the_busy_seconds_of_each_core_are_read_from_proc_stat(self):
+    def test_busy_seconds_per_core_are_read_from_proc_stat(self):
         stat = b"cpu  9 9 9 9 9 9 9 9 9 9\ncpu0 100 20 30 4000 500 6 7 8 0 0\ncpu1 1 1 1 1 1 1 1 1 0 0\nintr 5\n"
         with unittest.mock.patch.object(gateway, "open", unittest.mock.mock_open(read_data=stat), create=True):
             found = gateway.core_seconds()
@@ -3156,7 +3157,7 @@ class OneCore(unittest.TestCase):
         self.assertEqual(found, {0: 171 / tick, 1: 6 / tick})
 
     @unittest.skipUnless(hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1, "needs two cores, and Linux")
-    def test_the_server_does_and_its_threads_too(self):
+    def test_served_process_and_all_its_threads_run_on_one_core(self):
         with tempfile.TemporaryDirectory() as folder, Serving(folder, "--port", "0", "--ollama-url", "http://127.0.0.1:1") as serving:
             with Client(serving.server_address) as client:
                 self.assertEqual(client.ask("GET", "/").status, 200)
@@ -3200,7 +3201,7 @@ LAST_CHAT_LINE = compact({"message": {"role": "assistant", "content": ""}, "done
 
 
 @unittest.skipUnless(hasattr(resource, "prlimit") and os.path.isdir("/proc/self/fd"), "needs Linux")
-class Descriptors(GatewayCase):
+class FileDescriptorExhaustion(GatewayCase):
     """The program really runs out of file descriptors: its limit is lowered while it serves."""
 
     def program(self, *argv, url=None, preexec=None):
@@ -3245,7 +3246,7 @@ class Descriptors(GatewayCase):
         self.assertNotIn("Traceback", "".join(serving.lines))
         self.assertNotIn("upstream_errors_total{", client.ask("GET", "/metrics").body.decode())
 
-    def test_without_one_for_the_upstream_connection_the_answer_is_503_not_502(self):
+    def test_no_descriptor_for_the_upstream_connection_is_503_not_502(self):
         for host in "127.0.0.1", "localhost":
             with self.subTest(host):
                 hold, serving = self.hold(), self.program(url=self.fake.url.replace("127.0.0.1", host))
@@ -3257,7 +3258,7 @@ class Descriptors(GatewayCase):
                 stream.close()
                 self.assertStatus(client.ask("POST", "/v1/chat/completions", CHAT, bearer(self.token)), 200)
 
-    def test_without_one_for_a_large_body_the_answer_is_503(self):
+    def test_no_descriptor_for_a_large_body_is_503(self):
         serving, body = self.program(), compact({**CHAT, "images": ["x" * 2_000_000]})
         for attempt in range(2):
             client = self.used_client(serving)
@@ -3268,7 +3269,7 @@ class Descriptors(GatewayCase):
         self.assertStatus(self.ask("POST", "/api/chat", body, server=serving), 200)
         eventually(lambda: sum("ulimit -n" in line for line in serving.lines) == 1, "the one warning")
 
-    def test_without_two_for_the_queue_the_answer_is_503(self):
+    def test_fewer_than_two_descriptors_for_the_queue_is_503(self):
         hold, serving = self.hold(), self.program("--max-parallel", "1")
         client, stream = self.used_client(serving), self.streaming(serving, hold)
         self.leave(serving, 1)
@@ -3277,7 +3278,7 @@ class Descriptors(GatewayCase):
         self.assertEqual(stream.read(stream.begun).ended, "clean")
         self.assertStatus(client.ask("POST", "/api/chat", CHAT, bearer(self.token)), 200)
 
-    def test_without_one_for_a_new_client_an_idle_connection_makes_room(self):
+    def test_no_descriptor_for_a_new_client_evicts_an_idle_connection(self):
         serving = self.program()
         idle = self.used_client(serving)
         self.leave(serving, 0)
@@ -3288,7 +3289,7 @@ class Descriptors(GatewayCase):
         self.lift(serving)
         self.assertStatus(self.ask("POST", "/api/chat", CHAT, server=serving), 200)
 
-    def test_a_connection_needs_four_in_the_queue_and_three_upstream(self):
+    def test_connection_needs_four_descriptors_queued_and_three_while_forwarding(self):
         hold, serving = [self.hold(), self.hold()], self.program("--max-parallel", "1")
         stream, before = self.streaming(serving, hold[0]), len(self.used(serving))
         self.fake.replies["/api/chat"] = Reply.stream(LINE, hold[1])
@@ -3300,7 +3301,7 @@ class Descriptors(GatewayCase):
         self.assertEqual(len(self.used(serving)), before + 2, "the upstream connection is the stream's")
         hold[1].set()
 
-    def test_a_rush_under_a_low_hard_limit_is_served_up_to_the_cap(self):
+    def test_burst_under_a_low_hard_limit_is_served_up_to_the_reduced_cap(self):
         limits = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (256, 256))
         hold, body = self.hold(), compact({**CHAT, "images": ["x" * 1_100_000]})
         serving = self.program(preexec=limits)
@@ -3319,7 +3320,7 @@ class Descriptors(GatewayCase):
 
 
 @unittest.skipIf(os.name == "nt", "stopping is done by signals")
-class Stopping(Case):
+class GracefulShutdown(Case):
     """Told to stop, it lets nobody new in, and what runs comes to an end that shows."""
 
     def setUp(self):
@@ -3341,7 +3342,7 @@ class Stopping(Case):
             Client(self.serving.server_address).close()
         return busy, answer
 
-    def test_a_running_stream_finishes_and_nobody_new_gets_in(self):
+    def test_running_stream_finishes_and_new_connections_are_refused(self):
         hold = self.hold()
         self.fake.replies["/api/chat"] = Reply.stream(LINE, hold, LINE)
         busy, answer = self.begin_and_stop("30s")
@@ -3349,7 +3350,7 @@ class Stopping(Case):
         self.assertEqual((busy.read(answer).body, answer.ended), (LINE + LINE, "clean"))
         self.assertEqual(self.serving.wait(), 0)
 
-    def test_a_stream_that_takes_too_long_is_cut_so_that_it_shows(self):
+    def test_stream_beyond_the_drain_timeout_is_visibly_truncated(self):
         for version in "1.1", "1.0":
             with self.subTest(version):
                 busy, answer = self.begin_and_stop("0.2s", version)
@@ -3359,7 +3360,7 @@ class Stopping(Case):
                 self.assertEqual(self.serving.wait(), 0)
                 self.assertEqual(self.fake.hangups.get(timeout=GUARD), "/api/chat")
 
-    def test_an_upload_that_takes_too_long_is_answered_503_stopping(self):
+    def test_upload_beyond_the_drain_timeout_gets_503(self):
         admin = self.open_store().create("root", "box", admin=True)[1]
         for path, goes_on in (("/api/chat", False), ("/api/chat", True), (f"/api/blobs/{DIGEST}", False)):
             with self.subTest(path, goes_on=goes_on):
@@ -3376,7 +3377,7 @@ class Stopping(Case):
                 self.assertIn("stop", answer.json()["error"])
         self.assertNotIn("POST", [seen.method for seen in self.fake.received])
 
-    def test_a_request_that_begins_when_the_signal_arrives_is_served(self):
+    def test_request_accepted_as_the_signal_arrives_is_served(self):
         def begin(server, *args, begin=socketserver.ThreadingMixIn.process_request):
             begin(server, *args)
             raise KeyboardInterrupt
@@ -3389,13 +3390,13 @@ class Stopping(Case):
                 self.assertEqual(client.ask("GET", "/").body, b"Ollama is running")
             server.server_close()
 
-    def test_a_second_signal_does_not_wait(self):
+    def test_second_signal_stops_without_draining(self):
         busy, answer = self.begin_and_stop("10m")
         self.serving.process.send_signal(signal.SIGINT)
         self.assertEqual(busy.read(answer).ended, "cut")
         self.assertEqual((self.serving.wait(), [line for line in self.serving.lines if "Traceback" in line]), (0, []))
 
-    def test_many_signals_at_once_end_it_as_one_does(self):
+    def test_many_signals_at_once_stop_it_cleanly(self):
         self.begin_and_stop("10m")
         for number in (signal.SIGINT, signal.SIGTERM) * 60:
             self.serving.process.send_signal(number)
@@ -3431,7 +3432,7 @@ class Routing(GatewayCase):
     def body_for(self, method):
         return MODEL_BODY if method in ("POST", "DELETE", "PUT", "PATCH") else None
 
-    def test_every_route_for_all_is_open_to_any_token(self):
+    def test_user_routes_are_open_to_any_token(self):
         for method, path in FOR_ALL:
             with self.subTest(f"{method} {path}"):
                 self.fake.received.clear()
@@ -3439,7 +3440,7 @@ class Routing(GatewayCase):
                 self.assertStatus(self.ask(method, path, FORM_BODY if form else self.body_for(method), FORM_TYPE if form else ()), 200)
                 self.assertEqual(self.seen(), [(method, path)])
 
-    def test_management_and_the_hosts_account_are_for_administrators(self):
+    def test_management_and_account_routes_require_an_admin_token(self):
         for method, path in FOR_ADMINISTRATORS:
             with self.subTest(f"{method} {path}"):
                 self.fake.received.clear()
@@ -3449,7 +3450,7 @@ class Routing(GatewayCase):
                 self.assertStatus(self.ask(method, path, self.body_for(method), token=self.admin), 200)
                 self.assertEqual(self.seen(), [(method, path)])
 
-    def test_the_table_of_routes_holds_nothing_else(self):
+    def test_route_table_contains_no_other_routes(self):
         own = {"/", "/health", "/me", "/metrics", "/docs", "/openapi.json", "/admin", "/admin/status", "/admin/usage", "/admin/tokens",
                "/admin/tokens/{id}", "/admin/tokens/{id}/rotate"}
         known = set(FOR_ALL + FOR_ADMINISTRATORS)
@@ -3458,7 +3459,7 @@ class Routing(GatewayCase):
             with self.subTest(f"{route.method} {route.path}"):
                 self.assertTrue(route.path in own or any(method == route.method and pattern.fullmatch(path) for method, path in known))
 
-    def test_head_is_taken_wherever_get_is_and_has_no_body(self):
+    def test_head_is_accepted_wherever_get_is_and_has_no_body(self):
         for method, path in FOR_ALL + (("GET", "/"), ("GET", "/health")):
             if method == "GET":
                 with self.subTest(path), Client(self.server.server_address) as client:
@@ -3466,7 +3467,7 @@ class Routing(GatewayCase):
                     head, get = client.answer("HEAD"), client.answer()
                     self.assertEqual((head.status, head.headers.get("content-length")), (200, get.headers.get("content-length")))
 
-    def test_a_wrong_method_is_told_which_are_right(self):
+    def test_wrong_method_is_405_with_the_allowed_methods(self):
         allowed = collections.defaultdict(set)
         for method, path in FOR_ALL + FOR_ADMINISTRATORS + (("GET", "/health"),):
             allowed[path] |= {"GET", "HEAD"} if method == "GET" else {method}
@@ -3478,58 +3479,58 @@ class Routing(GatewayCase):
                     self.assertEqual(set(re.split(", *", answer.headers["allow"])) - {"OPTIONS"}, right)
         self.assertEqual(self.fake.received, [])
 
-    def test_methods_are_case_sensitive(self):
+    def test_method_names_are_case_sensitive(self):
         for method in ("get", "Get"):
             with self.subTest(method):
                 self.assertStatus(self.ask(method, "/api/tags"), 405)
 
-    def test_any_other_path_is_denied(self):
+    def test_unknown_path_is_404(self):
         for path in NO_ROUTES:
             for token in (self.token, self.admin):
                 with self.subTest(path, token=token[:8]):
                     self.assertStatus(self.ask("GET", path, token=token), 404)
         self.assertEqual(self.fake.received, [])
 
-    def test_refusals_of_a_route_speak_its_dialect(self):
+    def test_refusals_use_the_error_format_of_the_api_dialect(self):
         for path in ("/api/nonsense", "/v1/nonsense", "/nonsense"):
             with self.subTest(path):
                 self.assertRefused(self.ask("GET", path), 404, path)
         self.assertRefused(self.ask("GET", "/v1/chat/completions"), 405, "/v1/chat/completions")
         self.assertRefused(self.ask("GET", "/v1/messages"), 405, "/v1/messages")
 
-    def test_a_models_name_may_carry_an_encoded_slash_and_colon(self):
+    def test_model_name_in_path_may_contain_encoded_slash_and_colon(self):
         for path in ("/v1/models/library%2Ftiny%3Alatest", "/v1/models/tiny:latest", "/v1/models/library%2ftiny"):
             with self.subTest(path):
                 self.fake.received.clear()
                 self.assertStatus(self.ask("GET", path), 200)
                 self.assertEqual(self.seen(), [("GET", path)])
 
-    def test_a_query_changes_nothing_about_the_route(self):
+    def test_query_string_does_not_affect_routing(self):
         self.assertStatus(self.ask("GET", "/api/tags?x=/../1&y=%00"), 200)
         self.assertStatus(self.ask("GET", "/api/nonsense?/api/tags"), 404)
         self.assertEqual(self.fake.received[0].path.partition("?")[0], "/api/tags")
 
-    def test_the_root_greets_by_itself(self):
+    def test_root_path_is_served_without_the_upstream(self):
         self.fake.server_close()
         answer = self.ask("GET", "/", token="")
         self.assertStatus(answer, 200)
         self.assertEqual(answer.body, b"Ollama is running")
         self.assertTrue(answer.headers["content-type"].startswith("text/plain"))
 
-    def test_health_tells_whether_the_upstream_answers(self):
+    def test_health_reports_whether_the_upstream_responds(self):
         self.assertEqual((self.health(), self.seen()), ("down", []), "before the first probe")
         self.probe_health()
         answer = self.ask("GET", "/health", token="")
         self.assertEqual((answer.status, answer.json()["status"], answer.json()["upstream"]), (200, "ok", "up"))
         self.assertEqual(set(answer.json()), {"status", "upstream", "version"})
 
-    def test_health_is_well_while_the_upstream_is_down(self):
+    def test_health_is_ok_while_the_upstream_is_down(self):
         self.fake.server_close()
         self.probe_health()
         answer = self.ask("GET", "/health", token="")
         self.assertEqual((answer.status, answer.json()["status"], answer.json()["upstream"]), (200, "ok", "down"))
 
-    def test_a_base_path_replaces_api_alone(self):
+    def test_base_path_replaces_only_the_api_prefix(self):
         server = self.serve(base_path="/team/ollama")
         for path, upstream in (("/team/ollama/tags", "/api/tags"), ("/v1/models", "/v1/models"), ("/api/tags", None),
                                ("/team/ollama/v1/models", None),
@@ -3539,7 +3540,7 @@ class Routing(GatewayCase):
                 self.assertStatus(self.ask("GET", path, server=server), 200 if upstream else 404)
                 self.assertEqual(self.seen(), [("GET", upstream)] if upstream else [])
 
-    def test_with_the_root_as_base_path_our_own_pages_win(self):
+    def test_root_base_path_does_not_hide_the_gateways_own_routes(self):
         server = self.serve(base_path="/")
         for path, upstream in (("/tags", "/api/tags"), ("/v1/models", "/v1/models"), ("/api/tags", None), ("/version", "/api/version")):
             with self.subTest(path):
@@ -3561,7 +3562,7 @@ class Cors(GatewayCase):
         return self.ask("OPTIONS", path, token="", server=server, headers=[
             ("Origin", origin), ("Access-Control-Request-Method", method), ("Access-Control-Request-Headers", headers)])
 
-    def test_a_preflight_needs_no_token_and_stays_here(self):
+    def test_preflight_needs_no_token_and_is_not_forwarded(self):
         answer = self.preflight()
         self.assertStatus(answer, 204)
         self.assertEqual(answer.body, b"")
@@ -3569,11 +3570,11 @@ class Cors(GatewayCase):
         self.assertIn("origin", answer.headers["vary"].lower())
         self.assertEqual(self.fake.received, [])
 
-    def test_a_preflight_allows_the_methods_that_there_are(self):
+    def test_preflight_allows_all_used_methods(self):
         allowed = {method.strip() for method in self.preflight().headers["access-control-allow-methods"].split(",")}
         self.assertGreaterEqual(allowed, {"GET", "POST", "DELETE"})
 
-    def test_a_preflight_allows_what_the_clients_of_all_three_dialects_send(self):
+    def test_preflight_allows_the_request_headers_of_all_three_dialects(self):
         stainless = ["x-stainless-" + name for name in ("arch", "lang", "os", "package-version", "retry-count", "runtime", "timeout")]
         wanted = ("authorization", "content-type", "x-request-id", "x-api-key", "anthropic-version", "anthropic-beta",
                   "anthropic-dangerous-direct-browser-access", "openai-beta", "openai-organization", *stainless)
@@ -3581,14 +3582,14 @@ class Cors(GatewayCase):
         allowed = {name.strip().lower() for name in answer.headers["access-control-allow-headers"].split(",")}
         self.assertEqual(set(wanted) - allowed, set())
 
-    def test_a_foreign_origin_gets_no_cors_headers(self):
+    def test_unlisted_origin_gets_no_cors_headers(self):
         for origin in ("https://evil.example", "null", PAGE + ".evil.example", "http://app.example", PAGE + ":444", "https://APP.example.evil"):
             with self.subTest(origin):
                 for answer in (self.preflight(origin), self.ask("GET", "/api/tags", headers=[("Origin", origin)])):
                     self.assertIn(answer.status, (200, 204))
                     self.assertEqual([name for name in answer.headers if name.startswith("access-control")], [])
 
-    def test_answers_to_a_known_origin_can_be_read_by_it(self):
+    def test_responses_to_a_listed_origin_allow_it(self):
         for label, answer in (
             ("an answer", self.ask("GET", "/api/tags", headers=[("Origin", PAGE)])),
             ("a stream", self.ask("POST", "/api/chat", CHAT, headers=[("Origin", PAGE)])),
@@ -3600,73 +3601,73 @@ class Cors(GatewayCase):
                 self.assertEqual(answer.headers.get("access-control-allow-origin"), PAGE)
                 self.assertIn("origin", answer.headers["vary"].lower())
 
-    def test_no_origin_may_send_cookies(self):
+    def test_credentials_are_never_allowed(self):
         self.assertNotIn("access-control-allow-credentials", self.preflight().headers)
 
-    def test_the_upstreams_own_cors_headers_end_here(self):
+    def test_upstream_cors_headers_are_not_forwarded(self):
         self.fake.replies["/api/tags"] = Reply.json(200, {}, Access_Control_Allow_Origin="http://localhost",
                                                     Access_Control_Allow_Credentials="true")
         answer = self.ask("GET", "/api/tags", headers=[("Origin", PAGE)])
         self.assertEqual(answer.headers["access-control-allow-origin"], PAGE)
         self.assertNotIn("access-control-allow-credentials", answer.headers)
 
-    def test_a_star_lets_every_origin_read(self):
+    def test_wildcard_allows_every_origin(self):
         server = self.serve(cors_origins="*")
         for answer in (self.preflight(server=server), self.ask("GET", "/api/tags", headers=[("Origin", PAGE)], server=server)):
             self.assertIn(answer.headers["access-control-allow-origin"], ("*", PAGE))
 
-    def test_without_configured_origins_nobody_is_told_anything(self):
+    def test_no_cors_headers_without_configured_origins(self):
         server = self.serve()
         for answer in (self.preflight(server=server), self.ask("GET", "/api/tags", headers=[("Origin", PAGE)], server=server)):
             self.assertIn(answer.status, (200, 204))
             self.assertEqual([name for name in answer.headers if name.startswith("access-control")], [])
 
 
-class PathTokens(GatewayCase):
+class TokenInPath(GatewayCase):
 
     flags = {"path_tokens": "1", "base_path": "/ollama"}
 
     def at(self, rest, secret=None, method="GET", **kwargs):
         return self.ask(method, f"/t/{secret or self.token}{rest}", token="", **kwargs)
 
-    def test_a_secret_in_the_path_opens_the_whole_surface(self):
+    def test_token_in_path_works_on_all_routes(self):
         for rest, upstream in (("/api/tags", "/api/tags"), ("/ollama/tags", "/api/tags"), ("/v1/models", "/v1/models"), ("/health", None)):
             with self.subTest(rest):
                 self.fake.received.clear()
                 self.assertStatus(self.at(rest), 200)
                 self.assertEqual([path for method, path in self.seen() if path != "/api/version"], [upstream] if upstream else [])
 
-    def test_the_ollama_commands_first_words_are_answered(self):
+    def test_ollama_cli_heartbeat_is_served_by_the_gateway(self):
         self.assertStatus(self.at("/", method="HEAD"), 200)
         self.assertEqual(self.at("/").body, b"Ollama is running")
         self.assertEqual(self.fake.received, [])
 
-    def test_its_heartbeat_is_answered_whatever_the_secret(self):
+    def test_ollama_cli_heartbeat_is_served_for_any_token(self):
         for method in ("GET", "HEAD"):
             with self.subTest(method):
                 self.assertStatus(self.at("/", "nonsense", method), 200)
 
-    def test_refusals_behind_a_secret_speak_the_routes_dialect(self):
+    def test_refusals_with_token_in_path_use_the_error_format_of_the_api_dialect(self):
         for path, status in (("/v1/nonsense", 404), ("/v1/messages", 405), ("/v1/models/a:cloud", 403), ("/api/nonsense", 404)):
             with self.subTest(path):
                 self.assertRefused(self.ask("GET", f"/t/{self.token}{path}", token=""), status, path)
 
-    def test_a_bad_secret_is_forbidden_in_the_words_of_the_401(self):
+    def test_invalid_token_in_path_is_403_with_the_message_of_the_401(self):
         refused = self.assertRefused(self.ask("GET", "/ollama/tags", token="ogw_nonsense"), 401)
         for secret in ("nonsense", self.token[:-1], self.token + "x", self.token.swapcase()):
             with self.subTest(secret):
                 self.assertEqual(self.assertRefused(self.at("/api/tags", secret), 403), refused)
 
-    def test_a_second_credential_beside_it_is_malformed(self):
+    def test_additional_credential_in_a_header_is_400(self):
         for headers in (bearer(self.token), bearer(self.admin), [("x-api-key", self.token)], bearer("nonsense")):
             with self.subTest(headers):
                 self.assertRefused(self.at("/api/tags", headers=headers), 400)
 
-    def test_an_administrators_secret_manages(self):
+    def test_admin_token_in_path_can_manage_models(self):
         for secret, status in ((self.token, 403), (self.admin, 200)):
             self.assertStatus(self.at("/api/delete", secret, "DELETE", body=MODEL_BODY), status)
 
-    def test_no_prefix_stands_behind_another(self):
+    def test_nested_or_malformed_token_prefix_is_refused(self):
         for rest in (f"/t/{self.token}/api/tags", "/api/nonsense", "//api/tags", ""):
             with self.subTest(rest):
                 self.assertStatus(self.at(rest), 404)
@@ -3675,13 +3676,13 @@ class PathTokens(GatewayCase):
                 self.assertIn(self.ask("GET", path, token="").status, (403, 404))
         self.assertEqual(self.fake.received, [])
 
-    def test_the_secret_goes_neither_up_nor_into_the_log(self):
+    def test_token_in_path_is_neither_forwarded_nor_logged(self):
         self.assertStatus(self.at("/api/tags?x=1"), 200)
         self.assertEqual(self.logged()["path"], "/t/*/api/tags")
         upstream = self.upstream()
         self.assertNotIn(self.token, repr(upstream) + "".join(self.lines))
 
-    def test_with_the_option_off_there_is_no_such_path_and_still_no_secret_in_the_log(self):
+    def test_token_in_path_is_404_and_not_logged_with_the_option_off(self):
         server = self.serve()
         for secret in (self.token, "a-secret-of-another-form"):
             with self.subTest(secret):
@@ -3690,7 +3691,7 @@ class PathTokens(GatewayCase):
                 self.assertEqual(self.logged()["path"][:4], "/t/*")
                 self.assertNotIn(secret, "".join(self.lines))
 
-    def test_headers_still_work_beside_the_option(self):
+    def test_header_credentials_still_work_with_the_option_on(self):
         self.assertStatus(self.ask("GET", "/ollama/tags"), 200)
         self.assertStatus(self.ask("GET", "/api/tags"), 404)
 
@@ -3704,7 +3705,7 @@ def form(*fields, end=b"--x--\r\n", more=b""):
     return b"".join(DISPOSITION % (name, more, value) for name, value in fields) + end
 
 
-class Listed(GatewayCase):
+class ModelAllowList(GatewayCase):
     """A token with a list of models has these, whatever is tried."""
 
     def setUp(self):
@@ -3716,7 +3717,7 @@ class Listed(GatewayCase):
         self.fake.received.clear()
         return [self.ask(method, path, body, headers, token=token).status for token in (self.listed, self.token, self.admin)]
 
-    def test_only_its_models_are_in_the_lists(self):
+    def test_model_lists_contain_only_allowed_models(self):
         self.fake.replies["/api/tags"] = self.fake.replies["/api/ps"] = Reply.json(200, {"models": OTHER_MODELS, "more": 1.5})
         self.fake.replies["/v1/models"] = Reply.json(200, {"object": "list", "data": [dict(V1_MODEL, id=row["name"]) for row in OTHER_MODELS]})
         for path, key, name in (("/api/tags", "models", "name"), ("/api/ps", "models", "model"), ("/v1/models", "data", "id")):
@@ -3730,7 +3731,7 @@ class Listed(GatewayCase):
                 self.assertEqual((head.headers["content-length"], head.body), (answer.headers["content-length"], b""))
         self.assertEqual(self.ask("GET", "/api/tags", token=self.listed).json()["more"], 1.5)
 
-    def test_a_list_that_cannot_be_cut_down_is_not_shown(self):
+    def test_model_list_that_cannot_be_filtered_is_502(self):
         for reply in (Reply.body(200, b'{"models": [{"name": "secret"}'), Reply.json(200, ["secret"]), Reply.json(200, {"other": ["secret"]}),
                       Reply.json(200, {"models": [{"nom": "secret"}]}), Reply.json(200, {"models": [{"model": 5}]})):
             self.fake.replies["/api/tags"] = reply
@@ -3740,7 +3741,7 @@ class Listed(GatewayCase):
         self.fake.replies["/v1/models"] = Reply.json(200, {"object": "list", "data": None})
         self.assertEqual(self.ask("GET", "/v1/models", token=self.listed).json()["data"], [])
 
-    def test_another_model_is_forbidden_on_every_route_that_names_one(self):
+    def test_model_not_allowed_is_403_on_every_route_that_names_a_model(self):
         for route in gateway.ROUTES:
             if not route.model_in or route.access == "admin":
                 continue
@@ -3759,13 +3760,13 @@ class Listed(GatewayCase):
                         self.assertIn(model, told)
                         self.assertEqual(self.fake.received, [])
 
-    def test_the_name_counts_where_there_is_no_model(self):
+    def test_name_member_is_checked_if_model_is_missing(self):
         for body, status in (({"name": "secret"}, 403), ({"model": "", "name": "secret"}, 403), ({"model": None, "name": "secret"}, 403),
                              ({"model": "tiny", "name": "secret"}, 200), ({"name": "tiny"}, 200), ({}, 400), (None, 400), ({"model": ["tiny"]}, 400)):
             with self.subTest(body):
                 self.assertEqual(self.try_all("POST", "/api/show", body), [status, 200, 200])
 
-    def test_no_body_gets_a_model_past_the_list(self):
+    def test_json_body_variants_do_not_bypass_the_allow_list(self):
         for label, body, statuses in (
             ("two keys in two cases", b'{"model":"tiny","MODEL":"secret"}', (400, 400)),
             ("two keys in one", b'{"model":"secret","model":"tiny"}', (400, 400)),
@@ -3794,7 +3795,7 @@ class Listed(GatewayCase):
                     self.assertEqual(self.try_all("POST", path, body), [*statuses, 200])
                     self.assertEqual([seen.body for seen in self.fake.received], [body] * (1 + statuses.count(200)), "unchanged")
 
-    def test_no_form_gets_a_model_past_the_list(self):
+    def test_form_body_variants_do_not_bypass_the_allow_list(self):
         path, tiny, secret = "/v1/audio/transcriptions", (b"model", b"tiny"), (b"model", b"secret")
         for label, body, kind, query, statuses in (
             ("as clients write it", form(tiny), None, "", (200, 200)),
@@ -3834,22 +3835,22 @@ class Listed(GatewayCase):
                 headers = [("Content-Type", kind)] if kind else FORM_TYPE
                 self.assertEqual(self.try_all("POST", path + query, body, headers), [*statuses, 200])
 
-    def test_a_compressed_body_is_refused(self):
+    def test_compressed_body_is_refused(self):
         for path in "/api/chat", "/v1/responses":
             self.assertEqual(self.try_all("POST", path, {"model": "tiny"}, [("Content-Encoding", "zstd")]), [415, 415, 200])
 
-    def test_a_model_on_the_account_must_be_named_as_such(self):
+    def test_cloud_model_is_allowed_only_by_an_explicit_cloud_pattern(self):
         for models, status in (("*", 403), ("big*", 403), ("big:cloud", 200), ("*-cloud,*:cloud", 200)):
             token = self.store.create("bob", models.replace("*", "+"), models=models)[1]
             self.assertStatus(self.ask("POST", "/api/chat", {"model": "big:CLOUD"}, token=token), status)
 
-    def test_a_change_of_the_list_counts_at_the_next_request(self):
+    def test_allow_list_change_applies_to_the_next_request(self):
         with Client(self.server.server_address) as client:
             for models, status in (("tiny", 403), ("secret*", 200), (None, 200), ("x", 403)):
                 self.store.update("eve", "phone", models=models)
                 self.assertStatus(client.ask("POST", "/api/chat", {"model": "secret"}, bearer(self.listed)), status)
 
-    def test_an_admins_token_has_no_list(self):
+    def test_admin_token_cannot_have_an_allow_list(self):
         with self.assertRaises(gateway.UsageError):
             self.store.create("eve", "box", admin=True, models="tiny")
         with self.assertRaises(gateway.UsageError):
@@ -3881,22 +3882,22 @@ def open_and_die_at(statement, path):
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
-class Door(GatewayCase):
+class Authentication(GatewayCase):
 
     def status(self, *headers, path="/api/tags"):
         with Client(self.server.server_address) as client:
             return client.ask("GET", path, headers=headers).status
 
-    def test_a_token_opens_by_either_header_in_any_case(self):
+    def test_valid_token_is_accepted_in_either_header_in_any_case(self):
         for headers in (("Authorization", "Bearer %s"), ("authorization", "bearer %s"), ("AUTHORIZATION", "BEARER %s"), ("x-api-key", "%s"),
                         ("X-API-Key", "%s")):
             with self.subTest(headers):
                 self.assertEqual(self.status((headers[0], headers[1] % self.token)), 200)
 
-    def test_both_headers_may_agree(self):
+    def test_same_token_in_both_headers_is_accepted(self):
         self.assertEqual(self.status(*bearer(self.token), ("x-api-key", self.token)), 200)
 
-    def test_ambiguous_credentials_are_malformed(self):
+    def test_ambiguous_credentials_are_400(self):
         for label, headers in (
             ("two that differ", [*bearer(self.token), ("x-api-key", self.admin)]),
             ("a good and a bad one", [*bearer(self.token), ("x-api-key", "nonsense")]),
@@ -3909,14 +3910,14 @@ class Door(GatewayCase):
                 self.assertEqual(self.status(*headers), 400)
         self.assertEqual(self.fake.received, [])
 
-    def test_nothing_is_no_credential_even_if_a_row_has_its_digest(self):
+    def test_empty_credential_is_refused_even_if_a_row_has_its_digest(self):
         row = dict(ExportAndImport.ROW, name="phone", digest=hashlib.sha256(b"").hexdigest(), created_at=0, admin=1)
         self.store.import_rows([row])
         for headers in ((), (("Authorization", "Bearer "),), (("x-api-key", ""),), (("Authorization", ""),)):
             with self.subTest(headers):
                 self.assertEqual(self.status(*headers), 401)
 
-    def test_nothing_else_opens(self):
+    def test_invalid_credentials_are_refused(self):
         digest = hashlib.sha256(self.token.encode()).hexdigest()
         for label, headers in (
             ("nothing", []), ("an empty one", [("Authorization", "")]), ("no secret", [("Authorization", "Bearer")]),
@@ -3934,7 +3935,7 @@ class Door(GatewayCase):
         self.assertIn(self.status(path=f"/api/tags?token={self.token}&key={self.token}"), (400, 401))
         self.assertEqual(self.fake.received, [])
 
-    def test_unknown_expired_and_deleted_are_told_alike(self):
+    def test_unknown_expired_and_deleted_tokens_get_the_same_refusal(self):
         expired = self.store.create("ada", "old", expires_at=int(time.time()) - 60)[1]
         deleted = self.store.create("ada", "gone")[1]
         self.store.delete("ada", "gone")
@@ -3942,19 +3943,19 @@ class Door(GatewayCase):
         self.assertEqual(len({self.assertRefused(answer, 401) for answer in answers}), 1)
         self.assertEqual({answer.headers["www-authenticate"] for answer in answers}, {"Bearer"})
 
-    def test_a_deleted_token_is_refused(self):
+    def test_deleted_token_is_refused(self):
         self.assertStatus(self.ask("GET", "/api/tags"), 200)
         self.store.delete("ada", "laptop")
         self.assertRefused(self.ask("GET", "/api/tags"), 401)
 
-    def test_without_any_token_nobody_gets_in(self):
+    def test_all_requests_are_refused_if_no_token_exists(self):
         self.store.delete("ada", "laptop")
         self.store.delete("root", "box")
         for token in ("", self.token, "ogw_", "x"):
             with self.subTest(token):
                 self.assertRefused(self.ask("GET", "/api/tags", token=token), 401)
 
-    def test_refusals_speak_the_routes_dialect(self):
+    def test_authentication_errors_use_the_error_format_of_the_api_dialect(self):
         for method, path, kinds in (("POST", "/api/chat", None), ("POST", "/v1/chat/completions", None), ("GET", "/v1/models", None),
                                     ("POST", "/v1/messages", "authentication_error")):
             with self.subTest(path):
@@ -3963,29 +3964,29 @@ class Door(GatewayCase):
                 if kinds:
                     self.assertEqual(answer.json()["error"]["type"], kinds)
 
-    def test_the_route_is_judged_before_the_credentials(self):
+    def test_route_is_checked_before_credentials(self):
         self.assertStatus(self.ask("GET", "/api/nonsense", token=""), 404)
         self.assertStatus(self.ask("GET", "/api/chat", token=""), 405)
 
-    def test_the_framing_is_judged_before_the_route(self):
+    def test_framing_is_checked_before_the_route(self):
         with Client(self.server.server_address) as client:
             client.send(b"GET /nonsense HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n")
             self.assertStatus(client.answer(), 400)
 
-    def test_some_pages_are_open_to_all(self):
+    def test_public_routes_need_no_token(self):
         for method, path, status in (("GET", "/", 200), ("HEAD", "/", 200), ("GET", "/health", 200), ("HEAD", "/health", 200),
                                      ("OPTIONS", "/api/chat", 204)):
             with self.subTest(f"{method} {path}"):
                 self.assertStatus(self.ask(method, path, token=""), status)
 
-    def test_a_model_on_the_hosts_account_is_for_administrators(self):
+    def test_cloud_model_requires_an_admin_token(self):
         for model in ("big:cloud", "big:120b-cloud"):
             with self.subTest(model):
                 self.assertRefused(self.ask("POST", "/api/chat", {**CHAT, "model": model}), 403)
                 self.assertEqual(self.fake.received, [])
         self.assertStatus(self.ask("POST", "/api/chat", {**CHAT, "model": "big:cloud"}, token=self.admin), 200)
 
-    def test_a_body_whose_model_cannot_be_told_is_for_administrators(self):
+    def test_body_with_undeterminable_model_requires_an_admin_token(self):
         hidden = (("many brackets", b'{"x":[' + b"[]," * gateway.JSON_PARTS + b'[]],"model":"big:cloud"}', [], 413),
                   ("many quotes", b'{"x":"' + b'\\\\\\"' * 100_001 + b'","model":"big:cloud"}', [], 403),
                   ("many members", b"{" + b'"a":1,' * 50_000 + b'"model":"big:cloud"}', [], 413),
@@ -4002,7 +4003,7 @@ class Door(GatewayCase):
         self.assertStatus(self.ask("POST", "/v1/audio/transcriptions", form, FORM_TYPE), 200)
 
 
-class FailedCredentials(GatewayCase):
+class AuthenticationThrottling(GatewayCase):
     """Guessing is slowed down, and nobody else is."""
 
     def setUp(self):
@@ -4014,7 +4015,7 @@ class FailedCredentials(GatewayCase):
     def guess(self, path="/api/tags", server=None, **headers):
         return self.ask("GET", path, headers=list(headers.items()), token="nonsense", server=server)
 
-    def test_many_failures_of_an_address_end_in_429_and_a_valid_token_passes(self):
+    def test_repeated_failures_of_an_address_get_429_and_a_valid_token_still_passes(self):
         statuses = [self.guess().status for _ in range(gateway.MAX_FAILURES + 3)]
         self.assertEqual(set(statuses[:gateway.FREE_FAILURES]), {401})
         answer = self.guess("/v1/models")
@@ -4022,11 +4023,11 @@ class FailedCredentials(GatewayCase):
         self.assertGreater(int(answer.headers["retry-after"]), 0)
         self.assertStatus(self.ask("GET", "/api/tags"), 200)
 
-    def test_no_credential_at_all_is_no_guess(self):
+    def test_missing_credential_is_not_counted_as_a_failure(self):
         for _ in range(gateway.MAX_FAILURES + 3):
             self.assertStatus(self.ask("GET", "/api/tags", token=""), 401)
 
-    def test_behind_a_trusted_proxy_the_address_that_it_reports_counts(self):
+    def test_address_reported_by_a_trusted_proxy_is_throttled(self):
         server = self.serve(trusted_proxies="127.0.0.0/8, 10.0.0.0/8")
         forwarded = {"X-Forwarded-For": "6.6.6.6, 192.0.2.7, 10.1.1.1"}
         for _ in range(gateway.MAX_FAILURES + 3):
@@ -4035,7 +4036,7 @@ class FailedCredentials(GatewayCase):
         self.assertStatus(self.guess(server=server, **{"X-Forwarded-For": "192.0.2.8"}), 401)
         self.assertEqual(self.logged()["peer"], "192.0.2.7")
 
-    def test_who_is_not_trusted_reports_nothing(self):
+    def test_forwarded_address_from_an_untrusted_peer_is_ignored(self):
         for label, trusted, said, peer in (
             ("nobody", "", "192.0.2.7", "127.0.0.1"), ("another", "10.0.0.1", "192.0.2.7", "127.0.0.1"),
             ("nonsense", "127.0.0.1", "192.0.2.7, unknown", "127.0.0.1"), ("nothing", "127.0.0.1", "", "127.0.0.1"),
@@ -4046,7 +4047,7 @@ class FailedCredentials(GatewayCase):
                 self.assertStatus(self.ask("GET", "/api/tags", headers=[("X-Forwarded-For", said)], server=self.serve(trusted_proxies=trusted)), 200)
                 self.assertEqual(self.logged()["peer"], peer)
 
-    def test_few_wait_at_a_time(self):
+    def test_number_of_delayed_failures_is_bounded(self):
         clock = unittest.mock.Mock(wraps=time, sleep=self.hold().wait)
         with unittest.mock.patch.multiple(gateway, FAILED_DELAY=100, FREE_FAILURES=-30, time=clock):
             clients = [self.begin("GET", "/api/tags", token="nonsense") for _ in range(gateway.DELAYED_AT_ONCE + 2)]
@@ -4055,7 +4056,7 @@ class FailedCredentials(GatewayCase):
             self.assertEqual({client.answer().status for client in clients if client.socket in ready}, {429})
             self.assertStatus(self.ask("GET", "/api/tags"), 200)
 
-    def test_failures_are_forgiven_one_by_one(self):
+    def test_failures_expire_one_by_one(self):
         now = [0.0]
         failures = gateway.AuthThrottle(clock=lambda: now[0])
         self.assertEqual([failures.add("192.0.2.7") for _ in range(3)], [1, 2, 3])
@@ -4064,7 +4065,7 @@ class FailedCredentials(GatewayCase):
         now[0] += 1e6
         self.assertEqual(failures.add("192.0.2.7"), 1)
 
-    def test_addresses_of_ipv6_count_by_their_network_and_few_are_remembered(self):
+    def test_ipv6_failures_count_per_network_and_table_size_is_bounded(self):
         failures = gateway.AuthThrottle(clock=lambda: 0.0)
         self.assertEqual([failures.add(peer) for peer in ("2001:db8::1", "2001:db8::2:3", "fe80::1%eth0", "2001:db8:0:1::1")], [1, 2, 1, 1])
         self.assertEqual([failures.add(peer) for peer in ("192.0.2.7", "::ffff:192.0.2.7")], [1, 2])
@@ -4077,7 +4078,7 @@ class FailedCredentials(GatewayCase):
 CHAT_ROUTE = next(route for route in gateway.ROUTES if route.path == "/api/chat")
 
 
-class FreeAccount:
+class StubUsageLedger:
     """An account that knows what was spent, and counts nothing."""
 
     spent_today = 0
@@ -4094,11 +4095,11 @@ class FreeAccount:
     update = start
 
 
-class LimitsByTheClock(unittest.TestCase):
+class LimiterWithFakeClock(unittest.TestCase):
 
     def setUp(self):
         self.now = 1000.0
-        self.ledger = FreeAccount()
+        self.ledger = StubUsageLedger()
         self.limiter = gateway.Limiter(gateway.FairQueue(0, 1, 1), self.ledger, lambda: self.now)
 
     def token(self, **limits):
@@ -4122,7 +4123,7 @@ class LimitsByTheClock(unittest.TestCase):
             return refusal.code, dict(refusal.fields)["Retry-After"]
         return held.close
 
-    def test_no_minute_has_more_requests_than_it_may(self):
+    def test_rate_limit_is_never_exceeded_in_any_minute(self):
         token, admitted = self.token(rpm=3), []
         for second in range(0, 400, 7):
             self.now = 1000.0 + second
@@ -4134,7 +4135,7 @@ class LimitsByTheClock(unittest.TestCase):
         self.assertTrue(all(sum(start <= moment < start + 60 for moment in admitted) <= 3 for start in admitted))
         self.assertGreaterEqual(len(admitted), 3 * 400 // 60, "and as many as may")
 
-    def test_a_burst_at_the_edge_of_a_minute_is_not_doubled(self):
+    def test_rate_limit_allows_no_double_burst_across_a_minute_boundary(self):
         token = self.token(rpm=2)
         self.now = 1019.0   # of whatever minute
         self.assertTrue(callable(self.hold(token)) and callable(self.hold(token)))
@@ -4143,7 +4144,7 @@ class LimitsByTheClock(unittest.TestCase):
         self.now = 1079.0
         self.assertTrue(callable(self.hold(token)))
 
-    def test_refused_ones_do_not_count(self):
+    def test_refused_requests_do_not_count_toward_the_rate(self):
         token = self.token(rpm=1)
         self.hold(token)()
         for _ in range(5):
@@ -4151,28 +4152,28 @@ class LimitsByTheClock(unittest.TestCase):
         self.now += 60
         self.assertTrue(callable(self.hold(token)))
 
-    def test_so_many_run_at_once(self):
+    def test_parallel_limit_is_enforced(self):
         token = self.token(max_parallel=2)
         ends = [self.hold(token), self.hold(token)]
         self.assertEqual(self.hold(token)[0], "too_many_at_once")
         ends[0]()
         self.assertTrue(callable(self.hold(token)))
 
-    def test_a_days_tokens_are_not_exceeded_by_new_requests(self):
+    def test_spent_daily_budget_refuses_new_requests(self):
         token = self.token(tokens_per_day=10)
         self.ledger.spent_today = 9
         self.assertTrue(callable(self.hold(token)))
         self.ledger.spent_today = 13
         self.assertEqual(self.hold(token), ("budget_spent", "3600"))
 
-    def test_a_lower_limit_counts_at_once(self):
+    def test_lowered_rate_limit_applies_immediately(self):
         for _ in range(4):
             self.hold(self.token(rpm=9))
             self.now += 10
         self.assertEqual(self.hold(self.token(rpm=2)), ("rate_limited", "40"))
         self.assertTrue(callable(self.hold(self.token())), "and none is none")
 
-    def test_the_limit_nearest_exhaustion_is_told(self):
+    def test_limit_nearest_exhaustion_is_in_the_ratelimit_fields(self):
         token = self.token(rpm=10, max_parallel=2, tokens_per_day=1000)
         self.assertEqual(self.fields(token), (("RateLimit-Limit", 10), ("RateLimit-Remaining", 10), ("RateLimit-Reset", 0)))
         ends = [self.hold(token), self.hold(token)]
@@ -4182,7 +4183,7 @@ class LimitsByTheClock(unittest.TestCase):
         self.assertEqual(self.fields(token), (("RateLimit-Limit", 1000), ("RateLimit-Remaining", 100), ("RateLimit-Reset", 3600)))
         self.assertEqual(self.fields(self.token()), ())
 
-    def test_a_request_is_not_told_of_what_itself_holds(self):
+    def test_ratelimit_fields_exclude_the_slot_of_the_request_itself(self):
         token = self.token(max_parallel=1)
         slot = self.slot(token)
         with slot:
@@ -4190,19 +4191,19 @@ class LimitsByTheClock(unittest.TestCase):
             self.assertEqual(dict(self.fields(token))["RateLimit-Remaining"], 0)
         self.assertEqual(dict(self.limiter.fields(slot.context))["RateLimit-Remaining"], 1)
 
-    def test_what_cannot_be_read_refuses(self):
+    def test_unreadable_usage_refuses_the_request(self):
         self.ledger.spent = unittest.mock.Mock(side_effect=gateway.Failure("no"))
         self.assertEqual(self.hold(self.token(tokens_per_day=10))[0], "uncounted")
         self.assertEqual(self.fields(self.token(tokens_per_day=10)), ())
 
 
-class Limited(GatewayCase):
+class LimitsOverHttp(GatewayCase):
     """Limits over the wire."""
 
     def limited(self, **limits):
         return self.store.create("eve", f"phone {len(self.store.list())}", **limits)[1]
 
-    def test_beyond_a_limit_it_is_429_in_the_routes_dialect_with_its_name(self):
+    def test_exceeded_limit_is_429_in_the_api_dialect_and_names_the_limit(self):
         token = self.limited(rpm=1)
         self.assertStatus(self.ask("POST", "/api/chat", CHAT, token=token), 200)
         for path, kind in (("/api/chat", None), ("/v1/chat/completions", "rate_limit_error"), ("/v1/messages", "rate_limit_error")):
@@ -4213,7 +4214,7 @@ class Limited(GatewayCase):
                 self.assertEqual(kind and answer.json()["error"]["type"], kind)
         self.assertEqual(len(self.fake.received), 1)
 
-    def test_every_answer_of_a_limited_token_tells_what_is_left(self):
+    def test_every_response_to_a_limited_token_has_ratelimit_fields(self):
         token = self.limited(rpm=2)
         for method, path, body, status, left in (
             ("GET", "/api/tags", None, 200, 2), ("POST", "/api/pull", {}, 403, 2), ("POST", "/api/chat", {"model": "a:cloud"}, 403, 2),
@@ -4226,7 +4227,7 @@ class Limited(GatewayCase):
                 self.assertTrue(0 <= int(answer.headers["ratelimit-reset"]) <= 60)
         self.assertNotIn("ratelimit-limit", self.ask("GET", "/api/tags").headers)
 
-    def test_failed_and_cancelled_requests_count_and_refused_ones_do_not(self):
+    def test_failed_and_cancelled_requests_count_but_refused_ones_do_not(self):
         token = self.limited(rpm=3)
         self.fake.replies["/api/chat"] = [Reply.json(404, {"error": "no"}), Reply.stream(LINE, until_hangup), Reply.json(200, {})]
         self.assertStatus(self.ask("POST", "/api/chat", {"model": "a:cloud"}, token=token), 403)
@@ -4238,11 +4239,11 @@ class Limited(GatewayCase):
         self.fake.hangups.get(timeout=GUARD)
         self.assertEqual([self.ask("POST", "/api/chat", CHAT, token=token).status for _ in range(3)], [200, 429, 429])
 
-    def test_one_after_the_other_is_never_two_at_once(self):
+    def test_sequential_requests_never_exceed_a_parallel_limit_of_one(self):
         token = self.limited(max_parallel=1)
         self.assertEqual({self.ask("POST", "/api/chat", {**CHAT, "stream": number % 2 > 0}, token=token).status for number in range(60)}, {200})
 
-    def test_a_client_that_has_read_the_last_line_may_ask_at_once(self):
+    def test_parallel_slot_is_released_when_the_last_line_has_been_sent(self):
         """Clients stop at it, and do not wait for the end of the body."""
         token, hold = self.limited(max_parallel=1), self.hold()
         for path, kind, pieces in (
@@ -4259,7 +4260,7 @@ class Limited(GatewayCase):
         eventually(lambda: [row["requests"] for row in self.store.usage("user", 0) if row["user"] == "eve"] == [8], "the account")
         self.assertEqual([row["cancelled"] for row in self.store.usage("user", 0)], [0], "they had all they wanted")
 
-    def test_real_clients_at_once_are_held_to_it(self):
+    def test_parallel_limit_applies_to_concurrent_clients(self):
         hold, token = self.hold(), self.limited(max_parallel=3)
         self.fake.replies["/api/chat"] = Reply.stream(LINE, hold, LINE)
         clients = [self.begin("POST", "/api/chat", CHAT, token=token) for _ in range(8)]
@@ -4269,7 +4270,7 @@ class Limited(GatewayCase):
         self.assertEqual([client.read(head).ended for client, head in zip(clients, heads)], ["clean"] * 8)
         self.assertStatus(self.ask("POST", "/api/chat", CHAT, token=token), 200)
 
-    def test_a_budget_is_used_up_and_a_restart_does_not_refill_it(self):
+    def test_spent_budget_stays_spent_after_a_restart(self):
         token = self.limited(tokens_per_day=20)   # each answer costs 13
         self.assertEqual([self.ask("POST", "/api/chat", CHAT, token=token).status for _ in range(3)], [200, 200, 429])
         self.server.gateway.close()
@@ -4288,12 +4289,12 @@ class Limited(GatewayCase):
         eventually(lambda: self.ask("GET", "/me", token=token, server=other).json()["left"]["tokens_per_day"]["remaining"] == 0)
         self.assertStatus(self.ask("POST", "/api/chat", CHAT, token=token, server=other), 429)
 
-    def test_a_tokens_limits_are_its_own(self):
+    def test_limits_are_per_token(self):
         one, other = self.limited(rpm=1), self.limited(rpm=1)
         self.assertEqual([self.ask("POST", "/api/chat", CHAT, token=token).status for token in (one, other, one)], [200, 200, 429])
 
 
-class TurnsInOrder(unittest.TestCase):
+class FairQueueOrder(unittest.TestCase):
 
     def setUp(self):
         self.queue = gateway.FairQueue(1, 100, 60)
@@ -4320,15 +4321,15 @@ class TurnsInOrder(unittest.TestCase):
             called[1]()
         return "".join(order)
 
-    def test_one_users_fifty_delay_anothers_one_by_one_turn(self):
+    def test_fifty_requests_of_one_user_delay_another_user_by_one_turn(self):
         lined_up = [self.line_up("a") for _ in range(50)] + [self.line_up("b")]
         self.assertEqual(self.served(lined_up), "ab" + "a" * 49)     # the first of them runs already
 
-    def test_behind_anothers_request_it_is_one_turn_too(self):
+    def test_delay_is_one_turn_with_a_third_users_request_running(self):
         lined_up = [self.line_up("c"), *[self.line_up("a") for _ in range(50)], self.line_up("b")]
         self.assertEqual(self.served(lined_up), "c" + "ab" + "a" * 49)
 
-    def test_one_who_asks_again_and_again_gets_every_second_turn(self):
+    def test_user_who_requeues_after_each_turn_gets_every_second_turn(self):
         lined_up, order = [self.line_up("a") for _ in range(10)], []
         lined_up.append(self.line_up("b"))
         while len(order) < 10:
@@ -4340,7 +4341,7 @@ class TurnsInOrder(unittest.TestCase):
                 lined_up.append(self.line_up("b"))
         self.assertEqual("".join(order), "ab" * 5)
 
-    def test_turns_go_round_and_each_users_come_in_order(self):
+    def test_turns_are_round_robin_and_first_in_first_out_per_user(self):
         lined_up = [self.line_up(user) for user in "aaabbc"]
         places = [place for place, _ in lined_up]
         called = []
@@ -4350,7 +4351,7 @@ class TurnsInOrder(unittest.TestCase):
         self.assertEqual([place for place in called if place.user == "a"], places[1:3])
         self.assertEqual(self.queue._granted, {}, "who was served when is forgotten when nobody waits")
 
-    def test_more_places_are_taken_at_once(self):
+    def test_queue_grants_as_many_slots_as_its_limit(self):
         self.queue = gateway.FairQueue(3, 100, 60)
         lined_up = [self.line_up(user) for user in "aaaab"]
         self.assertEqual([place.granted for place, _ in lined_up], [True, True, True, False, False])
@@ -4359,13 +4360,13 @@ class TurnsInOrder(unittest.TestCase):
         lined_up[0][1]()
         self.assertEqual((self.queue.running, self.queue.waiting), (3, 0))
 
-    def test_who_gives_up_a_place_is_passed_over(self):
+    def test_abandoned_queue_entry_is_skipped(self):
         lined_up = [self.line_up(user) for user in "aabab"]
         for number in (2, 3):
             lined_up.pop(2)[1]()
         self.assertEqual(self.served(lined_up), "aba")
 
-    def test_so_many_of_a_user_may_wait(self):
+    def test_waiting_requests_per_user_are_limited(self):
         self.queue = gateway.FairQueue(1, 2, 60)
         for user in "aaa":
             self.line_up(user)
@@ -4374,12 +4375,12 @@ class TurnsInOrder(unittest.TestCase):
         self.assertEqual(caught.exception.code, "queue_full")
         self.line_up("b")
 
-    def test_without_a_limit_nobody_waits(self):
+    def test_no_request_waits_without_a_limit(self):
         self.queue = gateway.FairQueue(0, 1, 60)
         self.assertTrue(all(self.line_up("a")[0].granted for _ in range(50)))
 
 
-class Queue(GatewayCase):
+class FairQueueOverHttp(GatewayCase):
     """The queue over the wire: one request at a time goes upstream."""
 
     flags = {"max_parallel": "1", "max_queue": "3"}
@@ -4407,7 +4408,7 @@ class Queue(GatewayCase):
         lines = self.ask("GET", "/metrics", token=self.admin).body.decode().splitlines()
         return int(next(line for line in lines if line.startswith("ollama_gateway_queued_requests ")).split()[1])
 
-    def test_the_others_wait_and_the_users_turns_go_round(self):
+    def test_waiting_requests_are_served_round_robin_by_user(self):
         self.begin_first()
         clients = self.line_up(self.token, self.token, self.other)
         self.assertStatus(self.ask("GET", "/api/tags"), 200)   # which passes by
@@ -4417,7 +4418,7 @@ class Queue(GatewayCase):
         self.assertEqual(order, ["tiny", "m2", "m0", "m1"])
         self.assertTrue(float(self.logged(lambda fields: fields["model"] == "m1")["queued"]) > 0)
 
-    def test_beyond_the_queue_it_is_503_and_does_not_count(self):
+    def test_full_queue_is_503_and_does_not_count(self):
         self.begin_first()
         self.store.update("ada", "laptop", rpm=4)   # the first one began before that
         self.line_up(*[self.token] * 3)
@@ -4430,7 +4431,7 @@ class Queue(GatewayCase):
         self.assertRefused(self.ask("POST", "/v1/messages", CHAT), 429, "/v1/messages")
         self.first.set()
 
-    def test_a_budget_that_is_used_up_while_a_request_waits_is_used_up_for_it(self):
+    def test_budget_spent_while_a_request_waits_refuses_it(self):
         self.fake.replies["/api/chat"] = [Reply.stream(compact({"done": False}) + b"\n", self.first,
                                                        compact({"done": True, "prompt_eval_count": 80, "eval_count": 50}) + b"\n")]
         self.store.update("ada", "laptop", tokens_per_day=100)
@@ -4440,7 +4441,7 @@ class Queue(GatewayCase):
         self.first.set()
         self.assertRefused(waiting.answer(), 429)
 
-    def test_a_waiting_client_that_leaves_gives_up_its_place_at_once(self):
+    def test_disconnected_client_leaves_the_queue_immediately(self):
         self.begin_first()
         for label, leave in LEAVING:
             with self.subTest(label):
@@ -4451,7 +4452,7 @@ class Queue(GatewayCase):
         self.assertEqual([seen.path for seen in self.fake.received].count("/api/chat"), 1)
         eventually(lambda: [row["cancelled"] for row in self.store.usage("user", 0)] == [3], "the account of it")
 
-    def test_one_that_waits_too_long_is_told_when_to_come_again(self):
+    def test_queue_timeout_is_503_with_retry_after(self):
         server = self.serve(max_parallel="1", queue_timeout="0.2s")
         client = self.begin("POST", "/api/chat", CHAT, server=server)
         client.read(client.head(), until=LINE)
@@ -4461,27 +4462,27 @@ class Queue(GatewayCase):
         self.first.set()
         client.close()
 
-    def test_a_client_that_leaves_while_it_runs_lets_the_next_one_in(self):
+    def test_client_disconnect_starts_the_next_request(self):
         self.fake.replies["/api/chat"] = [Reply.stream(LINE, until_hangup), Reply.stream(LINE)]
         running, _ = self.begin_first()
         waiting, = self.line_up(self.other)
         running.close()
         self.assertStatus(waiting.answer(), 200)
 
-    def test_a_failing_upstream_lets_the_next_one_in(self):
+    def test_upstream_failure_starts_the_next_request(self):
         self.fake.replies["/api/chat"] = [Reply.stream(LINE, self.first, cut), Reply.json(500, {"error": "no"}), Reply.stream(LINE)]
         self.begin_first()
         clients = self.line_up(self.token, self.other)
         self.first.set()
         self.assertEqual([client.answer().status for client in clients], [200, 500], "the other's turn came first")
 
-    def test_ollamas_own_full_queue_is_passed_on_with_when_to_come_again(self):
+    def test_upstream_queue_full_503_is_forwarded_with_retry_after(self):
         for given, told in (({}, "5"), ({"Retry-After": "7"}, "7")):
             self.fake.replies["/api/chat"] = Reply.json(503, {"error": "server busy"}, **given)
             answer = self.ask("POST", "/api/chat", CHAT)
             self.assertEqual((answer.status, answer.json(), answer.headers["retry-after"]), (503, {"error": "server busy"}, told))
 
-    def test_waiting_requests_of_a_token_count_as_running(self):
+    def test_waiting_requests_count_toward_the_parallel_limit(self):
         self.begin_first()
         token = self.store.create("eve", "phone", max_parallel=1)[1]
         self.line_up(token)
@@ -4489,7 +4490,7 @@ class Queue(GatewayCase):
         self.first.set()
 
 
-class Accounting(GatewayCase):
+class UsageAccounting(GatewayCase):
     """What each request cost is known, by user, token, model, route and hour."""
 
     def usage(self, by="user", **where):
@@ -4505,7 +4506,7 @@ class Accounting(GatewayCase):
             return db.execute("SELECT user, name, model, route, requests, errors, cancelled, prompt_tokens, completion_tokens FROM usage "
                               "ORDER BY route").fetchall()
 
-    def test_every_dialect_is_counted_streaming_or_not(self):
+    def test_usage_is_counted_in_every_dialect_with_and_without_streaming(self):
         spoken = [(path, stream, 8, 5) for path in ("/api/generate", "/api/chat", "/v1/chat/completions", "/v1/completions", "/v1/responses",
                                                     "/v1/messages") for stream in (True, False)]
         for path, stream, prompt, completion in spoken + [("/api/embed", False, 3, 0), ("/v1/embeddings", False, 3, 0)]:
@@ -4516,14 +4517,14 @@ class Accounting(GatewayCase):
                 self.assertEqual((fields["prompt"], fields["completion"]), (str(prompt), str(completion)))
         self.assertUsed(requests=14, errors=0, cancelled=0, prompt_tokens=12 * 8 + 6, completion_tokens=60)
 
-    def test_where_ollama_does_not_tell_the_tokens_are_unknown(self):
+    def test_token_counts_are_null_where_ollama_reports_none(self):
         self.ask("POST", "/api/embeddings", {"model": "tiny"})
         self.ask("POST", "/v1/audio/transcriptions", FORM_BODY, FORM_TYPE)
         self.assertUsed(requests=2, errors=0, prompt_tokens=None, completion_tokens=None)
         self.ask("POST", "/api/embed", {"model": "tiny"})
         self.assertUsed(requests=3, prompt_tokens=3, completion_tokens=0)
 
-    def test_the_usage_is_asked_for_and_what_it_adds_is_taken_out(self):
+    def test_include_usage_is_added_upstream_and_its_chunk_removed_from_the_response(self):
         for path in "/v1/chat/completions", "/v1/completions":
             usual = self.ask("POST", path, {**CHAT, "stream": True}, token=self.admin).body
             for label, options, asks in (("nothing asked", b"", False), ("null", b',"stream_options":null', False),
@@ -4544,7 +4545,7 @@ class Accounting(GatewayCase):
                         self.assertEqual(answer.body, usual)
             self.assertNotIn(b"usage", usual)
 
-    def test_nothing_is_asked_for_that_would_change_another_answer(self):
+    def test_include_usage_is_not_added_where_it_does_not_apply(self):
         for path, body in (("/v1/chat/completions", b'{"model":"tiny"}'), ("/v1/chat/completions", b'{"model":"tiny","stream":"true"}'),
                            ("/api/chat", b'{"model":"tiny","stream":true}'), ("/v1/messages", b'{"model":"tiny","stream":true}')):
             with self.subTest(path):
@@ -4552,7 +4553,7 @@ class Accounting(GatewayCase):
                 self.ask("POST", path, body)
                 self.assertEqual(self.upstream().body, body)
 
-    def test_nobody_gets_around_being_asked_for(self):
+    def test_include_usage_injection_cannot_be_bypassed(self):
         path, options = "/v1/chat/completions", b',"stream_options":{"include_usage":true}}'
         for label, body in (("a null that Go ignores", b'{"model":"tiny","stream":true,"stream":null}'),
                             ("a long s that Go folds", '{"model":"tiny","ſtream":true}'.encode()),
@@ -4569,19 +4570,19 @@ class Accounting(GatewayCase):
         body = b'{"model":"tiny","stream":true,"stream_options":{"x":"' + b"x" * gateway.DECODED_BYTES + b'"}}'    # too long to judge
         self.assertRefused(self.ask("POST", path, body), 400, path)
 
-    def test_the_usage_is_asked_for_in_a_body_that_waits_in_a_file(self):
+    def test_include_usage_is_added_to_a_body_spooled_to_disk(self):
         body = compact({**CHAT, "images": ["x" * 3_000_000], "stream": True})
         self.assertStatus(self.ask("POST", "/v1/chat/completions", body), 200)
         self.assertTrue(self.upstream().body == body[:-1] + b',"stream_options":{"include_usage":true}}')
 
-    def test_a_refusal_of_the_upstream_is_passed_on_as_it_is(self):
+    def test_upstream_error_is_forwarded_unchanged(self):
         self.fake.replies["/v1/chat/completions"] = Reply.json(404, {"error": {"message": "no", "usage": {}}}, kind="application/json")
         answer = self.ask("POST", "/v1/chat/completions", {**CHAT, "stream": True})
         self.assertEqual((answer.status, answer.json()), (404, {"error": {"message": "no", "usage": {}}}))
         self.assertEqual(answer.headers["content-length"], str(len(answer.body)))
         self.assertUsed(requests=1, errors=1, prompt_tokens=0, completion_tokens=0)
 
-    def test_a_stream_that_breaks_or_is_left_counts_its_pieces_and_estimates_its_prompt(self):
+    def test_aborted_stream_counts_its_chunks_and_estimates_its_prompt(self):
         line = b'{"model":"tiny","message":{"role":"assistant","content":"x"},"done":false}\n'
         event = b'data: {"id":"1","choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
         delta = b'event: content_block_delta\ndata: {"type":"content_block_delta"}\n\n'
@@ -4602,7 +4603,7 @@ class Accounting(GatewayCase):
                                      [outcome, *map(str, cost), str(sum(cost))])
         self.assertUsed(requests=8, errors=4, cancelled=4, prompt_tokens=576, completion_tokens=18, estimated_tokens=594)
 
-    def test_a_hangup_does_not_spare_the_budget_the_prompt(self):
+    def test_client_disconnect_still_charges_the_prompt_to_the_budget(self):
         token = self.store.create("eve", "phone", tokens_per_day=2000)[1]
         line = b'{"model":"tiny","message":{"role":"assistant","content":"x"},"done":false}\n'
         self.fake.replies["/api/chat"] = [Reply.stream(line, until_hangup), Reply.raw(until_hangup)]
@@ -4617,7 +4618,7 @@ class Accounting(GatewayCase):
         self.assertEqual((row["cancelled"], row["completion_tokens"], row["estimated_tokens"]), (2, 1, row["prompt_tokens"] + 1))
         self.assertGreater(row["prompt_tokens"], 2000)
 
-    def test_an_answer_without_counts_is_charged_an_estimate(self):
+    def test_response_without_counts_is_charged_an_estimate(self):
         self.store.update("ada", "laptop", tokens_per_day=10**9)
         for path, reply in (("/api/chat", Reply.json(200, {"message": {}})), ("/api/chat", Reply.body(200, b"x", Content_Type="text/plain")),
                             ("/v1/chat/completions", Reply.stream(events(CHUNK + '{"index":0}]}', "[DONE]"), kind=SSE)),
@@ -4628,7 +4629,7 @@ class Accounting(GatewayCase):
                 self.ask("POST", path, {**CHAT, "stream": True})
                 self.assertGreaterEqual(int(self.logged()["prompt"]), 10)
 
-    def test_what_ollama_did_not_take_or_does_not_count_is_not_estimated(self):
+    def test_failed_or_uncounted_requests_are_not_estimated(self):
         for path, reply in (("/api/chat", Reply.json(500, {"error": "x"})), ("/api/chat", Reply.raw()), ("/api/embeddings", None),
                             ("/api/chat", Reply.json(200, {"done": True, "done_reason": "load"})), ("/api/tags", None),
                             ("/api/chat", Reply.stream(b'{"done":true,"eval_count":2}\n'))):
@@ -4640,7 +4641,7 @@ class Accounting(GatewayCase):
                 self.assertIn(fields.get("prompt"), ("0", "-", None))
                 self.assertNotIn("estimated", fields)
 
-    def test_an_estimate_has_the_ratio_of_the_models_own_counts(self):
+    def test_estimate_uses_the_token_ratio_learned_for_the_model(self):
         token = self.store.create("eve", "phone", tokens_per_day=10**9)[1]
         self.fake.replies["/api/chat"] = Reply.json(200, {"done": True, "prompt_eval_count": 2000, "eval_count": 1})
         for images in (), ["iVBO" * 9000]:
@@ -4653,7 +4654,7 @@ class Accounting(GatewayCase):
         estimate = int(self.logged()["prompt"])     # half as many tokens as bytes, by now, and images say nothing of texts
         self.assertTrue(1900 < estimate < 2100, estimate)
 
-    def test_cached_tokens_are_counted_and_not_charged(self):
+    def test_cached_tokens_are_counted_but_not_charged(self):
         token = self.store.create("eve", "phone", tokens_per_day=100)[1]
         self.fake.replies["/api/chat"] = Reply.json(200, {"done": True, "prompt_eval_count": 80, "prompt_eval_cached_count": 70, "eval_count": 5})
         self.ask("POST", "/api/chat", CHAT, token=token)
@@ -4665,7 +4666,7 @@ class Accounting(GatewayCase):
         self.assertIn('tokens_total{user="eve",token="phone",model="tiny:latest",kind="cached"} 70',
                       self.ask("GET", "/metrics", token=self.admin).body.decode())
 
-    def test_a_row_is_an_hour_a_user_a_token_a_model_and_a_route(self):
+    def test_usage_rows_are_grouped_by_hour_user_token_model_and_route(self):
         for model in "tiny", "TINY:latest", "library/tiny", "tiny:7b":
             self.ask("POST", "/api/chat", {**CHAT, "model": model})
         self.ask("POST", "/api/generate", {"model": "tiny"}, token=self.admin)
@@ -4676,20 +4677,20 @@ class Accounting(GatewayCase):
                                        ("ada", "laptop", "tiny:latest", "/api/chat", 3, 0, 0, 24, 15),
                                        ("root", "box", "tiny:latest", "/api/generate", 1, 0, 0, 8, 5)])
 
-    def test_models_that_ollama_does_not_have_make_no_rows(self):
+    def test_unknown_models_create_no_usage_rows_of_their_own(self):
         self.fake.replies["/api/chat"] = Reply.json(404, {"error": "no"})
         for number in range(5):
             self.ask("POST", "/api/chat", {"model": f"nonsense-{number}"})
         eventually(lambda: sum(row[4] for row in self.rows()) == 5, "the account")
         self.assertEqual(self.rows(), [("ada", "laptop", "", "/api/chat", 5, 5, 0, 0, 0)])
 
-    def test_it_outlives_the_token(self):
+    def test_usage_survives_deletion_of_the_token(self):
         self.ask("POST", "/api/chat", CHAT)
         self.usage()
         self.store.delete("ada", "laptop")
         self.assertEqual([(row["user"], row["completion_tokens"]) for row in self.store.usage("user", 0)], [("ada", 5)])
 
-    def test_a_running_stream_is_in_it_already(self):
+    def test_running_stream_is_included_in_the_usage(self):
         hold = self.hold()
         self.fake.replies["/api/chat"] = Reply.stream(*[compact({"done": False}) + b"\n"] * 4, hold,
                                                       compact({"done": True, "prompt_eval_count": 8, "eval_count": 5}) + b"\n")
@@ -4701,7 +4702,7 @@ class Accounting(GatewayCase):
         eventually(lambda: self.usage()[0]["completion_tokens"] == 5, "the account's end")
         self.assertUsed(requests=1, prompt_tokens=8, completion_tokens=5)
 
-    def test_killed_at_once_it_loses_the_last_second_alone(self):
+    def test_usage_survives_a_kill_except_for_the_last_second(self):
         serving = self.enter(Serving(self.folder, "--port", "0", "--ollama-url", self.fake.url, "--db", self.db))
         line = compact({"done": False}) + b"\n"
         self.fake.replies["/api/generate"] = Reply.stream(line, line, until_hangup)
@@ -4713,7 +4714,7 @@ class Accounting(GatewayCase):
         serving.process.wait(GUARD)
         self.assertUsed(requests=2, prompt_tokens=8, completion_tokens=7)
 
-    def test_what_cannot_be_stored_is_stored_later(self):
+    def test_usage_that_cannot_be_stored_is_stored_later(self):
         with unittest.mock.patch.object(self.store, "add_usage", side_effect=gateway.Failure("the disk is full")) as add, \
                 self.assertLogs("ollama_gateway") as logs:
             self.ask("POST", "/api/chat", CHAT)
@@ -4722,7 +4723,7 @@ class Accounting(GatewayCase):
         self.assertEqual(len(logs.output), 1)
         self.assertUsed(requests=2, prompt_tokens=16, completion_tokens=10)
 
-    def test_me_tells_a_token_what_it_may_and_what_it_used(self):
+    def test_me_returns_the_limits_and_usage_of_the_token(self):
         token = self.store.create("eve", "phone", rpm=60, tokens_per_day=1000, models="tiny*", max_parallel=4)[1]
         self.ask("POST", "/api/chat", CHAT, token=token)
         self.ask("POST", "/api/chat", CHAT)
@@ -4739,7 +4740,7 @@ class Accounting(GatewayCase):
         self.assertEqual([seen.path for seen in self.fake.received], ["/api/chat"] * 2)
 
 
-class AccountByTheClock(Case):
+class UsageLedgerWithFakeClock(Case):
     """The account's days, on a clock of its own."""
 
     def setUp(self):
@@ -4770,7 +4771,7 @@ class AccountByTheClock(Case):
             self.use(0)
         return logs.output[1:]
 
-    def test_clock_a_year_ahead_and_back_does_not_lock_a_budget(self):
+    def test_clock_set_a_year_ahead_and_back_does_not_lock_a_budget(self):
         self.use(10)
         today = self.now
         self.assertEqual(self.set_clock(today + 365 * 86400), [])
@@ -4782,7 +4783,7 @@ class AccountByTheClock(Case):
         self.assertEqual(self.set_clock(today + 10), [])
         self.assertEqual((self.ledger.spent(self.token), self.ledger.day_left()), (0, 86400))
 
-    def test_clock_back_by_two_hours_across_midnight_refills_no_budget(self):
+    def test_clock_set_back_two_hours_across_midnight_refills_no_budget(self):
         self.use(10)
         self.now += 3600
         self.use(9)
@@ -4791,7 +4792,7 @@ class AccountByTheClock(Case):
         self.assertEqual(self.set_clock(self.now + 2 * 3600), [])
         self.assertEqual(self.ledger.spent(self.token), 9)
 
-    def test_clock_back_by_two_days_is_followed_with_one_warning(self):
+    def test_clock_set_back_two_days_is_followed_with_one_warning(self):
         self.use(10)
         self.assertEqual(len(self.set_clock(self.now - 2 * 86400)), 1)
         self.assertEqual((self.ledger.spent(self.token), self.ledger.day_left()), (0, 10))
@@ -4800,7 +4801,7 @@ class AccountByTheClock(Case):
         self.assertEqual(self.set_clock(self.now - 3600), [])
         self.assertEqual([row["completion_tokens"] for row in self.store.usage("day", 0)], [3, 10])
 
-    def test_usage_of_a_request_without_a_response_is_an_error(self):
+    def test_request_without_a_response_is_counted_as_an_error(self):
         context = gateway.RequestContext("", 0)
         context.token, context.route, context.model_label = self.token, CHAT_ROUTE, "tiny:latest"
         self.ledger.start(context)
@@ -4810,7 +4811,7 @@ class AccountByTheClock(Case):
         row, = self.store.usage("user", 0)
         self.assertEqual((row["requests"], row["errors"], row["cancelled"]), (1, 1, 0))
 
-    def test_budget_day_ends_at_midnight_utc_and_is_not_reopened_by_an_hour_back(self):
+    def test_budget_day_ends_at_midnight_utc_and_is_not_reopened_by_clock_set_back(self):
         self.use(4)
         self.assertEqual((self.ledger.spent(self.token), self.ledger.day_left()), (4, 10))
         self.now += 10
@@ -4822,7 +4823,7 @@ class AccountByTheClock(Case):
         self.ledger.store()
         self.assertEqual([row["completion_tokens"] for row in self.store.usage("day", 0)], [4, 5])
 
-    def test_what_is_not_stored_yet_counts_too(self):
+    def test_usage_not_stored_yet_counts_toward_the_budget(self):
         self.use(4)
         self.ledger.store()
         self.use(3)
@@ -4833,7 +4834,7 @@ class AccountByTheClock(Case):
         self.now += 1
         self.assertEqual(self.ledger.spent(self.token), 7)
 
-    def test_another_gateways_use_counts_once_it_is_stored(self):
+    def test_usage_of_another_gateway_counts_once_stored(self):
         other = self.open_account()
         self.assertEqual(self.ledger.spent(self.token), 0)
         self.use(9, other)
@@ -4841,7 +4842,7 @@ class AccountByTheClock(Case):
         self.now += 1
         self.assertEqual(self.ledger.spent(self.token), 9)
 
-    def test_a_database_that_is_locked_leaves_the_budget_as_it_was_known(self):
+    def test_locked_database_keeps_the_last_known_budget(self):
         self.use(4)
         self.assertEqual(self.ledger.spent(self.token), 4)
         self.now += 5
@@ -4850,7 +4851,7 @@ class AccountByTheClock(Case):
             with self.assertRaises(gateway.Failure):
                 self.open_account().spent(self.token)
 
-    def test_a_budget_read_while_the_account_is_being_stored_counts_nothing_twice(self):
+    def test_budget_read_while_usage_is_being_stored_counts_nothing_twice(self):
         self.use(60)
         asked, told, real = threading.Event(), [], self.store.add_usage
 
@@ -4864,7 +4865,7 @@ class AccountByTheClock(Case):
         thread.join(GUARD)
         self.assertEqual(told, [60])
 
-    def test_a_database_that_cannot_be_written_still_has_a_budget(self):
+    def test_read_only_database_still_enforces_the_budget(self):
         self.store.writable = False
         self.use(4)
         self.ledger.store()
