@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""Tests of ollama_gateway.py: real sockets on the loopback, the standard library alone, nothing slept for.
+"""Tests of ollama_gateway.py: real sockets on the loopback interface, only the standard library, no fixed sleeps.
 
-    python3 test_ollama_gateway.py                                          all of them, in parallel, in about a minute and a half
+    python3 test_ollama_gateway.py                                          all tests, in parallel, in about a minute and a half
     python3 test_ollama_gateway.py Authentication                           one class
     python3 test_ollama_gateway.py Authentication.test_deleted_token_is_refused
                                                                             one test
-    python3 test_ollama_gateway.py -k leave                                 those whose name contains a word
+    python3 test_ollama_gateway.py -k limit                                 tests whose name contains a word
     ../shared/real-ollama/with-ollama.sh python3 test_ollama_gateway.py -k Live
-                                                                            those against a real Ollama, at OLLAMA_TEST_URL
+                                                                            tests against a real Ollama at OLLAMA_TEST_URL
 
-    python3 test_ollama_gateway.py --fake-ollama [PORT]                     no test: a stand-in Ollama on port 11434, to try the README
-    python3 test_ollama_gateway.py --bench [--json]                         no test: what the gateway costs, in less than a minute
+    python3 test_ollama_gateway.py --fake-ollama [PORT]                     no tests: a fake Ollama on port 11434, to try the README
+    python3 test_ollama_gateway.py --bench [--json]                         no tests: benchmark of the gateway's overhead, in less than a minute
 
-The toolbox comes first: time limits and leaks, the stand-in Ollama, a client that sees exactly what comes over the wire,
-and the cases that the tests are made of. Then the tests by capability, from the settings to the real Ollama.
+The toolbox comes first: timeouts and leak detection, the fake Ollama, a client that exposes exactly what is received,
+and the base classes of the tests. The tests follow by feature, from the settings to the real Ollama.
 """
 
 import ast
@@ -79,7 +79,7 @@ TESTS = os.path.abspath(__file__)
 HERE = os.path.dirname(TESTS)
 GATEWAY = os.path.join(HERE, "ollama_gateway.py")
 README = os.path.join(HERE, "README.md")
-GUARD = 10   # seconds until whatever hangs is a failure; nothing that works comes near it
+GUARD = 10   # timeout in seconds after which a hanging test fails; a passing test never comes close to it
 
 NDJSON, SSE, JSON = "application/x-ndjson", "text/event-stream", "application/json; charset=utf-8"
 FORM_TYPE = [("Content-Type", "multipart/form-data; boundary=x")]
@@ -89,26 +89,26 @@ DIGEST = "sha256:" + "0" * 64
 # == Toolbox ==================================================================
 
 
-def eventually(predicate, what="it"):
-    """Wait until the predicate is true and return its value; fail when the guard runs out."""
+def eventually(predicate, what="the condition"):
+    """Poll until the predicate is true and return its value; fail after GUARD seconds. `what` names the awaited event."""
     deadline = time.monotonic() + GUARD
     while True:
         value = predicate()
         if value:
             return value
         if time.monotonic() > deadline:
-            raise AssertionError(f"{what} did not happen within {GUARD} s")
+            raise AssertionError(f"timed out after {GUARD} s waiting for {what}")
         time.sleep(0.002)
 
 
 class Leaks:
-    """What destructors and threads could only mutter: here it fails the class of tests that caused it."""
+    """Collects exceptions from destructors and threads, which are otherwise only printed, and fails the test class that caused them."""
 
     def __init__(self):
         self.found = []
 
     def watch(self):
-        warnings.simplefilter("error", ResourceWarning)   # raised in a destructor, it arrives at the hook below
+        warnings.simplefilter("error", ResourceWarning)   # in a destructor it reaches the hook below
         for module, hook in ((sys, "unraisablehook"), (threading, "excepthook")):
             unittest.addModuleCleanup(setattr, module, hook, getattr(module, hook))
             setattr(module, hook, self._note)
@@ -120,14 +120,14 @@ class Leaks:
         gc.collect()
         found, self.found = self.found, []
         if found:
-            raise AssertionError("leaked or died unseen:\n" + "\n".join(found))
+            raise AssertionError("leaked resources or uncaught exceptions in threads:\n" + "\n".join(found))
 
 
 LEAKS = Leaks()
 
 
 def setUpModule():
-    """Keep the user's settings and .env out of the tests, and watch for leaks."""
+    """Isolate the tests from the user's settings and .env file, and start leak detection."""
     LEAKS.watch()
     for variable in {option.variable for option in gateway.OPTIONS} & set(os.environ):
         del os.environ[variable]
@@ -139,7 +139,7 @@ def setUpModule():
 
 @contextlib.contextmanager
 def running(server):
-    """Serve in a thread for the length of the with block, and leave nothing behind."""
+    """Run the server in a thread during the with block, then shut it down."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -168,23 +168,23 @@ def compact(value):
 
 
 class Cut(Exception):
-    """Raised by a piece: the stand-in drops the line where it is."""
+    """Raised by a piece of a reply: the fake Ollama drops the connection at this point."""
 
 
 def cut(exchange):
-    """A piece that drops the line."""
+    """A piece that drops the connection."""
     raise Cut
 
 
 def until_hangup(exchange):
-    """A piece that says nothing until the other side is gone."""
+    """A piece that sends nothing until the client disconnects."""
     while exchange.connection.recv(65536):
         pass
     raise ConnectionResetError("the client hung up")
 
 
 class Reply:
-    """What the stand-in says: each reply is a function of the exchange. A piece is bytes, an Event to wait for, or a function of the exchange."""
+    """Replies of the fake Ollama: functions of the exchange. A piece is bytes, an Event to wait for, or a function of the exchange."""
 
     @staticmethod
     def json(status, value, kind=JSON, **headers):
@@ -199,7 +199,7 @@ class Reply:
 
     @staticmethod
     def raw(*pieces):
-        """Exactly these bytes, then the end of the connection."""
+        """Send exactly these bytes, then close the connection."""
         def reply(exchange):
             exchange.close_connection, exchange.framed = True, False
             exchange.play(pieces)
@@ -207,7 +207,7 @@ class Reply:
 
     @staticmethod
     def stream(*pieces, kind=NDJSON, length=None, pause=0):
-        """One chunk for each piece of bytes; with a length, no chunks but so many bytes announced."""
+        """Send each piece of bytes as one chunk; with a length, send a Content-Length of that many bytes and no chunks."""
         def reply(exchange):
             framing = {"Transfer-Encoding": "chunked"} if length is None else {"Content-Length": str(length)}
             exchange.start(200, {"Content-Type": kind, **framing})
@@ -217,7 +217,7 @@ class Reply:
 
 
 class Exchange(http.server.BaseHTTPRequestHandler):
-    """One request to the stand-in, and what it answers."""
+    """One request to the fake Ollama and its response."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -258,7 +258,7 @@ class Exchange(http.server.BaseHTTPRequestHandler):
             size = int(self.rfile.readline(), 16)
             yield from self._exactly(size)
             if self.rfile.readline() != b"\r\n":
-                raise ConnectionResetError("a chunk without its end")
+                raise ConnectionResetError("a chunk without its CRLF")
 
     def _exactly(self, left):
         while left:
@@ -295,11 +295,11 @@ class Exchange(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"0\r\n\r\n")
 
     def log_message(self, *args):
-        """Say nothing."""
+        """Log nothing."""
 
 
 class FakeOllama(http.server.ThreadingHTTPServer):
-    """An Ollama on the loopback that remembers what it saw and answers as it is told, or else as Ollama 0.9 does."""
+    """A fake Ollama that records its requests and sends the configured replies, by default those of Ollama 0.9."""
 
     daemon_threads = False   # closing waits for all exchanges
     request_queue_size = 128
@@ -308,12 +308,12 @@ class FakeOllama(http.server.ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Exchange)
         self.pause = pause            # seconds between the pieces of a stream
-        self.replies = {}             # path -> a reply, or a list of them whose last one stays
-        self.received = []            # every whole request, as Seen
-        self.broken = []              # requests whose body broke off, with what had come
-        self.arrived = 0              # bytes of request bodies so far
+        self.replies = {}             # path -> a reply, or a list of replies of which the last one repeats
+        self.received = []            # every complete request, as Seen
+        self.broken = []              # requests with a truncated or malformed body, with the part received
+        self.arrived = 0              # bytes of request bodies received so far
         self.accepted = 0             # connections so far
-        self.hangups = queue.Queue()  # the path of each exchange whose client left
+        self.hangups = queue.Queue()  # the path of each exchange whose client disconnected
         self._lock, self._open = threading.Lock(), set()
 
     @property
@@ -322,7 +322,7 @@ class FakeOllama(http.server.ThreadingHTTPServer):
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def server_bind(self):
-        socketserver.TCPServer.server_bind(self)   # http.server's would look up our name
+        socketserver.TCPServer.server_bind(self)   # that of http.server would look up the host name
 
     def get_request(self):
         connection, address = super().get_request()
@@ -337,12 +337,12 @@ class FakeOllama(http.server.ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def drop(self):
-        """Cut every open connection, and wait until its thread has noticed."""
+        """Shut down every open connection, and wait until all are closed."""
         with self._lock:
             for connection in self._open:
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
-        eventually(lambda: not self._open, "the stand-in's letting go")
+        eventually(lambda: not self._open, "the fake Ollama to close its connections")
 
     def server_close(self):
         self.drop()
@@ -360,7 +360,7 @@ class FakeOllama(http.server.ThreadingHTTPServer):
 
 
 def usual_reply(seen, pause=0):
-    """What an Ollama says to this request."""
+    """The reply of a real Ollama to this request."""
     path = seen.path.partition("?")[0]
     try:
         asked = dict(json.loads(seen.body))
@@ -402,7 +402,7 @@ def ndjson_talk(part, model, streaming, pause):
 
 
 def sse_talk(kind, whole, part, model, streaming, pause, usage=False):
-    """Answer like /v1/chat/completions and, with a usage in every event then, /v1/completions."""
+    """Answer like /v1/chat/completions, or like /v1/completions, which has a usage in every event."""
     head = {"id": "chatcmpl-91", "object": kind, "created": 1795401704, "model": model, "system_fingerprint": "fp_ollama"}
     if not streaming:
         choice = {"index": 0, **whole("".join(WORDS)), "finish_reason": "stop"}
@@ -417,7 +417,7 @@ def sse_talk(kind, whole, part, model, streaming, pause, usage=False):
 
 
 def responses_talk(model, streaming, pause):
-    """Answer like /v1/responses, as Ollama's source has it: openai/responses.go."""
+    """Answer like /v1/responses, following openai/responses.go of Ollama."""
     whole = {"id": "resp_1", "object": "response", "status": "completed", "model": model, "output": [], "tools": [],
              "usage": {"input_tokens": 8, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 5, "total_tokens": 13},
              "metadata": {"usage": {"input_tokens": 1}}}
@@ -430,13 +430,13 @@ def responses_talk(model, streaming, pause):
 
 
 def response_event(event):
-    """An event as openai/responses.go writes it: Go maps, whose keys encoding/json sorts at every level."""
+    """An event as openai/responses.go writes it: Go maps, whose keys encoding/json sorts at all levels."""
     data = json.dumps(event, separators=(",", ":"), sort_keys=True, ensure_ascii=False).encode()
     return b"event: %s\ndata: %s\n\n" % (event["type"].encode(), data)
 
 
 def messages_talk(model, streaming, pause):
-    """Answer like /v1/messages, as Ollama's source has it: anthropic/anthropic.go."""
+    """Answer like /v1/messages, following anthropic/anthropic.go of Ollama."""
     whole = {"id": "msg_1", "type": "message", "role": "assistant", "model": model, "content": [], "usage": {"input_tokens": 8, "output_tokens": 5}}
     if not streaming:
         return Reply.json(200, {**whole, "content": [{"type": "text", "text": "".join(WORDS)}]}, kind="application/json")
@@ -446,7 +446,7 @@ def messages_talk(model, streaming, pause):
     return Reply.stream(*[b"event: %s\ndata: %s\n\n" % (event["type"].encode(), compact(event)) for event in events], kind=SSE, pause=pause)
 
 
-TALKERS = {   # path -> how it talks, and whether it streams unless told otherwise
+TALKERS = {   # path -> reply function, and whether streaming is the default
     "/api/chat": (functools.partial(ndjson_talk, lambda text: {"message": {"role": "assistant", "content": text}}), True),
     "/api/generate": (functools.partial(ndjson_talk, lambda text: {"response": text}), True),
     "/v1/chat/completions": (functools.partial(sse_talk, "chat.completion", lambda text: {"message": {"role": "assistant", "content": text}},
@@ -458,7 +458,7 @@ TALKERS = {   # path -> how it talks, and whether it streams unless told otherwi
 
 
 def serve_fake_ollama(port=11434):
-    """Serve the stand-in alone until Ctrl-C, slowly enough to watch it stream."""
+    """Run only the fake Ollama until Ctrl-C, slowly enough to watch it stream."""
     with FakeOllama(port, pause=0.15) as fake:
         print(f"A stand-in Ollama answers on {fake.url} (Ctrl-C stops it)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
@@ -466,7 +466,7 @@ def serve_fake_ollama(port=11434):
 
 
 class Answer:
-    """What came back: `ended` is None while more may come, then "clean" or "cut"."""
+    """A response: `ended` is None until the body ends, then "clean" or, if it was truncated, "cut"."""
 
     def __init__(self, version, status, headers):
         self.version, self.status, self.headers, self.body = version, status, headers, b""
@@ -480,7 +480,7 @@ class Answer:
 
 
 def request(method, path, body=None, headers=(), version="1.1", host="gateway.test"):
-    """Write a request down as bytes; a body that is no bytes goes as JSON."""
+    """Serialize a request; a body that is not bytes is encoded as JSON."""
     if body is not None and not isinstance(body, bytes):
         body = compact(body)
     lines = [f"{method} {path} HTTP/{version}", f"Host: {host}", *[f"{name}: {value}" for name, value in headers]]
@@ -498,12 +498,12 @@ def bearer(secret):
 
 
 class Client:
-    """A connection to the gateway that hides nothing of what comes back."""
+    """A connection to the gateway that exposes exactly what is received."""
 
     def __init__(self, address, tls=None, source=None):
         plain = socket.create_connection(address[:2], GUARD, source_address=source and (source, 0))
         if plain.getsockname() == plain.getpeername():
-            plain.close()   # Linux may connect a socket to itself where nobody listens
+            plain.close()   # Linux may connect a socket to itself if nothing listens on the port
             raise ConnectionRefusedError
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket = tls.wrap_socket(plain, server_hostname="localhost") if tls else plain
@@ -520,7 +520,7 @@ class Client:
         self.socket.close()
 
     def reset(self):
-        """Leave with a reset instead of a farewell."""
+        """Close the connection with a TCP reset."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close()
 
@@ -528,7 +528,7 @@ class Client:
         self.socket.shutdown(socket.SHUT_WR)
 
     def send(self, *pieces):
-        """Send each piece by itself; a gateway that has heard enough may hang up meanwhile."""
+        """Send each piece separately; the gateway may close the connection meanwhile."""
         with contextlib.suppress(ConnectionError):
             for piece in pieces:
                 self.socket.sendall(piece)
@@ -538,12 +538,12 @@ class Client:
         return self.answer(args[0])
 
     def answer(self, method="GET"):
-        """Read one whole answer; None if the gateway hung up instead."""
+        """Read one complete response; None if the gateway closed the connection instead."""
         answer = self.head()
         return answer and self.read(answer, method=method)
 
     def head(self):
-        """Read a status line and headers; a header that came twice is a failure."""
+        """Read a status line and headers; a repeated header is a failure."""
         line = self.stream.readline()
         if not line:
             return None
@@ -552,12 +552,12 @@ class Client:
         for line in iter(self.stream.readline, b"\r\n"):
             name, value = re.fullmatch(r"([!#$%&'*+.^_`|~\w-]+): ?([^\r\n]*)\r\n", line.decode("latin-1")).groups()
             if name.lower() in headers:
-                raise AssertionError(f"{name} came twice")
+                raise AssertionError(f"repeated header {name}")
             headers[name.lower()] = value
         return Answer(version.decode(), int(status), headers)
 
     def read(self, answer, until=None, method="GET"):
-        """Read the body to its end, or until these bytes have come."""
+        """Read the body to its end, or until it contains these bytes."""
         left = 0 if method == "HEAD" else int(answer.headers.get("content-length", -1))
         left -= len(answer.body) if left > 0 else 0
         while answer.ended is None and not (until and until in answer.body):
@@ -590,7 +590,7 @@ class Client:
         return piece
 
     def everything(self):
-        """Read answers until the gateway closes."""
+        """Read responses until the gateway closes the connection."""
         answers = []
         with contextlib.suppress(ConnectionError):
             for answer in iter(self.answer, None):
@@ -602,19 +602,19 @@ LEAVING = (("closes", Client.close), ("resets", Client.reset), ("closes its half
 
 
 def chromium_binary():
-    """Where Chromium is to be found, None if nowhere: the variable CHROMIUM beats the usual names."""
+    """The path of Chromium, None if not installed: the variable CHROMIUM takes precedence over the usual names."""
     return next(filter(None, map(shutil.which, (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome"))), None)
 
 
 class Chromium:
-    """A headless Chromium that is spoken to over a pipe, as --remote-debugging-pipe has it: JSON between NULs."""
+    """A headless Chromium controlled over --remote-debugging-pipe: NUL-terminated JSON messages."""
 
     FLAGS = ("--headless", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
              "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions", "--no-proxy-server")
 
     def __init__(self, binary):
         self._folder = tempfile.TemporaryDirectory()
-        # It reads from 3 and writes to 4, where only a shell can put them without a fork of ours.
+        # It reads from descriptor 3 and writes to 4; a shell redirects them, as subprocess cannot.
         self._process = subprocess.Popen(["sh", "-c", 'exec "$0" "$@" 3<&0 4>&1 0</dev/null 1>/dev/null', binary, *self.FLAGS,
                                           f"--user-data-dir={self._folder.name}"], start_new_session=True, bufsize=0,
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -622,7 +622,7 @@ class Chromium:
         self.events = []    # (session, method, params)
 
     def call(self, method, session=None, **params):
-        """Have something done and return what came of it, noting the events that come meanwhile."""
+        """Call a DevTools method and return its result, recording the events received meanwhile."""
         number = next(self._ids)
         asked = {"id": number, "method": method, "params": params, **({"sessionId": session} if session else {})}
         self._process.stdin.write(json.dumps(asked).encode() + b"\0")
@@ -637,10 +637,10 @@ class Chromium:
     def _message(self):
         while b"\0" not in self._heard:
             if not select.select([self._process.stdout], [], [], 3 * GUARD)[0]:
-                raise AssertionError("Chromium says nothing")
+                raise AssertionError("Chromium sent no message")
             piece = self._process.stdout.read(65536)
             if not piece:
-                raise AssertionError(f"Chromium ended with {self._process.wait(GUARD)}")
+                raise AssertionError(f"Chromium exited with status {self._process.wait(GUARD)}")
             self._heard += piece
         message, _, self._heard = self._heard.partition(b"\0")
         return json.loads(message)
@@ -651,10 +651,10 @@ class Chromium:
         self._process.wait(GUARD)
         self._process.stdin.close()
         self._process.stdout.close()
-        eventually(self._cleaned, "Chromium's letting go of its folder")
+        eventually(self._cleaned, "Chromium to release its profile folder")
 
     def _cleaned(self):
-        try:    # what it left behind is written to until the last of its processes is gone
+        try:    # its processes write to the folder until the last one has exited
             self._folder.cleanup()
         except OSError:
             return False
@@ -662,7 +662,7 @@ class Chromium:
 
 
 class Tab:
-    """A page in a browser, with storage of its own, and what an onlooker sees and does there."""
+    """A browser page with its own storage, and the actions of a user on it."""
 
     def __init__(self, browser, width=1280, height=900, dark=False):
         self._browser = browser
@@ -681,7 +681,7 @@ class Tab:
         self._browser.call("Target.disposeBrowserContext", browserContextId=self._context)
 
     def evaluate(self, expression):
-        """What an expression, or the promise that it is, comes to: nothing if the page was replaced meanwhile."""
+        """The value of an expression or of the promise it returns; None if the page was replaced meanwhile."""
         try:
             told = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True, userGesture=True)
         except AssertionError as error:
@@ -698,28 +698,28 @@ class Tab:
 
     @contextlib.contextmanager
     def reloading(self):
-        """Within it the page is replaced by another one, which is complete at the end."""
+        """Wait at the end of the with block until the page has been replaced and loaded."""
         self.evaluate("window.old = true")
         yield
         eventually(lambda: self.evaluate("!window.old && document.readyState === 'complete'"), "a new page")
 
     def text(self, selector="body"):
-        """What can be read in an element, "" if there is none or it is not to be seen."""
+        """The visible text of an element, "" if it does not exist or is hidden."""
         return self.evaluate(f"(found => found && found.checkVisibility() ? found.innerText : '')(document.querySelector({json.dumps(selector)}))")
 
     def shows(self, text, selector="body"):
-        """Wait until a text can be read."""
+        """Wait until a text is visible."""
         try:
-            eventually(lambda: text in self.text(selector), "it")
+            eventually(lambda: text in self.text(selector), "the text")
         except AssertionError:
-            raise AssertionError(f"{text!r} never stood in {selector}: {self.text(selector)!r}") from None
+            raise AssertionError(f"{text!r} never appeared in {selector}: {self.text(selector)!r}") from None
 
     def holds(self, text):
-        """Whether a text is anywhere in the page, to be seen or not."""
+        """Whether a text is anywhere in the page, visible or not."""
         return self.evaluate(f"document.documentElement.outerHTML.includes({json.dumps(text)})")
 
     def press(self, name):
-        """Press the button of this name: in the dialog, if there is one."""
+        """Click the button with this name, in the dialog if one is open."""
         eventually(lambda: self.evaluate("""(name => {
             const scope = [...document.querySelectorAll("dialog[open]")].pop() || document;
             const found = [...scope.querySelectorAll("button")].find(button => button.checkVisibility() && !button.matches(':disabled')
@@ -729,7 +729,7 @@ class Tab:
         })(%s)""" % json.dumps(name)), f"a button {name!r}")
 
     def type(self, label, text):
-        """Replace what stands in the field of this label, as if pasted."""
+        """Replace the content of the field with this label, as if pasted."""
         eventually(lambda: self.evaluate("""(name => {
             const scope = [...document.querySelectorAll("dialog[open]")].pop() || document;
             const field = [...scope.querySelectorAll("input, textarea")].find(field => field.checkVisibility() && !field.matches(":disabled")
@@ -741,14 +741,14 @@ class Tab:
         self.call("Input.insertText", text=text) if text else self.evaluate("document.execCommand('delete')")
 
     def complaints(self):
-        """What the page's console has of errors, exceptions and violated policies; answers that are errors are none."""
-        self.evaluate("0")  # by now all that came before is heard
+        """Errors, exceptions and policy violations in the console of the page, except HTTP error responses."""
+        self.evaluate("0")  # after this call all earlier events have been received
         return [params for session, method, params in self._browser.events if session == self._session and (
             method == "Runtime.exceptionThrown" or method == "Runtime.consoleAPICalled" and params["type"] in ("error", "assert")
             or method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning") and params["entry"]["source"] != "network")]
 
     def asked(self):
-        """The URLs that the page asked for."""
+        """The URLs that the page requested."""
         return [params["request"]["url"] for session, method, params in self._browser.events
                 if session == self._session and method == "Network.requestWillBeSent"]
 
@@ -760,7 +760,7 @@ class Tab:
 
 
 class Case(unittest.TestCase):
-    """A test with a folder of its own, and things to be put away after it."""
+    """A test with its own temporary folder, and cleanup at its end."""
 
     maxDiff = None
 
@@ -788,7 +788,7 @@ class Case(unittest.TestCase):
             return file.read()
 
     def hold(self):
-        """An Event for a piece to wait for, set at the latest when the test ends."""
+        """An Event for a piece to wait for; it is set when the test ends, if not before."""
         event = threading.Event()
         self.enter(contextlib.ExitStack()).callback(event.set)
         return event
@@ -797,7 +797,7 @@ class Case(unittest.TestCase):
         return self.enter(contextlib.closing(gateway.TokenStore(path or self.db, create=create)))
 
     def find(self, *secrets, db=None):
-        """The tokens of these secrets, None for one that is unknown, as a server that opens the database sees them."""
+        """Look up the tokens of these secrets as a newly started server would; None for an unknown secret."""
         with contextlib.closing(gateway.TokenStore(db or self.db)) as store, contextlib.closing(gateway.TokenCache(store)) as table:
             return [table.lookup(secret) for secret in secrets]
 
@@ -806,12 +806,12 @@ class Case(unittest.TestCase):
 
 
 def run_alone(*argv, **how):
-    """Run a command in a process of its own to its end."""
+    """Run a command in a separate process and wait for its end."""
     return subprocess.run([sys.executable, GATEWAY, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=3 * GUARD, **how)
 
 
 class CommandCase(Case):
-    """Commands, run in this process."""
+    """Runs commands in the test process."""
 
     def run_command(self, *argv, stdin=""):
         if "--db" not in argv and "--env-file" not in argv:
@@ -820,24 +820,24 @@ class CommandCase(Case):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), unittest.mock.patch("sys.stdin", io.StringIO(stdin)):
             try:
                 status = gateway.main(list(argv))
-            except SystemExit as exit_:   # argparse's way out
+            except SystemExit as exit_:   # raised by argparse
                 status = exit_.code or 0
         return status, out.getvalue(), err.getvalue()
 
     def succeeds(self, *argv, stdin=""):
-        """Run a command that does what it says, and return what it prints."""
+        """Run a command that must succeed, and return its output."""
         status, out, err = self.run_command(*argv, stdin=stdin)
         self.assertEqual((status, err), (0, ""), f"{argv}\n{out}")
         return out
 
     def fails(self, *argv, status=1, stdin=""):
-        """Run a command that cannot do it, and return the reason it gives."""
+        """Run a command that must fail, and return its error message."""
         got, out, err = self.run_command(*argv, stdin=stdin)
         self.assertEqual((got, out), (status, ""), f"{argv}\n{err}")
         self.assertNotIn("Traceback", err)
-        self.assertTrue(err.strip(), f"{argv} failed without a word")
+        self.assertTrue(err.strip(), f"{argv} failed without an error message")
         if status == 1:
-            self.assertEqual(len(err.splitlines()), 1, f"{argv}: a failure is told in one line\n{err}")
+            self.assertEqual(len(err.splitlines()), 1, f"{argv}: the error message must be one line\n{err}")
         return err
 
     def create(self, user="ada", name="laptop", *flags):
@@ -848,10 +848,10 @@ class CommandCase(Case):
 
 
 class GatewayCase(Case):
-    """A gateway before a stand-in Ollama, with a token and an administrator's."""
+    """A gateway in front of a fake Ollama, with a user token and an admin token."""
 
     flags = {}
-    tls = None          # the clients' SSLContext, if the gateway speaks TLS
+    tls = None          # the SSLContext of the clients, if the gateway uses TLS
 
     def setUp(self):
         super().setUp()
@@ -863,7 +863,7 @@ class GatewayCase(Case):
         self.server = self.serve(**self.flags)
 
     def serve(self, **flags):
-        """Start a gateway before the stand-in; flags are given as they are typed."""
+        """Start a gateway in front of the fake Ollama; flags have the form of the command line."""
         return self.enter(self.serving(**flags))
 
     def serving(self, **flags):
@@ -874,22 +874,22 @@ class GatewayCase(Case):
         return self.enter(Client((server or self.server).server_address, self.tls))
 
     def ask(self, method, path, body=None, headers=(), token=None, server=None, version="1.1"):
-        """Ask once on a connection of its own, as ada unless told otherwise; a token of "" is none."""
+        """Send one request on a new connection, by default with ada's token; a token of "" means no credentials."""
         credentials = bearer(token or self.token) if token != "" else []
         with Client((server or self.server).server_address, self.tls) as client:
             return client.ask(method, path, body, [*credentials, *headers], version)
 
     def begin(self, method, path, body=None, token=None, server=None, headers=()):
-        """Send a request and leave the answer to be read."""
+        """Send a request and return the client, without reading the response."""
         client = self.client(server)
         client.send(request(method, path, body, [*bearer(token or self.token), *headers]))
         return client
 
     def probe_health(self, server=None):
-        """Start the gateway's health probe, as `serve` does, and wait for its first answers."""
+        """Start the health probe as `serve` does, and wait for its first result."""
         first = threading.Event()
         (server or self.server).gateway.health.start(first.set)
-        self.assertTrue(first.wait(GUARD), "the health probe's first answers")
+        self.assertTrue(first.wait(GUARD), "the health probe has no result")
 
     def health(self, server=None):
         return self.ask("GET", "/health", token="", server=server).json()["upstream"]
@@ -898,14 +898,14 @@ class GatewayCase(Case):
         return [(seen.method, seen.path) for seen in self.fake.received]
 
     def upstream(self):
-        """The one request that reached the stand-in, its headers as a dict in lower case."""
+        """The only request that reached the fake Ollama, with its headers as a dict in lower case."""
         self.assertEqual(len(self.fake.received), 1, self.seen())
         seen = self.fake.received[0]
-        self.assertEqual(len(seen.headers), len({name.lower() for name, value in seen.headers}), "a header went up twice")
+        self.assertEqual(len(seen.headers), len({name.lower() for name, value in seen.headers}), "a header was forwarded twice")
         return seen._replace(headers={name.lower(): value for name, value in seen.headers})
 
     def logged(self, predicate=lambda fields: True):
-        """The fields of the first log line of a request that the predicate picks, once it is written."""
+        """Wait for a request's log line whose fields satisfy the predicate, and return the fields."""
         return eventually(lambda: next((fields for fields in map(log_fields, list(self.lines)) if "status" in fields and predicate(fields)), None),
                           "a log line")
 
@@ -913,7 +913,7 @@ class GatewayCase(Case):
         self.assertEqual(answer and answer.status, status, f"\n{answer}\nupstream saw {self.seen()}\nlog {self.lines}")
 
     def assertRefused(self, answer, status, path="/api/chat"):
-        """Check status, dialect and request id of a refusal, and return what it says."""
+        """Check status, error format and request ID of a refusal, and return its message."""
         self.assertStatus(answer, status)
         self.assertIn("x-request-id", answer.headers)
         self.assertTrue(answer.headers["content-type"].startswith("application/json"), answer)
@@ -923,7 +923,7 @@ class GatewayCase(Case):
 
 
 def certificate(folder, name):
-    """Make a self-signed certificate for localhost and its key."""
+    """Create a self-signed certificate for localhost, and its key."""
     cert, key = os.path.join(folder, name + ".pem"), os.path.join(folder, name + ".key")
     subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
                     "-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", cert],
@@ -933,7 +933,7 @@ def certificate(folder, name):
 
 @unittest.skipUnless(shutil.which("openssl"), "needs the openssl command to make a certificate")
 class OverTls:
-    """Has the tests of a GatewayCase run over TLS."""
+    """Mixin that runs the tests of a GatewayCase over TLS."""
 
     @classmethod
     def setUpClass(cls):
@@ -994,7 +994,7 @@ MAIN_MENU = "Ollama Gateway ("
 
 
 class Terminal:
-    """A command on a pseudo-terminal of its own; it stays for a look at the terminal until it is closed."""
+    """A command on its own pseudo-terminal, which stays open for inspection until it is closed."""
 
     def __init__(self, *argv, columns=80, rows=24, script=ON_A_TERMINAL, **environ):
         self.master, slave = pty.openpty()
@@ -1023,12 +1023,12 @@ class Terminal:
 
     @property
     def text(self):
-        """All that was shown, without escape sequences, a form feed where lines were erased."""
+        """All output so far without escape sequences, with a form feed where lines were erased."""
         text = re.sub(rb"\x1b(\[[0-9;?]*)?\Z", b"", self.raw).decode("utf-8", "ignore").replace("\r\n", "\n").replace("\x1b[J", "\f")
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", text)
 
     def shows(self, text):
-        """Wait until a text is shown, behind those that were waited for, and return what came up to its end."""
+        """Wait until a text is shown after the previously awaited ones, and return the output up to its end."""
         deadline = time.monotonic() + GUARD
         while text not in self.text[self.at:]:
             ready = select.select([self.master], (), (), max(deadline - time.monotonic(), 0))[0]
@@ -1041,11 +1041,11 @@ class Terminal:
         return self.text[start:self.at]
 
     def frames(self):
-        """What was drawn, one after the other."""
+        """The frames drawn so far, in order."""
         return self.text.split("\f")
 
     def ends(self):
-        """Wait for the command's end; return its exit status and whether the terminal is as it was, its cursor in sight."""
+        """Wait for the command to end; return its exit status and whether terminal mode and cursor are restored."""
         self.shows("ended with ")
         status = int(self.shows("\n"))
         shown = [match for match in re.findall(rb"\x1b\[\?25([lh])", self.raw)]
@@ -1053,7 +1053,7 @@ class Terminal:
 
 
 class Serving:
-    """A gateway in a process of its own, with what it says."""
+    """A gateway in a separate process, with its log output."""
 
     def __init__(self, folder, *argv, preexec=None, **env):
         self.process = subprocess.Popen([sys.executable, "-X", "dev", GATEWAY, "serve", *argv], cwd=folder, env={**os.environ, **env},
@@ -1098,7 +1098,7 @@ class Serving:
 
 
 def refusal_text(path, value):
-    """Take the sentence out of a refusal that must have exactly the shape of the route's dialect."""
+    """Extract the message of a refusal, which must have exactly the error format of the route's API dialect."""
     if path == "/v1/messages":
         assert set(value) == {"type", "error"} and value["type"] == "error" and set(value["error"]) == {"type", "message"}, value
         return value["error"]["message"]
@@ -1110,13 +1110,13 @@ def refusal_text(path, value):
 
 
 def log_fields(line):
-    """Take a logfmt line apart."""
+    """Parse a logfmt line."""
     return {name: json.loads(value) if value.startswith('"') else value
             for name, value in re.findall(r'([\w.]+)=("(?:[^"\\]|\\.)*"|\S*)', line)}
 
 
 def found(store, secret):
-    """The token that the server would find for a secret."""
+    """The token that a server would find for a secret."""
     with contextlib.closing(gateway.TokenCache(store)) as table:
         return table.lookup(secret)
 
@@ -1132,7 +1132,7 @@ def ipv6_loopback():
 
 FIRST_FIVE = {"--ollama-url": "OLLAMA_BASE_URL", "--base-path": "BASE_PATH", "--db": "TOKEN_DB_PATH",
               "--log-level": "LOG_LEVEL", "--log-file-level": "LOG_FILE_LEVEL"}
-VALUES = {   # option -> its default, and two other values that differ
+VALUES = {   # option -> its default and two other, different values
     "ollama_url": ("http://localhost:11434", "http://127.0.0.1:1", "https://[::1]:2/prefix"),
     "base_path": ("/api", "/ollama", "/a/b"),
     "db": ("tokens.db", "one.db", "/two.db"),
@@ -1185,7 +1185,7 @@ BAD_VALUES = (
     ("metrics_open", "perhaps"),
     ("no_admin_api", "perhaps"),
 )
-COMPANY = {"tls_key": {"tls_cert": "cert.pem"}}   # what an option needs beside it
+COMPANY = {"tls_key": {"tls_cert": "cert.pem"}}   # options that another option requires
 
 
 class Settings(Case):
@@ -1263,7 +1263,7 @@ class Settings(Case):
         settings = self.load(env='OLLAMA_BASE_URL="http://localhost:11434"\nBASE_PATH="/ollama"\nTOKEN_DB_PATH="old.db"\n'
                                  'LOG_LEVEL="WARNING"\nLOG_FILE_LEVEL="DEBUG"\nCLI_API_KEY_ADA="s3cret"\n')
         same = self.load(flags={"base_path": "ollama", "db": "old.db", "log_level": "WARNING", "log_file_level": "DEBUG"})
-        del settings.given, same.given      # the sources differ
+        del settings.given, same.given      # where each value came from differs
         self.assertEqual(settings, same)
         self.assertEqual(os.path.basename(settings.log_file), "app.log")
 
@@ -1288,7 +1288,7 @@ GOOD_HEAD = b"Host: gateway.test\r\nAuthorization: Bearer %(token)s\r\n"
 
 
 def head(line=b"GET /api/tags HTTP/1.1", *fields):
-    """A request head whose lines may be as wrong as they like."""
+    """A request head whose lines may be malformed."""
     return line + b"\r\n" + GOOD_HEAD + b"".join(field + b"\r\n" for field in fields) + b"\r\n"
 
 
@@ -1300,7 +1300,7 @@ def post_chunks(body, *fields):
     return post(b"Transfer-Encoding: chunked", *fields, body=body)
 
 
-BAD_REQUEST_LINES = (   # label, request line, statuses that say so
+BAD_REQUEST_LINES = (   # label, request line, allowed statuses
     ("two spaces", b"GET  /api/tags HTTP/1.1", 400),
     ("two spaces before the version", b"GET /api/tags  HTTP/1.1", 400),
     ("a space at the start", b" GET /api/tags HTTP/1.1", 400),
@@ -1332,7 +1332,7 @@ BAD_REQUEST_LINES = (   # label, request line, statuses that say so
     ("a version with a sign", b"GET /api/tags HTTP/+1.1", (400, 505)),
     ("another protocol", b"GET /api/tags RTSP/1.0", (400, 505)),
 )
-BAD_FIELDS = (   # label, header lines, statuses
+BAD_FIELDS = (   # label, header lines, allowed statuses
     ("no colon", [b"nonsense"], 400),
     ("no colon, and a length after it", [b"nonsense", b"Content-Length: 5"], 400),
     ("no name", [b": x"], 400),
@@ -1380,7 +1380,7 @@ BAD_FIELDS = (   # label, header lines, statuses
     ("no transfer coding", [b"Transfer-Encoding:"], (400, 501)),
     ("identity", [b"Transfer-Encoding: identity"], (400, 501)),
 )
-BAD_HEADS = (   # label, the whole head, statuses
+BAD_HEADS = (   # label, the whole head, allowed statuses
     ("no host", b"GET /api/tags HTTP/1.1\r\nAuthorization: Bearer %(token)s\r\n\r\n", 400),
     ("a host with a space", b"GET /api/tags HTTP/1.1\r\nHost: a b\r\nAuthorization: Bearer %(token)s\r\n\r\n", 400),
     ("a host with a path", b"GET /api/tags HTTP/1.1\r\nHost: a/b\r\nAuthorization: Bearer %(token)s\r\n\r\n", 400),
@@ -1418,7 +1418,7 @@ BAD_CHUNKS = (   # label, body
       for name in ("Content-Length", "Transfer-Encoding", "Host", "Authorization", "X-Api-Key", "Content-Type", "Content-Encoding", "Trailer",
                    "Connection")),
 )
-GOOD_REQUESTS = (   # label, request, how many bytes of body go up
+GOOD_REQUESTS = (   # label, request, number of body bytes forwarded
     ("a plain one", head(), 0),
     ("no blank before the value", head(b"GET /api/tags HTTP/1.1", b"X-A:x"), 0),
     ("blanks and tabs around the value", head(b"GET /api/tags HTTP/1.1", b"X-A: \t x\ty \t"), 0),
@@ -1440,7 +1440,7 @@ NEXT = b"GET /api/version HTTP/1.1\r\nHost: gateway.test\r\nAuthorization: Beare
 class RequestFraming(GatewayCase):
 
     def feed(self, raw, expected):
-        """Send a request whole, byte by byte, and with another one behind it; return what is answered each time."""
+        """Send a request whole, byte by byte, and followed by another one; call `expected` for each."""
         raw = self.filled(raw)
         for how, pieces in (("whole", [raw]), ("byte by byte", [raw[at:at + 1] for at in range(len(raw))]),
                             ("with one behind it", [raw + self.filled(NEXT)])):
@@ -1455,9 +1455,9 @@ class RequestFraming(GatewayCase):
     def assert_refused(self, raw, statuses):
         def expected(client, behind):
             answers = client.everything()
-            self.assertEqual(len(answers), 1, f"one answer and no more: {answers}")
+            self.assertEqual(len(answers), 1, f"expected exactly one response: {answers}")
             self.assertIn(answers[0].status, statuses if isinstance(statuses, tuple) else (statuses,), answers)
-            self.assertEqual((answers[0].ended, self.fake.received, self.fake.broken), ("clean", [], []), "nothing may reach the upstream")
+            self.assertEqual((answers[0].ended, self.fake.received, self.fake.broken), ("clean", [], []), "nothing may be forwarded")
         self.feed(raw, expected)
 
     def test_malformed_request_lines_are_rejected(self):
@@ -1507,17 +1507,17 @@ class RequestFraming(GatewayCase):
                 self.fake.broken.clear()
                 self.fake.arrived = 0
                 client.send(self.filled(head(b"POST /api/blobs/%s HTTP/1.1" % DIGEST.encode(), b"Transfer-Encoding: chunked")), b"3\r\nabc\r\n")
-                eventually(lambda: self.fake.arrived == 3, "the good chunk's arrival")
+                eventually(lambda: self.fake.arrived == 3, "the arrival of the valid chunk")
                 client.send(bad)
                 self.assertEqual([answer.status for answer in client.everything()], [400])
-                eventually(lambda: self.fake.broken, "the stand-in's noticing")
+                eventually(lambda: self.fake.broken, "the fake Ollama to see the broken body")
         self.assertEqual(self.fake.received, [])
 
     def test_refusal_is_readable_by_a_client_that_is_still_sending_its_body(self):
         for label, token, path, status in (("no token", "", "/api/chat", 401), ("no such route", self.token, "/api/nonsense", 404),
                                            ("no right", self.token, "/api/create", 403)):
             with self.subTest(case=label), Client(self.server.server_address) as client:
-                client.socket.sendall(request("POST", path, b"x" * 8_000_000, bearer(token)))   # must not meet a closed door
+                client.socket.sendall(request("POST", path, b"x" * 8_000_000, bearer(token)))   # must not fail with a reset
                 self.assertEqual([answer.status for answer in client.everything()], [status])
 
     def test_refusal_with_unread_body_closes_the_connection(self):
@@ -1532,7 +1532,7 @@ class RequestFraming(GatewayCase):
             client = self.client()
             for byte in self.filled(head(b"GET /api/tags HTTP/1.1", b"X-A: x", b"X-B: y")):
                 client.send(bytes([byte]))
-                dribble.wait(0.0005)   # nothing depends on it: it only makes more pieces arrive one by one
+                dribble.wait(0.0005)   # not required for the result: makes separate arrival of the pieces likely
             self.assertStatus(client.answer(), 200)
 
     def test_header_fields_of_a_cached_head_are_read_only(self):
@@ -1547,7 +1547,7 @@ class RequestFraming(GatewayCase):
         self.assertStatus(self.ask("GET", "/api/tags"), 200)
 
 
-USER, ADMIN, SERIAL = b"ogw_" + b"u" * 43, b"ogw_" + b"a" * 43, b"nnnnnn"   # stand for what is as long, and differs from run to run
+USER, ADMIN, SERIAL = b"ogw_" + b"u" * 43, b"ogw_" + b"a" * 43, b"nnnnnn"   # placeholders of the same length as the actual values
 ODD_BYTES = (b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\0", b" ", b"\t", b":", b",", b";", b"/", b"..", b"%2f", b"?", b"#", b"\x7f", b"\x80", b"\xff",
              b"\r\n ", b"0\r\n\r\n", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n",
              b"\r\nX-Api-Key: " + ADMIN + b"\r\n", b"Connection: x-api-key\r\n")
@@ -1555,7 +1555,7 @@ ODD_MARKS = ((b"\r\n", (b"\n", b"\r", b"\n\r", b"\r\r\n", b" \r\n", b"\0\r\n", b
              (b": ", (b" : ", b"\t: ", b":", b" ", b": ,", b":\0")), (b" ", (b"  ", b"\t", b"", b"\r", b"\x0b")))
 ODD_NUMBERS = (b"0", b"1", b"2", b"-1", b"+2", b"00", b"0x5", b"1e1", b"2.0", b"5 5", b"1_0", b"ffff", b"65536", b"4294967296", b"9" * 19)
 WITHIN_REACH = (rb"GET /(?:api/(?:tags|version)|v1/models(?:/[^/?]+)?)(?:\?.*)?", rb"POST /(?:api/(?:chat|generate)|v1/messages)(?:\?.*)?",
-               rb"DELETE /api/delete(?:\?.*)?", rb"POST /api/blobs/sha256[:-][0-9a-f]{64}(?:\?.*)?")   # what mutants can reach
+               rb"DELETE /api/delete(?:\?.*)?", rb"POST /api/blobs/sha256[:-][0-9a-f]{64}(?:\?.*)?")   # routes that mutants can reach
 GO_UP = re.compile("host|accept-encoding|accept|content-type|content-encoding|content-length|transfer-encoding|user-agent|x-request-id"
                    "|anthropic-.*|openai-.*")
 HTTP_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -1565,9 +1565,9 @@ HTTP_TRAILERS = re.compile(rb"(?:%b:[\t -~\x80-\xff]*\r\n)*\r\n" % HTTP_TOKEN)
 
 
 def well_formed(raw):
-    """The whole and well-formed requests that bytes begin with, as (method, target, body), and whether a bad head follows.
+    """The complete, well-formed requests at the start of the data, as (method, target, body), and whether a malformed head follows.
 
-    A second opinion on RFC 9112. What else may follow is half a head, or a body that is not whole or goes bad.
+    An independent implementation of RFC 9112. An incomplete head, or a truncated or malformed body, may follow as well.
     """
     found = []
     while raw:
@@ -1581,7 +1581,7 @@ def well_formed(raw):
 
 
 def judged_body(raw, head):
-    """Where the body behind a head starts, 0 if none may, where it ends, 0 if it does not or goes bad, and the body."""
+    """The start of the body after a head, 0 if the head is invalid; its end, 0 if truncated or malformed; and the body."""
     fields = [(name.lower(), value.strip(b" \t")) for name, _, value in (line.partition(b":") for line in head[4].split(b"\r\n"))]
     hosts, lengths, codings = ([value for name, value in fields if name == wanted] for wanted in (b"host", b"content-length", b"transfer-encoding"))
     right = len(hosts) == 1 or not hosts and head[3] == b"0"
@@ -1610,7 +1610,7 @@ def judged_chunks(raw, at):
 
 
 class MutatedRequests:
-    """An endless source of requests that were right once; the same seed gives the same ones on every Python."""
+    """An endless iterator of mutated requests; the same seed gives the same ones on every Python version."""
 
     def __init__(self, seed):
         self.chance = random.Random(seed)
@@ -1623,7 +1623,7 @@ class MutatedRequests:
         blob, post_blob = self.asking("POST", f"/api/blobs/{DIGEST}", b"0123456789" * 3, admin), ("POST", f"/api/blobs/{DIGEST}")
         blob_chunked = self.asking(*post_blob, headers=[chunks, *admin]) + chunked(b"0123456789" * 2, b"a")
         within = [self.asking("POST", "/v1/messages", get, user + company), self.asking(*post_blob, get_page, admin),
-                  self.asking("POST", "/api/chat", headers=[*user, chunks]) + chunked(get, b"\r\n0\r\n\r\n" + get)]   # to be smuggled in
+                  self.asking("POST", "/api/chat", headers=[*user, chunks]) + chunked(get, b"\r\n0\r\n\r\n" + get)]   # requests to be smuggled
         self.seeds = (get, get_page, post, post_chunked, delete, old, blob, blob_chunked, *within, get + post, post + get_page,
                       post_chunked + get, get_page + delete, blob + get, blob_chunked + post, delete + blob_chunked)
 
@@ -1639,7 +1639,7 @@ class MutatedRequests:
             yield raw
 
     def mutated(self, raw):
-        """Change bytes, a line or a number."""
+        """Apply one random mutation: of bytes, a line, a delimiter or a number."""
         chance, other = self.chance, self.chance.choice(self.seeds)
         at = chance.randrange(len(raw))
         to = min(at + chance.choice((1, 1, 2, 4, 16)), len(raw))
@@ -1657,14 +1657,14 @@ class MutatedRequests:
             lambda: self.with_another_number(raw)))()
 
     def with_another_line(self, raw, other):
-        """Put a line of another request before, or in the place of, one of this one's."""
+        """Insert a line of another request, or replace a line with it."""
         lines = raw.split(b"\r\n")
         at = self.chance.randrange(len(lines))
         lines[at:at + self.chance.randrange(2)] = [self.chance.choice(other.split(b"\r\n"))]
         return b"\r\n".join(lines)
 
     def with_another_mark(self, raw):
-        """Write a line's end, a colon or a space in another way."""
+        """Replace a line end, a colon or a space with a variant."""
         mark, others = self.chance.choice(ODD_MARKS)
         match = self.chance.choice(list(re.finditer(mark + b"|$", raw)))
         return raw[:match.start()] + self.chance.choice(others) + raw[match.end():]
@@ -1676,20 +1676,20 @@ class MutatedRequests:
 
 
 class RequestFuzzing(GatewayCase):
-    """Whatever a client sends, what arrives upstream is right, and the gateway lives on."""
+    """Whatever a client sends, only well-formed requests are forwarded, and the gateway keeps running."""
 
     SEED, ROUNDS, AT_ONCE = 3, 190, 8
 
     def test_mutated_requests_reach_upstream_only_if_well_formed(self):
         mutants, statuses = iter(MutatedRequests(self.SEED)), collections.Counter()
         serials, sent = itertools.count(100_000), []
-        with unittest.mock.patch.object(gateway, "FREE_FAILURES", 10 ** 6), self.assertLogs("ollama_gateway") as logs:   # guessing is not the subject
+        with unittest.mock.patch.object(gateway, "FREE_FAILURES", 10 ** 6), self.assertLogs("ollama_gateway") as logs:   # without throttling
             for _ in range(self.ROUNDS):
                 raws = [self.filled(raw, next(serials)) for raw in itertools.islice(mutants, self.AT_ONCE)]
                 statuses.update(self.asked_at_once(raws))
                 arrived = collections.Counter((seen.method, seen.path, seen.body) for seen in self.fake.received[len(sent):])
                 meant = collections.Counter(judged for raw in raws for judged in well_formed(raw)[0])
-                self.assertEqual(arrived - meant, {}, f"arrived, though nobody sent it well-formed, in {raws}")
+                self.assertEqual(arrived - meant, {}, f"forwarded, but not well-formed in {raws}")
                 for seen in self.fake.received[len(sent):]:
                     self.assert_clean(seen, raws)
                     sent.append(seen)
@@ -1697,14 +1697,14 @@ class RequestFuzzing(GatewayCase):
         self.assertEqual(logs.output, ["WARNING:ollama_gateway:over"])
         self.assertLessEqual(set(statuses), {200, 400, 401, 403, 404, 405, 413, 414, 417, 431, 501, 505}, statuses)
         self.assertTrue(min(statuses[200], statuses[400]) > self.ROUNDS and {401, 404, 405} <= set(statuses), statuses)
-        self.assertEqual([seen.path for seen in self.fake.broken if not seen.path.startswith("/api/blobs/")], [], "only blobs go up unheld")
+        self.assertEqual([seen.path for seen in self.fake.broken if not seen.path.startswith("/api/blobs/")], [], "only blobs are streamed")
         self.assertStatus(self.ask("GET", "/api/tags"), 200)
 
     def filled(self, raw, serial):
         return raw.replace(USER, self.token.encode()).replace(ADMIN, self.admin.encode()).replace(SERIAL, b"%d" % serial)
 
     def asked_at_once(self, raws):
-        """Send bytes on a connection each, all at once; return the statuses of all answers."""
+        """Send each item on its own connection, all at once; return the statuses of all responses."""
         with contextlib.ExitStack() as stack:
             clients = [stack.enter_context(Client(self.server.server_address)) for _ in raws]
             for client, raw in zip(clients, raws):
@@ -1712,10 +1712,10 @@ class RequestFuzzing(GatewayCase):
             return [answer.status for client, raw in zip(clients, raws) for answer in self.answers(client, raw)]
 
     def answers(self, client, raw):
-        """Read the answers to what is well-formed; then leave, and read what is said to the rest."""
+        """Read the responses to the well-formed requests; then half-close, and read the remaining responses."""
         answers, (judged, refusable) = [], well_formed(raw)
         with contextlib.suppress(ConnectionError):
-            for method in [method for method, _, _ in judged] + ["GET"] * refusable:   # a bad head is refused as it stands
+            for method in [method for method, _, _ in judged] + ["GET"] * refusable:   # a malformed head is refused without waiting for more
                 answers += filter(None, [client.answer(method)])
             self.assertTrue(all(answer.ended == "clean" for answer in answers), f"{answers} to {raw}")
             client.half_close()
@@ -1726,13 +1726,13 @@ class RequestFuzzing(GatewayCase):
         return answers
 
     def assert_clean(self, seen, raws):
-        """Check a request that arrived: a known route, headers that may go up, and no credential but where a mutant has put it."""
+        """Check a forwarded request: a known route, only permitted headers, and no credential except where a mutant put it."""
         self.assertTrue(any(re.fullmatch(target, f"{seen.method} {seen.path}".encode()) for target in WITHIN_REACH), seen)
         names = [name.lower() for name, value in seen.headers]
         self.assertEqual(([name for name in names if not GO_UP.fullmatch(name)], len(names)), ([], len(set(names))), seen)
         for name, value in seen.headers:
             self.assertRegex(value, r"\A[\t -~\x80-\xff]*\Z", seen)
-            for part in value.split(", "):   # equal ones' values are joined
+            for part in value.split(", "):   # values of repeated headers are joined
                 if self.token in part or self.admin in part:
                     self.assertRegex(b"".join(raws), (r"(?i)\n%s:\s*%s" % (name, re.escape(part))).encode("latin-1"), seen)
 
@@ -1740,7 +1740,7 @@ class RequestFuzzing(GatewayCase):
 
 
 class ModelNameInBody(unittest.TestCase):
-    """The name is found as Go's decoder would find it, without the object being built."""
+    """The model name is found as Go's decoder would find it, without decoding the whole body."""
 
     def value(self, random, depth=0):
         kind = random.random()
@@ -1760,7 +1760,7 @@ class ModelNameInBody(unittest.TestCase):
 
     def test_model_name_equals_that_of_a_full_json_decoder(self):
         source = random.Random(1)
-        for decoded_bytes in 2000 * [gateway.DECODED_BYTES] + 2000 * [0]:   # decoded, and scanned
+        for decoded_bytes in 2000 * [gateway.DECODED_BYTES] + 2000 * [0]:   # both code paths: decoded and scanned
             pairs = [(source.choice(("model", "MODEL", "name", 'p"\\', "messages", "")), self.value(source)) for _ in range(source.randrange(6))]
             blank = source.choice(("", " ", "\n\t"))
             members = (json.dumps(key, ensure_ascii=source.random() < 0.5) + blank + ":" + json.dumps(value) for key, value in pairs)
@@ -1776,11 +1776,11 @@ class ModelNameInBody(unittest.TestCase):
                 self.assertEqual(got, names[0] or names[1], body)
 
     def test_scanner_and_decoder_agree_on_large_bodies(self):
-        """Whatever a value is, and wherever a window ends in it, the scanner finds what the decoder finds."""
+        """For any value, and any position of a window boundary in it, the scanner finds what the decoder finds."""
         source = random.Random(2)
         values = (b'"}\\\\\\""', b'["]",{"x":"\\\\"}]', b"-1.5e3", b'{"a":{"b":null}}', b'"\\u00e9"', b"true", b"[]",
                   b'"' + "é\\\"".encode() * 300 + b'"')
-        for size in 16, 32, 1024:    # the first window has an eighth of it
+        for size in 16, 32, 1024:    # the first window is an eighth of this size
             with unittest.mock.patch.multiple(gateway, VALUE_BYTES=size, WINDOW_BYTES=4 * size):
                 for _ in range(300):
                     body = b"{" + b" ,\n".join(b'"k%d" : %b' % (at, source.choice(values)) for at in range(source.randrange(1, 8))) + b"}"
@@ -1807,9 +1807,9 @@ class ModelNameInBody(unittest.TestCase):
         self.assertIn(f"{gateway.TOP_LEVEL_BYTES} bytes", str(error))
 
     def test_number_with_many_digits_is_scanned_in_linear_time(self):
-        with unittest.mock.patch.object(gateway, "DECODED_BYTES", 10_000_000):  # int() without a limit would take minutes
+        with unittest.mock.patch.object(gateway, "DECODED_BYTES", 10_000_000):  # int() without a digit limit would take minutes
             got = self.read(b'{"model":"tiny","x":' + b"7" * 5_000_000 + b"}")
-        self.assertTrue(got == "tiny" or isinstance(got, gateway.AmbiguousBody), got)  # whether Python limits the digits of int()
+        self.assertTrue(got == "tiny" or isinstance(got, gateway.AmbiguousBody), got)  # depends on whether this Python limits the digits of int()
 
     def test_long_runs_of_backslashes_are_scanned_correctly(self):
         for label, prompt, name in (("even", b"\\" * 8_000_000, "tiny"), ("odd", b"\\" * 8_000_001, gateway.AmbiguousBody),
@@ -1861,10 +1861,10 @@ class ModelNameInBody(unittest.TestCase):
 
 
 class Uploads(GatewayCase):
-    """What holds while a body arrives: limits before its first byte, bounds on memory and disk, a token judged again."""
+    """While a body is received: limits are checked before its first byte, memory and disk are bounded, the token is rechecked."""
 
     def upload(self, path, body, token=None, server=None):
-        """Announce a body and return the client once the gateway asks for it; the body is to be sent."""
+        """Announce a body and return the client after the 100 response; the caller sends the body."""
         client = self.client(server)
         fields = [*bearer(token or self.token), ("Content-Length", str(len(body))), ("Expect", "100-continue")]
         client.send(request("POST", path, None, fields))
@@ -1872,10 +1872,10 @@ class Uploads(GatewayCase):
         return client
 
     def hold_requests(self, *bodies, server=None):
-        """Return clients with running requests; their answers begin and do not end before the Event is set."""
+        """Return clients with running requests, whose responses have begun and end when `self.released` is set."""
         self.fake.replies["/api/chat"] = Reply.stream(LINE, self.released)
         clients = []
-        for body in bodies:     # one after the other, so that one is held whole before the next one comes
+        for body in bodies:     # sequentially, so that each body is complete before the next one is sent
             clients.append(self.begin("POST", "/api/chat", body, server=server))
             clients[-1].begun = clients[-1].read(clients[-1].head(), until=LINE)
         return clients
@@ -1920,7 +1920,7 @@ class Uploads(GatewayCase):
             with self.subTest(end[0]):
                 client = self.upload("/api/chat", b"x" * 100, token)
                 end[1](client)
-                eventually(lambda: self.ask("GET", "/me", token=token).json()["left"]["rpm"]["remaining"] == 1, "its rate")
+                eventually(lambda: self.ask("GET", "/me", token=token).json()["left"]["rpm"]["remaining"] == 1, "its rate to recover")
         client = self.upload("/api/chat", b"x" * 100, token)
         client.send(b"x" * 100)
         self.assertRefused(client.answer(), 400)
@@ -1935,7 +1935,7 @@ class Uploads(GatewayCase):
         self.assertIn("retry-after", answer.headers)
         self.released.set()
         self.assertEqual(held.read(held.begun).ended, "clean")
-        eventually(lambda: self.ask("POST", "/api/chat", body, server=server).status == 200, "the space is free again")
+        eventually(lambda: self.ask("POST", "/api/chat", body, server=server).status == 200, "the release of the disk space")
 
     def test_total_size_of_bodies_in_memory_is_bounded_and_the_rest_spools_to_disk(self):
         with unittest.mock.patch.object(gateway, "BODY_MEMORY", 100_000):
@@ -1943,7 +1943,7 @@ class Uploads(GatewayCase):
             body = compact({**CHAT, "x": "x" * 80_000})
             self.hold_requests(body, body, server=server)   # one in memory, one on disk
             self.assertRefused(self.ask("POST", "/api/chat", body, server=server), 503)
-            self.assertStatus(self.ask("POST", "/api/embed", CHAT, server=server), 200)     # small ones always have room
+            self.assertStatus(self.ask("POST", "/api/embed", CHAT, server=server), 200)     # small bodies are always accepted
             self.assertEqual([seen.body for seen in self.fake.received if seen.path == "/api/chat"], [body] * 2)
 
     def test_disk_error_while_spooling_a_body_is_an_immediate_503(self):
@@ -1966,7 +1966,7 @@ class Uploads(GatewayCase):
         self.assertStatus(self.ask("GET", "/api/tags", server=server, token=self.admin), 200)
         uploads[0].send(b"{}")
         self.assertStatus(uploads[0].answer(), 200)
-        eventually(lambda: self.ask("GET", "/api/tags", server=server).status == 200, "a free connection")
+        eventually(lambda: self.ask("GET", "/api/tags", server=server).status == 200, "a free connection of the token")
 
     def test_token_is_rechecked_after_the_body_has_arrived(self):
         for label, change, status in (("deleted", lambda: self.store.delete("eve", "phone"), 401),
@@ -1990,7 +1990,7 @@ class Uploads(GatewayCase):
         held, = self.hold_requests(CHAT, server=server)
         tokens = [self.store.create("eve", name)[1] for name in ("phone", "desk")]
         waiting = [self.begin("POST", "/api/chat", CHAT, token, server) for token in tokens]
-        eventually(lambda: b"queued_requests 2" in self.ask("GET", "/metrics", token=self.admin, server=server).body, "their waiting")
+        eventually(lambda: b"queued_requests 2" in self.ask("GET", "/metrics", token=self.admin, server=server).body, "both requests to be queued")
         self.store.delete("eve", "phone")
         self.store.update("eve", "desk", models="other")
         self.released.set()
@@ -2030,7 +2030,7 @@ class UploadsOverTls(OverTls, Uploads):
 
 
 class PromptEstimate(Case):
-    """How many tokens a prompt has that Ollama has not counted."""
+    """The estimated number of tokens of a prompt that Ollama has not counted."""
 
     IMAGE = base64.b64encode(random.Random(1).randbytes(150_000) if hasattr(random.Random, "randbytes") else bytes(range(256)) * 600).decode()
 
@@ -2204,7 +2204,7 @@ class LegacyDatabaseUpgrade(CommandCase):
         self.lay_old_database(self.db)
 
     def lay_old_database(self, path, journal="delete"):
-        """Write a database of the FastAPI gateway, with a deleted token's remains in a free page."""
+        """Write a database as the FastAPI gateway did, with remains of a deleted token in a free page."""
         with contextlib.closing(sqlite3.connect(path)) as db:
             db.execute(f"PRAGMA journal_mode = {journal}")
             db.execute("PRAGMA secure_delete = OFF")
@@ -2241,7 +2241,7 @@ class LegacyDatabaseUpgrade(CommandCase):
         os.remove(self.db)
         live = self.path("live.db")
         self.lay_old_database(live, "wal")
-        with contextlib.closing(sqlite3.connect(live)) as db:   # its log is not yet folded in when the files are taken
+        with contextlib.closing(sqlite3.connect(live)) as db:   # the WAL is not checkpointed when the files are copied
             db.execute("INSERT INTO tokens (user, api_name, token) VALUES ('late', 'one', 'clear-token-of-late-0014')")
             db.commit()
             for ending in ("", "-wal"):
@@ -2326,7 +2326,7 @@ with open(sys.argv[1], "r+b") as file:
 
 
 class TokenCacheAcrossProcesses(Case):
-    """A token that another process revokes is refused by the very next lookup, without a check by the clock."""
+    """A token revoked by another process is refused by the very next lookup, without waiting for the periodic check."""
 
     def setUp(self):
         super().setUp()
@@ -2338,7 +2338,7 @@ class TokenCacheAcrossProcesses(Case):
         return self.enter(contextlib.closing(gateway.TokenCache(store or self.store)))
 
     def follow(self, cache, times):
-        """Have another process rotate the token many times; check the lookup after each."""
+        """Let another process rotate the token many times; check the lookup after each rotation."""
         script = ROTATE.format(here=HERE, db=self.db)
         child = self.enter(subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         for number in range(times):
@@ -2399,7 +2399,7 @@ class TokenCacheAcrossProcesses(Case):
         cache = self.open_cache()
         for times in range(1, 4):
             self.follow(cache, times)
-            subprocess.run([sys.executable, "-c", BREAK_WAL_INDEX, self.db + "-shm"], check=True)    # as a writer that is killed
+            subprocess.run([sys.executable, "-c", BREAK_WAL_INDEX, self.db + "-shm"], check=True)    # as a killed writer would leave it
             if times % 2:
                 self.assertTrue(cache.lookup(self.secret))
 
@@ -2417,7 +2417,7 @@ class TokenCacheAcrossProcesses(Case):
             self.store.delete("ada", "laptop")
             self.assertTrue(cache.lookup(self.secret))
             with unittest.mock.patch.object(gateway, "RECHECK_SECONDS", 0.1):
-                eventually(lambda: cache.lookup(self.secret) is None, "the check by the clock")
+                eventually(lambda: cache.lookup(self.secret) is None, "the periodic check")
 
     @unittest.skipIf(os.name == "nt", "Windows does not map the WAL index")
     def test_sqlite_locks_on_the_wal_index_survive_closing_other_stores_and_caches(self):
@@ -2434,17 +2434,17 @@ class TokenCacheAcrossProcesses(Case):
 
 @unittest.skipIf(os.name == "nt", "Windows replaces no file that is open")
 class ReplacedDatabase(GatewayCase):
-    """The database's file is replaced, removed or broken under a running gateway."""
+    """The database file is replaced, removed or corrupted while the gateway runs."""
 
     def setUp(self):
         super().setUp()
-        quiet = logging.NullHandler()   # or warnings that no test looks at go to stderr
+        quiet = logging.NullHandler()   # otherwise warnings not checked by a test go to stderr
         gateway.LOG.addHandler(quiet)
         self.addCleanup(gateway.LOG.removeHandler, quiet)
         self.assertStatus(self.ask("GET", "/api/tags"), 200)
 
     def users_elsewhere(self):
-        """The users who have tokens, as another process finds them."""
+        """The users with tokens, as read by another process."""
         return {row["user"] for row in json.loads(run_alone("token", "list", "--json", "--db", self.db).stdout)}
 
     def delete_elsewhere(self):
@@ -2452,22 +2452,22 @@ class ReplacedDatabase(GatewayCase):
         self.assertEqual((done.returncode, done.stderr), (0, b""))
 
     def copy(self, name="copy.db"):
-        """Copy the database as a person who backs it up."""
+        """Back up the database with SQLite's backup API."""
         with contextlib.closing(sqlite3.connect(self.db)) as db, contextlib.closing(sqlite3.connect(self.path(name))) as copy:
             db.backup(copy)
         return self.path(name)
 
     def other(self, name="other.db"):
-        """Make a database with another token of ada, and return its path and the token."""
+        """Create a database with another token of ada; return its path and the token."""
         with contextlib.closing(gateway.TokenStore(self.path(name), create=True)) as store:
             return self.path(name), store.create("ada", "new")[1]
 
     def assertOnlyRefused(self, *words, times=3):
-        """Check that requests are refused because of the database, and that the log gives these words, once."""
+        """Check that requests are refused because of the database, and that this is logged once, with these words."""
         with self.assertLogs("ollama_gateway", "ERROR") as logs:
             for _ in range(times):
                 text = self.assertRefused(self.ask("GET", "/api/tags"), 503)
-                self.assertNotIn(self.folder, text)     # the client may be a stranger
+                self.assertNotIn(self.folder, text)     # clients must not see local paths
         self.assertEqual(len(logs.output), 1, logs.output)
         for word in (self.db, *words):
             self.assertIn(word, logs.output[0])
@@ -2488,7 +2488,7 @@ class ReplacedDatabase(GatewayCase):
             self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(self.token)), 200)
 
     def test_restored_backup_is_not_altered_by_the_old_wal(self):
-        """Nothing that was written to the old file since, still in its -wal, gets into the copy."""
+        """Changes to the old file since the backup, still in its -wal, must not get into the restored file."""
         copy = self.copy()
         lost = self.store.create("eve", "lost")[1]
         self.store.delete("ada", "laptop")
@@ -2505,7 +2505,7 @@ class ReplacedDatabase(GatewayCase):
     def test_other_process_reads_the_restored_backup(self):
         copy = self.copy()
         self.store.create("eve", "lost")
-        os.replace(copy, self.db)   # no request comes, so that the gateway does not know it yet
+        os.replace(copy, self.db)   # without a request, so the gateway has not noticed it yet
         self.assertEqual(self.users_elsewhere(), {"ada", "root"})
         self.delete_elsewhere()
         self.assertStatus(self.ask("GET", "/api/tags"), 401)
@@ -2538,7 +2538,7 @@ class ReplacedDatabase(GatewayCase):
         os.replace(copy, self.db)
         self.assertStatus(self.ask("POST", "/api/chat", CHAT), 200)
         with contextlib.closing(gateway.TokenStore(self.db)) as store:
-            eventually(lambda: [row["completion_tokens"] for row in store.usage("user", 0)] in ([5], [10]), "the storing")
+            eventually(lambda: [row["completion_tokens"] for row in store.usage("user", 0)] in ([5], [10]), "the usage to be stored")
         self.store.update("ada", "laptop", tokens_per_day=1)
         self.assertStatus(self.ask("POST", "/api/chat", CHAT), 429)
 
@@ -2556,7 +2556,7 @@ class ReplacedDatabase(GatewayCase):
         self.assertOnlyRefused("is gone")
         with self.assertRaises(gateway.Failure):
             self.store.create("bob", "desk")
-        self.assertFalse(os.path.exists(self.db), "an empty database would hide what happened")
+        self.assertFalse(os.path.exists(self.db), "a new empty database would hide the loss")
         os.rename(away, self.db)
         with self.assertLogs("ollama_gateway", "WARNING") as logs:
             self.assertStatus(self.ask("GET", "/api/tags"), 200)
@@ -2574,13 +2574,13 @@ class ReplacedDatabase(GatewayCase):
             with self.subTest(path):
                 os.replace(path, self.db)
                 self.assertOnlyRefused(words)
-        os.replace(aside, self.db)   # the first one, whose -wal was taken away
+        os.replace(aside, self.db)   # the original, whose -wal was removed
         self.assertStatus(self.ask("GET", "/api/tags"), 200)
         self.delete_elsewhere()
         self.assertStatus(self.ask("GET", "/api/tags"), 401)
 
     def test_database_replaced_and_put_back_between_requests_is_reopened(self):
-        """Only the account noticed, and the table of tokens still has the first -shm open, which SQLite would share."""
+        """Only the store noticed; the token cache still has the first -shm open, which SQLite would share."""
         os.link(self.db, self.path("aside.db"))
         self.write("bad.db", b"This is not a database.\n" * 1000)
         os.replace(self.path("bad.db"), self.db)
@@ -2589,7 +2589,7 @@ class ReplacedDatabase(GatewayCase):
         os.replace(self.path("aside.db"), self.db)
         with self.assertRaises(gateway.Failure):
             self.store.list()
-        self.delete_elsewhere()     # which makes a new -shm
+        self.delete_elsewhere()     # creates a new -shm
         with self.assertRaises(gateway.Failure):
             self.store.list()
         self.assertEqual(eventually(lambda: {self.ask("GET", "/api/tags").status} - {503}), {401})
@@ -2601,7 +2601,7 @@ class ReplacedDatabase(GatewayCase):
         os.replace(self.path("bad.db"), self.db)
         self.assertStatus(self.ask("GET", "/api/tags"), 503)
         shutil.copyfile(good, self.db)
-        eventually(lambda: self.ask("GET", "/api/tags").status == 200, "the trying again")
+        eventually(lambda: self.ask("GET", "/api/tags").status == 200, "the gateway to reopen the database")
 
     def test_replacement_with_an_older_schema_is_upgraded(self):
         with contextlib.closing(sqlite3.connect(self.path("old.db"))) as db:
@@ -2687,7 +2687,7 @@ sys.exit(max(ollama_gateway.main(["token", "create", sys.argv[1], str(n), "--qui
 class ConcurrentChangesAndClients(GatewayCase):
 
     def elsewhere(self, *argv):
-        """Let another process change the tokens."""
+        """Run a command in another process; return its output."""
         done = run_alone(*argv, "--db", self.db)
         self.assertEqual((done.returncode, done.stderr), (0, b""))
         return done.stdout.decode().strip()
@@ -2791,7 +2791,7 @@ class ConcurrentChangesAndClients(GatewayCase):
 
     def test_concurrent_token_creation_by_eight_processes_loses_none(self):
         script = CREATE_FIVE.format(here=HERE)
-        for label, db in (("in a database that is served", self.db), ("in one that is not yet there", self.path("new.db"))):
+        for label, db in (("database of a running gateway", self.db), ("new database", self.path("new.db"))):
             with self.subTest(label):
                 pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
                 makers = [self.enter(subprocess.Popen([sys.executable, "-c", script, f"user{number}", db], **pipes)) for number in range(8)]
@@ -2816,21 +2816,21 @@ class ConcurrentChangesAndClients(GatewayCase):
             busy = self.begin("POST", "/api/chat", CHAT, server=server)
             busy.read(busy.head(), until=b"one\n")
         self.fake.drop()
-        eventually(lambda: set(threading.enumerate()) <= before, "the end of the gateway's threads")
+        eventually(lambda: set(threading.enumerate()) <= before, "the gateway's threads to end")
 
 
 class ConnectionLimitsAndSlowClients(GatewayCase):
-    """Nothing that many clients, or slow ones, do takes the gateway from the others."""
+    """Many or slow clients do not make the gateway unavailable to the others."""
 
     def hold_a_stream(self, server, hold, token=None):
-        """Begin a request whose answer does not end before the Event is set."""
+        """Begin a request whose response does not end before the Event is set."""
         self.fake.replies["/api/chat"] = Reply.stream(LINE, hold)
         client = self.begin("POST", "/api/chat", CHAT, server=server, token=token)
         client.begun = client.read(client.head(), until=LINE)
         return client
 
     def ask_until_there_is_room(self, server):
-        """Ask anew while the answer is 503: a connection whose answer has just been read is not idle yet."""
+        """Repeat the request while the status is 503: a connection whose response has just been read is not idle yet."""
         answers = (self.ask("GET", "/api/tags", server=server) for _ in itertools.count())
         return eventually(lambda: next((answer for answer in [next(answers)] if answer.status != 503), None))
 
@@ -2841,7 +2841,7 @@ class ConnectionLimitsAndSlowClients(GatewayCase):
             clients.append(self.client(server))
             self.assertStatus(clients[-1].ask("GET", "/api/tags", headers=bearer(self.token)), 200)
         self.assertStatus(self.ask_until_there_is_room(server), 200)
-        self.assertIsNone(clients[0].answer(), "ended without a word")
+        self.assertIsNone(clients[0].answer(), "closed without a response")
         for client in clients[1:]:
             self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(self.token)), 200)
 
@@ -2901,7 +2901,7 @@ class ConnectionLimitsAndSlowClients(GatewayCase):
         self.assertStatus(self.ask("POST", "/api/chat", body), 200)
         self.assertEqual((self.upstream().body, self.logged()["model"]), (body, "tiny"))
 
-    @unittest.skipUnless(hasattr(signal, "SIGXFSZ"), "needs a limit of a file's size")
+    @unittest.skipUnless(hasattr(signal, "SIGXFSZ"), "needs a file size limit")
     def test_body_that_exceeds_the_disk_space_is_refused_and_never_truncated(self):
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -2911,7 +2911,7 @@ class ConnectionLimitsAndSlowClients(GatewayCase):
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(body) - 5, hard))
         self.assertRefused(self.ask("POST", "/v1/chat/completions", body), 503, "/v1/chat/completions")
         self.assertEqual(self.fake.received, [])
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(body), hard))     # what is inserted takes no room
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(body), hard))     # the inserted member is not written to disk
         self.assertStatus(self.ask("POST", "/v1/chat/completions", body), 200)
         self.assertTrue(self.upstream().body == body[:-1] + b',"stream_options":{"include_usage":true}}')
 
@@ -2947,18 +2947,18 @@ class ConnectionLimitsAndSlowClients(GatewayCase):
         self.assertEqual(busy.read(busy.begun).ended, "clean")
 
     def unfinished(self, server, source="127.0.0.1", said=b"G"):
-        """A connection that has sent the beginning of a head."""
+        """Open a connection that has sent an incomplete request head."""
         client = self.enter(Client(server.server_address, source=source))
         client.send(said)
         return client
 
     def assert_evicted(self, *clients):
         for client in clients:
-            with contextlib.suppress(ConnectionResetError):     # it had sent more than was read
-                self.assertIsNone(client.answer(), "closed without an answer")
+            with contextlib.suppress(ConnectionResetError):     # it had sent data that was not read
+                self.assertIsNone(client.answer(), "closed without a response")
 
     def assert_open(self, *clients):
-        """Complete the clients' heads: they must still be answered."""
+        """Complete the clients' request heads: they must still be served."""
         for client in clients:
             client.send(b"ET / HTTP/1.1\r\nHost: x\r\n\r\n")
             self.assertStatus(client.answer(), 200)
@@ -2968,7 +2968,7 @@ class ConnectionLimitsAndSlowClients(GatewayCase):
         clients = [self.unfinished(server, f"127.0.0.{number}") for number in range(2, 10)]
         used = self.client(server)
         self.assertStatus(used.ask("GET", "/", headers=[("X-Request-Id", "first")]), 200)
-        used.send(b"G")     # the beginning of its next head
+        used.send(b"G")     # the start of its next head
         for _ in range(8):
             self.assertStatus(self.client(server).ask("GET", "/api/tags", headers=bearer(self.token)), 200)
         self.assert_evicted(*clients, used)
@@ -2989,7 +2989,7 @@ class ConnectionLimitsAndSlowClients(GatewayCase):
     def test_incomplete_heads_per_address_are_limited_to_a_quarter_of_the_connections(self):
         server = self.serve(max_connections="12")
         idle = []
-        for _ in range(4):      # one after the other: none is new any more when the next one comes
+        for _ in range(4):      # sequentially: each has completed a request before the next one connects
             idle.append(self.client(server))
             self.assertStatus(idle[-1].ask("GET", "/"), 200)
         other = self.unfinished(server, "127.0.0.3")
@@ -3012,11 +3012,11 @@ class ConnectionLimitsAndSlowClients(GatewayCase):
         public.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         public.send(request("GET", "/docs") * 500)
         self.assertStatus(public.head(), 200)
-        eventually(lambda: [connection.waits_for_client for connection in server.connections._active] == [True, True], "the filling of all buffers")
+        eventually(lambda: [connection.waits_for_client for connection in server.connections._active] == [True, True], "all buffers to fill")
         for _ in range(3):
             self.assertStatus(self.ask_until_there_is_room(server), 200)
         pieces = iter(lambda: valid.socket.recv(1 << 20)[-5:], b"")     # Client.read would take seconds
-        self.assertIn(b"0\r\n\r\n", pieces, "the answer to the valid token is whole")
+        self.assertIn(b"0\r\n\r\n", pieces, "the response to the valid token must be complete")
 
 
 def clients_sockets(clients):
@@ -3062,7 +3062,7 @@ class Tls(OverTls, GatewayCase):
             server = self.serve(ollama_url="https://localhost:%d" % fake.server_address[1])
         client = self.client(server)
         client.send(request("POST", f"/api/blobs/{DIGEST}", None, [*bearer(self.admin), ("Transfer-Encoding", "chunked")]), b"3\r\nabc\r\n")
-        eventually(lambda: fake.arrived == 3, "the first piece")   # by now its session tickets have come, which are no answer
+        eventually(lambda: fake.arrived == 3, "the first chunk")   # TLS session tickets have arrived by now and must not count as a response
         client.send(b"3\r\ndef\r\n", b"0\r\n\r\n")
         self.assertStatus(client.answer(), 200)
         self.assertEqual(fake.received[0].body, b"abcdef")
@@ -3072,7 +3072,7 @@ class Tls(OverTls, GatewayCase):
         self.fake.replies["/api/chat"] = Reply.stream(LINE, hold)
         busy = self.begin("POST", "/api/chat", CHAT, server=server)
         begun = busy.read(busy.head(), until=LINE)
-        self.assertIsNone(self.plain_client(server).answer(), "an answer would cost a handshake")
+        self.assertIsNone(self.plain_client(server).answer(), "a response would require a handshake")
         hold.set()
         self.assertEqual(busy.read(begun).ended, "clean")
 
@@ -3080,7 +3080,7 @@ class Tls(OverTls, GatewayCase):
         server = self.serve(max_connections="8")
         clients = [self.plain_client(server) for _ in range(8)]
         for client in clients:
-            client.send(b"\x16\x03\x01")     # the beginning of a ClientHello
+            client.send(b"\x16\x03\x01")     # the start of a ClientHello
         for _ in range(8):
             client = self.client(server)
             self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(self.token)), 200)
@@ -3107,12 +3107,12 @@ class Tls(OverTls, GatewayCase):
         silent.close()
 
 
-@unittest.skipIf(os.name == "nt", "stopping is done by signals")
+@unittest.skipIf(os.name == "nt", "stops by signals")
 class CpuAffinity(unittest.TestCase):
-    """The process stays on one core, the one that other processes use least."""
+    """The process is pinned to one core, the one that other processes use least."""
 
     def cores_chosen(self, *rounds, cores=(0, 1, 2), failures=()):
-        """The core that each thread was moved to, by round: `rounds` are the seconds that other processes used of each core meanwhile."""
+        """The core chosen in each round; `rounds` are the seconds that other processes used each core during the round."""
         busy, own, moves, left = dict.fromkeys(cores, 0.0), [0.0], [], list(rounds)
 
         def pass_time(_=None):
@@ -3121,7 +3121,7 @@ class CpuAffinity(unittest.TestCase):
             for core, used in enumerate(left.pop(0)):
                 busy[core] = busy.get(core, 0.0) + used
             if moves:
-                busy[min(moves[-1])] += 4   # by the gateway itself
+                busy[min(moves[-1])] += 4   # used by the gateway itself
                 own[0] += 4
         clock = unittest.mock.Mock(sleep=pass_time, process_time=lambda: own[0])
         system = unittest.mock.Mock(sched_getaffinity=lambda _: set(cores), listdir=lambda _: ["7"])
@@ -3163,9 +3163,9 @@ class CpuAffinity(unittest.TestCase):
                 self.assertEqual(client.ask("GET", "/").status, 200)
                 def cores():
                     return [tuple(os.sched_getaffinity(int(thread))) for thread in os.listdir(f"/proc/{serving.process.pid}/task")]
-                eventually(lambda: set(map(len, cores())) == {1} and len(set(cores())) == 1, "the settling")
-                self.assertGreater(len(cores()), 2, "a thread each, and more")
-        self.assertGreater(len(os.sched_getaffinity(0)), 1, "and the tests' own process does not")
+                eventually(lambda: set(map(len, cores())) == {1} and len(set(cores())) == 1, "all threads to be pinned to one core")
+                self.assertGreater(len(cores()), 2, "the server has several threads")
+        self.assertGreater(len(os.sched_getaffinity(0)), 1, "the test process must not be pinned")
 
 
 def free_port():
@@ -3174,13 +3174,13 @@ def free_port():
 
 
 def popen_as(popen, program, argv, **kwargs):
-    """Run this in place of the gateway's file."""
+    """Run `program` instead of the gateway's file."""
     at = argv.index(GATEWAY)
     return popen([*argv[:at], *program, *argv[at + 1:]], **kwargs)
 
 
 def connected(address):
-    """A client, None while nobody listens there."""
+    """A client, None if nothing listens at the address."""
     with contextlib.suppress(ConnectionRefusedError):
         return Client(address)
 
@@ -3202,10 +3202,10 @@ LAST_CHAT_LINE = compact({"message": {"role": "assistant", "content": ""}, "done
 
 @unittest.skipUnless(hasattr(resource, "prlimit") and os.path.isdir("/proc/self/fd"), "needs Linux")
 class FileDescriptorExhaustion(GatewayCase):
-    """The program really runs out of file descriptors: its limit is lowered while it serves."""
+    """The process really runs out of file descriptors: its limit is lowered while it runs."""
 
     def program(self, *argv, url=None, preexec=None):
-        # On an address of its own: a gateway of another test may still probe a port of 127.0.0.1 that its upstream has left.
+        # A separate address: the gateway of another test may still probe a port of 127.0.0.1 that its stopped upstream used.
         return self.enter(Serving(self.folder, "--host", "127.0.0.2", "--port", "0", "--ollama-url", url or self.fake.url, "--db", self.db,
                                   "--metrics-open", *argv, preexec=preexec))
 
@@ -3214,7 +3214,7 @@ class FileDescriptorExhaustion(GatewayCase):
         return {int(name) for name in os.listdir(f"/proc/{serving.process.pid}/fd")}
 
     def leave(self, serving, free):
-        """Lower the process's limit so that it can open so many descriptors more."""
+        """Lower the process's limit so that it can open only `free` more descriptors."""
         used = self.used(serving)
         limit = max(limit for limit in range(max(used) + free + 2) if limit - sum(number < limit for number in used) == free)
         resource.prlimit(serving.process.pid, resource.RLIMIT_NOFILE, (limit, resource.prlimit(serving.process.pid, resource.RLIMIT_NOFILE)[1]))
@@ -3224,7 +3224,7 @@ class FileDescriptorExhaustion(GatewayCase):
         resource.prlimit(serving.process.pid, resource.RLIMIT_NOFILE, (hard, hard))
 
     def used_client(self, serving):
-        """A connection on which a request has been answered: nothing more has to be opened for it."""
+        """A connection that has completed a request, and so needs no further descriptors."""
         client = self.client(serving)
         self.assertStatus(client.ask("GET", "/me", headers=bearer(self.token)), 200)
         return client
@@ -3236,12 +3236,12 @@ class FileDescriptorExhaustion(GatewayCase):
         return client
 
     def assert_starved(self, serving, client, body=CHAT):
-        """Check the refusal, the metrics and the one warning."""
+        """Check the refusal, the metrics and that there is exactly one warning."""
         for _ in range(3):
             text = self.assertRefused(client.ask("POST", "/v1/chat/completions", body, bearer(self.token)), 503, "/v1/chat/completions")
             self.assertEqual(text, gateway.REFUSALS["no_descriptors"].meaning)
         warnings_ = eventually(lambda: [line for line in serving.lines if "ulimit -n" in line], "the warning")
-        self.assertEqual(len(warnings_), 1, "once a minute")
+        self.assertEqual(len(warnings_), 1, "at most one warning a minute")
         self.assertRegex(warnings_[0], "WARNING.*LimitNOFILE.*--max-connections")
         self.assertNotIn("Traceback", "".join(serving.lines))
         self.assertNotIn("upstream_errors_total{", client.ask("GET", "/metrics").body.decode())
@@ -3282,7 +3282,7 @@ class FileDescriptorExhaustion(GatewayCase):
         serving = self.program()
         idle = self.used_client(serving)
         self.leave(serving, 0)
-        for _ in range(5):      # each in the place of the one before it
+        for _ in range(5):      # each evicts the one before it
             self.assertStatus(self.client(serving).ask("GET", "/"), 200)
         self.assertIsNone(idle.answer())
         eventually(lambda: sum("ulimit -n" in line for line in serving.lines) == 1, "the one warning")
@@ -3294,11 +3294,11 @@ class FileDescriptorExhaustion(GatewayCase):
         stream, before = self.streaming(serving, hold[0]), len(self.used(serving))
         self.fake.replies["/api/chat"] = Reply.stream(LINE, hold[1])
         client = self.begin("POST", "/api/chat", compact({**CHAT, "images": ["x" * 2_000_000]}), server=serving)
-        eventually(lambda: len(self.used(serving)) == before + 4, "the wait in the queue")
+        eventually(lambda: len(self.used(serving)) == before + 4, "the request to be queued with its body on disk")
         hold[0].set()
         stream.read(stream.begun)
         client.read(client.head(), until=LINE)
-        self.assertEqual(len(self.used(serving)), before + 2, "the upstream connection is the stream's")
+        self.assertEqual(len(self.used(serving)), before + 2, "the upstream connection of the stream must be reused")
         hold[1].set()
 
     def test_burst_under_a_low_hard_limit_is_served_up_to_the_reduced_cap(self):
@@ -3315,13 +3315,13 @@ class FileDescriptorExhaustion(GatewayCase):
         self.assertIn("too many connections", self.ask("GET", "/", server=serving).json()["error"])
         hold.set()
         self.assertEqual({client.read(answer).ended for client, answer in zip(clients, begun)}, {"clean"})
-        eventually(lambda: self.ask("POST", "/api/chat", body, server=serving).status == 200, "room")
+        eventually(lambda: self.ask("POST", "/api/chat", body, server=serving).status == 200, "a free connection")
         self.assertFalse([line for line in serving.lines if "ulimit -n" in line][1:])
 
 
-@unittest.skipIf(os.name == "nt", "stopping is done by signals")
+@unittest.skipIf(os.name == "nt", "stops by signals")
 class GracefulShutdown(Case):
-    """Told to stop, it lets nobody new in, and what runs comes to an end that shows."""
+    """After a stop signal, new connections are refused, and running requests finish or are visibly truncated."""
 
     def setUp(self):
         super().setUp()
@@ -3330,14 +3330,14 @@ class GracefulShutdown(Case):
         self.token = self.open_store().create("ada", "laptop")[1]
 
     def begin_and_stop(self, drain, version="1.1"):
-        """Have a stream running and another connection idle, and tell the gateway to stop."""
+        """Start a gateway with one running stream and one idle connection, and send it SIGTERM."""
         self.serving = self.enter(Serving(self.folder, "--port", "0", "--ollama-url", self.fake.url, "--db", self.db, "--drain-timeout", drain))
         idle, busy = (self.enter(Client(self.serving.server_address)) for _ in range(2))
         self.assertEqual(idle.ask("GET", "/health").status, 200)
         busy.send(request("POST", "/api/chat", CHAT, bearer(self.token), version))
         answer = busy.read(busy.head(), until=LINE)
         self.serving.process.send_signal(signal.SIGTERM)
-        self.assertIsNone(idle.answer(), "the idle connection ends first")
+        self.assertIsNone(idle.answer(), "the idle connection must be closed first")
         with self.assertRaises(OSError):
             Client(self.serving.server_address).close()
         return busy, answer
@@ -3371,7 +3371,7 @@ class GracefulShutdown(Case):
                 client.send(b"x" * 100_000)
                 serving.process.send_signal(signal.SIGTERM)
                 if goes_on:
-                    eventually(lambda client=client: client.send(b"x" * 1000) or select.select([client.socket], (), (), 0)[0], "the answer")
+                    eventually(lambda client=client: client.send(b"x" * 1000) or select.select([client.socket], (), (), 0)[0], "the response")
                 answer = client.answer()
                 self.assertEqual((answer.status, answer.headers["connection"], serving.wait()), (503, "close", 0))
                 self.assertIn("stop", answer.json()["error"])
@@ -3701,19 +3701,19 @@ DISPOSITION = b'--x\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n
 
 
 def form(*fields, end=b"--x--\r\n", more=b""):
-    """A form of (name, value) pairs, with more in each field's disposition."""
+    """A multipart form of (name, value) pairs; `more` is appended to each Content-Disposition."""
     return b"".join(DISPOSITION % (name, more, value) for name, value in fields) + end
 
 
 class ModelAllowList(GatewayCase):
-    """A token with a list of models has these, whatever is tried."""
+    """A token with an allow-list can use only the models on it, whatever the request looks like."""
 
     def setUp(self):
         super().setUp()
         self.listed = self.store.create("eve", "phone", models="tiny,ada/*")[1]
 
     def try_all(self, method, path, body=None, headers=()):
-        """Ask with the listed token, the unlisted and the admin's; return the statuses."""
+        """Send the request with the token with an allow-list, the one without and the admin's; return the statuses."""
         self.fake.received.clear()
         return [self.ask(method, path, body, headers, token=token).status for token in (self.listed, self.token, self.admin)]
 
@@ -3793,7 +3793,7 @@ class ModelAllowList(GatewayCase):
             for path in "/api/chat", "/v1/chat/completions", "/v1/messages":
                 with self.subTest(label, path=path):
                     self.assertEqual(self.try_all("POST", path, body), [*statuses, 200])
-                    self.assertEqual([seen.body for seen in self.fake.received], [body] * (1 + statuses.count(200)), "unchanged")
+                    self.assertEqual([seen.body for seen in self.fake.received], [body] * (1 + statuses.count(200)), "not forwarded as sent")
 
     def test_form_body_variants_do_not_bypass_the_allow_list(self):
         path, tiny, secret = "/v1/audio/transcriptions", (b"model", b"tiny"), (b"model", b"secret")
@@ -3861,7 +3861,7 @@ class ModelAllowList(GatewayCase):
 
 
 def open_and_die_at(statement, path):
-    """Open the store in a child process that kills itself before its n-th statement; False if it lived to the end."""
+    """Open the store in a child process that kills itself before its n-th statement; False if it ended before."""
     child = os.fork()
     if child == 0:
         try:
@@ -4004,7 +4004,7 @@ class Authentication(GatewayCase):
 
 
 class AuthenticationThrottling(GatewayCase):
-    """Guessing is slowed down, and nobody else is."""
+    """Guessing tokens is slowed down, other requests are not."""
 
     def setUp(self):
         self.enter_patch = unittest.mock.patch.object(gateway, "FAILED_DELAY", 0.01)
@@ -4051,7 +4051,7 @@ class AuthenticationThrottling(GatewayCase):
         clock = unittest.mock.Mock(wraps=time, sleep=self.hold().wait)
         with unittest.mock.patch.multiple(gateway, FAILED_DELAY=100, FREE_FAILURES=-30, time=clock):
             clients = [self.begin("GET", "/api/tags", token="nonsense") for _ in range(gateway.DELAYED_AT_ONCE + 2)]
-            eventually(lambda: len(select.select(clients_sockets(clients), [], [], 0.01)[0]) == 2, "the refusal of the two that may not wait")
+            eventually(lambda: len(select.select(clients_sockets(clients), [], [], 0.01)[0]) == 2, "the refusal of the two requests over the limit")
             ready = select.select(clients_sockets(clients), [], [], 0)[0]
             self.assertEqual({client.answer().status for client in clients if client.socket in ready}, {429})
             self.assertStatus(self.ask("GET", "/api/tags"), 200)
@@ -4079,7 +4079,7 @@ CHAT_ROUTE = next(route for route in gateway.ROUTES if route.path == "/api/chat"
 
 
 class StubUsageLedger:
-    """An account that knows what was spent, and counts nothing."""
+    """A usage ledger with a fixed usage, which records nothing."""
 
     spent_today = 0
 
@@ -4090,7 +4090,7 @@ class StubUsageLedger:
         return 3600
 
     def start(self, context):
-        """Count nothing."""
+        """Record nothing."""
 
     update = start
 
@@ -4115,7 +4115,7 @@ class LimiterWithFakeClock(unittest.TestCase):
         return self.limiter.fields(self.slot(token).context)
 
     def hold(self, token):
-        """Let a request in; return what ends it, or the refusal's code."""
+        """Admit a request; return a function that ends it, or the code and Retry-After of the refusal."""
         held = contextlib.ExitStack()
         try:
             held.enter_context(self.slot(token)).wait(None, None)
@@ -4133,11 +4133,11 @@ class LimiterWithFakeClock(unittest.TestCase):
                     end()
                     admitted.append(self.now)
         self.assertTrue(all(sum(start <= moment < start + 60 for moment in admitted) <= 3 for start in admitted))
-        self.assertGreaterEqual(len(admitted), 3 * 400 // 60, "and as many as may")
+        self.assertGreaterEqual(len(admitted), 3 * 400 // 60, "the limit must be fully usable")
 
     def test_rate_limit_allows_no_double_burst_across_a_minute_boundary(self):
         token = self.token(rpm=2)
-        self.now = 1019.0   # of whatever minute
+        self.now = 1019.0   # near a minute boundary
         self.assertTrue(callable(self.hold(token)) and callable(self.hold(token)))
         self.now = 1021.5
         self.assertEqual(self.hold(token), ("rate_limited", "58"))
@@ -4171,7 +4171,7 @@ class LimiterWithFakeClock(unittest.TestCase):
             self.hold(self.token(rpm=9))
             self.now += 10
         self.assertEqual(self.hold(self.token(rpm=2)), ("rate_limited", "40"))
-        self.assertTrue(callable(self.hold(self.token())), "and none is none")
+        self.assertTrue(callable(self.hold(self.token())), "a token without limits is never refused")
 
     def test_limit_nearest_exhaustion_is_in_the_ratelimit_fields(self):
         token = self.token(rpm=10, max_parallel=2, tokens_per_day=1000)
@@ -4198,7 +4198,7 @@ class LimiterWithFakeClock(unittest.TestCase):
 
 
 class LimitsOverHttp(GatewayCase):
-    """Limits over the wire."""
+    """Limits of a token, tested over HTTP."""
 
     def limited(self, **limits):
         return self.store.create("eve", f"phone {len(self.store.list())}", **limits)[1]
@@ -4244,7 +4244,7 @@ class LimitsOverHttp(GatewayCase):
         self.assertEqual({self.ask("POST", "/api/chat", {**CHAT, "stream": number % 2 > 0}, token=token).status for number in range(60)}, {200})
 
     def test_parallel_slot_is_released_when_the_last_line_has_been_sent(self):
-        """Clients stop at it, and do not wait for the end of the body."""
+        """Clients stop reading at the last line, without waiting for the end of the body."""
         token, hold = self.limited(max_parallel=1), self.hold()
         for path, kind, pieces in (
                 ("/api/chat", NDJSON, [LINE, compact({"done": True, "eval_count": 2}) + b"\n"]),
@@ -4257,8 +4257,8 @@ class LimitsOverHttp(GatewayCase):
                 client.read(client.head(), until=pieces[-1])
                 self.assertStatus(self.ask("POST", "/api/embed", CHAT, token=token), 200)
                 client.close()
-        eventually(lambda: [row["requests"] for row in self.store.usage("user", 0) if row["user"] == "eve"] == [8], "the account")
-        self.assertEqual([row["cancelled"] for row in self.store.usage("user", 0)], [0], "they had all they wanted")
+        eventually(lambda: [row["requests"] for row in self.store.usage("user", 0) if row["user"] == "eve"] == [8], "the usage of all requests")
+        self.assertEqual([row["cancelled"] for row in self.store.usage("user", 0)], [0], "requests whose last line was sent are not cancelled")
 
     def test_parallel_limit_applies_to_concurrent_clients(self):
         hold, token = self.hold(), self.limited(max_parallel=3)
@@ -4271,14 +4271,14 @@ class LimitsOverHttp(GatewayCase):
         self.assertStatus(self.ask("POST", "/api/chat", CHAT, token=token), 200)
 
     def test_spent_budget_stays_spent_after_a_restart(self):
-        token = self.limited(tokens_per_day=20)   # each answer costs 13
+        token = self.limited(tokens_per_day=20)   # each response costs 13
         self.assertEqual([self.ask("POST", "/api/chat", CHAT, token=token).status for _ in range(3)], [200, 200, 429])
         self.server.gateway.close()
         again = self.serve()
         answer = self.ask("POST", "/v1/chat/completions", CHAT, token=token, server=again)
         self.assertIn("20 tokens a day", self.assertRefused(answer, 429, "/v1/chat/completions"))
         self.assertTrue(0 < int(answer.headers["retry-after"]) <= 86400)
-        self.assertEqual(answer.headers["x-should-retry"], "false", "or SDKs sleep until midnight")
+        self.assertEqual(answer.headers["x-should-retry"], "false", "otherwise SDKs sleep until midnight")
         self.store.update("eve", self.store.list("eve")[0].name, tokens_per_day=100)
         self.assertStatus(self.ask("POST", "/api/chat", CHAT, token=token, server=again), 200)
 
@@ -4300,8 +4300,8 @@ class FairQueueOrder(unittest.TestCase):
         self.queue = gateway.FairQueue(1, 100, 60)
         self.addCleanup(LEAKS.check)
 
-    def line_up(self, user):
-        """Enter the queue; return the slot and what gives it back."""
+    def enter_queue(self, user):
+        """Enter the queue; return the slot and a function that releases it."""
         context = gateway.RequestContext("", 0)
         context.token = unittest.mock.Mock(user=user)
         place = gateway.Slot(None, context)
@@ -4311,8 +4311,8 @@ class FairQueueOrder(unittest.TestCase):
         self.addCleanup(cleanup.close)
         return place, cleanup.close
 
-    def served(self, lined_up):
-        """End one request after another and return whose turns they were."""
+    def served_order(self, entries):
+        """End the running request until all are served; return the users in the order served."""
         order = []
         while lined_up:
             (called,) = [pair for pair in lined_up if pair[0].granted]
@@ -4323,7 +4323,7 @@ class FairQueueOrder(unittest.TestCase):
 
     def test_fifty_requests_of_one_user_delay_another_user_by_one_turn(self):
         lined_up = [self.line_up("a") for _ in range(50)] + [self.line_up("b")]
-        self.assertEqual(self.served(lined_up), "ab" + "a" * 49)     # the first of them runs already
+        self.assertEqual(self.served(lined_up), "ab" + "a" * 49)     # the first one is already running
 
     def test_delay_is_one_turn_with_a_third_users_request_running(self):
         lined_up = [self.line_up("c"), *[self.line_up("a") for _ in range(50)], self.line_up("b")]
@@ -4349,7 +4349,7 @@ class FairQueueOrder(unittest.TestCase):
             place.wakeup and setattr(place.wakeup, "set", lambda place=place: called.append(place))
         self.assertEqual(self.served(list(lined_up)), "abcaba")
         self.assertEqual([place for place in called if place.user == "a"], places[1:3])
-        self.assertEqual(self.queue._granted, {}, "who was served when is forgotten when nobody waits")
+        self.assertEqual(self.queue._granted, {}, "the service history is cleared when nobody waits")
 
     def test_queue_grants_as_many_slots_as_its_limit(self):
         self.queue = gateway.FairQueue(3, 100, 60)
@@ -4381,7 +4381,7 @@ class FairQueueOrder(unittest.TestCase):
 
 
 class FairQueueOverHttp(GatewayCase):
-    """The queue over the wire: one request at a time goes upstream."""
+    """The queue, tested over HTTP: one request at a time is forwarded."""
 
     flags = {"max_parallel": "1", "max_queue": "3"}
 
@@ -4395,13 +4395,13 @@ class FairQueueOverHttp(GatewayCase):
         client = self.begin("POST", "/api/chat", CHAT)
         return client, client.read(client.head(), until=LINE)
 
-    def line_up(self, *tokens):
-        """Have requests wait, one after the other; their models tell them apart."""
+    def queue_requests(self, *tokens):
+        """Queue requests one after the other, each with its own model name."""
         clients = []
         for number, token in enumerate(tokens):
             waiting = self.waiting()
             clients.append(self.begin("POST", "/api/chat", {**CHAT, "model": f"m{number}"}, token=token))
-            eventually(lambda waiting=waiting: self.waiting() > waiting, "the request's waiting")
+            eventually(lambda waiting=waiting: self.waiting() > waiting, "the request to be queued")
         return clients
 
     def waiting(self):
@@ -4411,7 +4411,7 @@ class FairQueueOverHttp(GatewayCase):
     def test_waiting_requests_are_served_round_robin_by_user(self):
         self.begin_first()
         clients = self.line_up(self.token, self.token, self.other)
-        self.assertStatus(self.ask("GET", "/api/tags"), 200)   # which passes by
+        self.assertStatus(self.ask("GET", "/api/tags"), 200)   # this route is not queued
         self.first.set()
         self.assertEqual([client.answer().status for client in clients], [200] * 3)
         order = [json.loads(seen.body)["model"] for seen in self.fake.received if seen.path == "/api/chat"]
@@ -4420,7 +4420,7 @@ class FairQueueOverHttp(GatewayCase):
 
     def test_full_queue_is_503_and_does_not_count(self):
         self.begin_first()
-        self.store.update("ada", "laptop", rpm=4)   # the first one began before that
+        self.store.update("ada", "laptop", rpm=4)   # after the first request, which is not counted
         self.line_up(*[self.token] * 3)
         answer = self.ask("POST", "/v1/messages", CHAT)
         self.assertIn("--max-queue", self.assertRefused(answer, 503, "/v1/messages"))
@@ -4447,10 +4447,10 @@ class FairQueueOverHttp(GatewayCase):
             with self.subTest(label):
                 client, = self.line_up(self.token)
                 leave(client)
-                eventually(lambda: self.waiting() == 0, "the giving up of the place")
+                eventually(lambda: self.waiting() == 0, "the queue to be empty")
         self.first.set()
         self.assertEqual([seen.path for seen in self.fake.received].count("/api/chat"), 1)
-        eventually(lambda: [row["cancelled"] for row in self.store.usage("user", 0)] == [3], "the account of it")
+        eventually(lambda: [row["cancelled"] for row in self.store.usage("user", 0)] == [3], "the usage of the cancelled requests")
 
     def test_queue_timeout_is_503_with_retry_after(self):
         server = self.serve(max_parallel="1", queue_timeout="0.2s")
@@ -4474,7 +4474,7 @@ class FairQueueOverHttp(GatewayCase):
         self.begin_first()
         clients = self.line_up(self.token, self.other)
         self.first.set()
-        self.assertEqual([client.answer().status for client in clients], [200, 500], "the other's turn came first")
+        self.assertEqual([client.answer().status for client in clients], [200, 500], "the other user's turn comes first")
 
     def test_upstream_queue_full_503_is_forwarded_with_retry_after(self):
         for given, told in (({}, "5"), ({"Retry-After": "7"}, "7")):
@@ -4491,14 +4491,14 @@ class FairQueueOverHttp(GatewayCase):
 
 
 class UsageAccounting(GatewayCase):
-    """What each request cost is known, by user, token, model, route and hour."""
+    """Usage is recorded by user, token, model, route and hour."""
 
     def usage(self, by="user", **where):
-        """The account's rows, once there are any."""
-        return eventually(lambda: self.store.usage(by, 0, **where), "the account")
+        """Wait for usage rows and return them."""
+        return eventually(lambda: self.store.usage(by, 0, **where), "usage rows")
 
     def assertUsed(self, **expected):
-        row, = eventually(lambda: [row for row in self.store.usage("user", 0) if row["requests"] == expected.get("requests", 1)], "the account")
+        row, = eventually(lambda: [row for row in self.store.usage("user", 0) if row["requests"] == expected.get("requests", 1)], "the usage row")
         self.assertEqual({key: row[key] for key in expected}, expected)
 
     def rows(self):
@@ -4527,11 +4527,11 @@ class UsageAccounting(GatewayCase):
     def test_include_usage_is_added_upstream_and_its_chunk_removed_from_the_response(self):
         for path in "/v1/chat/completions", "/v1/completions":
             usual = self.ask("POST", path, {**CHAT, "stream": True}, token=self.admin).body
-            for label, options, asks in (("nothing asked", b"", False), ("null", b',"stream_options":null', False),
-                                         ("other things asked", b',"stream_options":{"x":1}', False),
-                                         ("asked not to", b',"stream_options":{"include_usage":false}', False),
-                                         ("asked", b',"stream_options":{"include_usage":true}', True),
-                                         ("asked in another case", b',"Stream_Options":{"Include_usage":true}', True)):
+            for label, options, asks in (("no stream_options", b"", False), ("null", b',"stream_options":null', False),
+                                         ("other options", b',"stream_options":{"x":1}', False),
+                                         ("include_usage false", b',"stream_options":{"include_usage":false}', False),
+                                         ("include_usage true", b',"stream_options":{"include_usage":true}', True),
+                                         ("include_usage in another case", b',"Stream_Options":{"Include_usage":true}', True)):
                 with self.subTest(path, label=label):
                     self.fake.received.clear()
                     body = b' {"model":"tiny","stream":true' + options + b"} \n"
@@ -4557,17 +4557,17 @@ class UsageAccounting(GatewayCase):
         path, options = "/v1/chat/completions", b',"stream_options":{"include_usage":true}}'
         for label, body in (("a null that Go ignores", b'{"model":"tiny","stream":true,"stream":null}'),
                             ("a long s that Go folds", '{"model":"tiny","ſtream":true}'.encode()),
-                            ("long options", b'{"model":"tiny","stream":true,"stream_options":{"x":"' + b"x" * 5000 + b'"}}'),
-                            ("a wish taken back", b'{"model":"tiny","stream":true,"stream_options":{"include_usage":true,'
+                            ("long stream_options", b'{"model":"tiny","stream":true,"stream_options":{"x":"' + b"x" * 5000 + b'"}}'),
+                            ("include_usage revoked", b'{"model":"tiny","stream":true,"stream_options":{"include_usage":true,'
                              b'"include_u\xc5\xbfage":false}}'),
-                            ("much behind it", b'{"model":"tiny","stream":true}' + b" " * 100_000),
-                            ("more behind it, in a file", b'{"model":"tiny","stream":true}' + b" " * 2_000_000)):
+                            ("long trailing whitespace", b'{"model":"tiny","stream":true}' + b" " * 100_000),
+                            ("longer trailing whitespace, on disk", b'{"model":"tiny","stream":true}' + b" " * 2_000_000)):
             with self.subTest(label):
                 self.fake.received.clear()
                 self.assertStatus(self.ask("POST", path, body), 200)
                 end = body.rindex(b"}")
                 self.assertTrue(self.upstream().body == body[:end] + options + body[end + 1:])
-        body = b'{"model":"tiny","stream":true,"stream_options":{"x":"' + b"x" * gateway.DECODED_BYTES + b'"}}'    # too long to judge
+        body = b'{"model":"tiny","stream":true,"stream_options":{"x":"' + b"x" * gateway.DECODED_BYTES + b'"}}'    # too long to inspect
         self.assertRefused(self.ask("POST", path, body), 400, path)
 
     def test_include_usage_is_added_to_a_body_spooled_to_disk(self):
@@ -4588,7 +4588,7 @@ class UsageAccounting(GatewayCase):
         delta = b'event: content_block_delta\ndata: {"type":"content_block_delta"}\n\n'
         start = b'event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":4,"output_tokens":0}}}\n\n'
         text = response_event({"type": "response.output_text.delta", "delta": "x"})
-        for path, kind, pieces, cost in (   # the prompt: 240 bytes and some of keys, 4 bytes a token
+        for path, kind, pieces, cost in (   # prompt: 240 bytes plus some JSON keys, 4 bytes a token
                 ("/api/chat", NDJSON, [line] * 3, (72, 3)), ("/v1/chat/completions", SSE, [event] * 3, (72, 3)),
                 ("/v1/messages", SSE, [start, delta, delta], (72, 2)), ("/v1/responses", SSE, [text], (72, 1))):
             for outcome, ending in (("broken", cut), ("left", until_hangup)):
@@ -4607,14 +4607,14 @@ class UsageAccounting(GatewayCase):
         token = self.store.create("eve", "phone", tokens_per_day=2000)[1]
         line = b'{"model":"tiny","message":{"role":"assistant","content":"x"},"done":false}\n'
         self.fake.replies["/api/chat"] = [Reply.stream(line, until_hangup), Reply.raw(until_hangup)]
-        for first in line, b"":     # before the answer's head, too
+        for first in line, b"":     # also before the response head
             client = self.begin("POST", "/api/chat", {**CHAT, "prompt": "word " * 800}, token=token)
             client.read(client.head(), until=first) if first else eventually(lambda: len(self.fake.received) == 2, "the request upstream")
             client.close()
             self.assertEqual(self.fake.hangups.get(timeout=GUARD), "/api/chat")
-            eventually(lambda count=2 - bool(first): len([line for line in self.lines if "outcome=left" in line]) == count, "the record")
+            eventually(lambda count=2 - bool(first): len([line for line in self.lines if "outcome=left" in line]) == count, "the log line")
         self.assertRefused(self.ask("POST", "/api/chat", CHAT, token=token), 429)
-        row, = eventually(lambda: [row for row in self.usage("user") if row["requests"] == 2], "the account")
+        row, = eventually(lambda: [row for row in self.usage("user") if row["requests"] == 2], "the usage row")
         self.assertEqual((row["cancelled"], row["completion_tokens"], row["estimated_tokens"]), (2, 1, row["prompt_tokens"] + 1))
         self.assertGreater(row["prompt_tokens"], 2000)
 
@@ -4651,7 +4651,7 @@ class UsageAccounting(GatewayCase):
         self.lines.clear()
         self.fake.replies["/api/chat"] = Reply.json(200, {})
         self.ask("POST", "/api/chat", {**CHAT, "model": "TINY:latest", "prompt": "word " * 800}, token=token)
-        estimate = int(self.logged()["prompt"])     # half as many tokens as bytes, by now, and images say nothing of texts
+        estimate = int(self.logged()["prompt"])     # learned ratio: 2 bytes a token; images do not affect it
         self.assertTrue(1900 < estimate < 2100, estimate)
 
     def test_cached_tokens_are_counted_but_not_charged(self):
@@ -4672,7 +4672,7 @@ class UsageAccounting(GatewayCase):
         self.ask("POST", "/api/generate", {"model": "tiny"}, token=self.admin)
         self.ask("GET", "/api/tags")
         self.ask("POST", "/api/show", {"model": "tiny"})
-        eventually(lambda: sum(row[4] for row in self.rows()) == 5, "the account")
+        eventually(lambda: sum(row[4] for row in self.rows()) == 5, "the usage rows")
         self.assertEqual(self.rows(), [("ada", "laptop", "tiny:7b", "/api/chat", 1, 0, 0, 8, 5),
                                        ("ada", "laptop", "tiny:latest", "/api/chat", 3, 0, 0, 24, 15),
                                        ("root", "box", "tiny:latest", "/api/generate", 1, 0, 0, 8, 5)])
@@ -4681,7 +4681,7 @@ class UsageAccounting(GatewayCase):
         self.fake.replies["/api/chat"] = Reply.json(404, {"error": "no"})
         for number in range(5):
             self.ask("POST", "/api/chat", {"model": f"nonsense-{number}"})
-        eventually(lambda: sum(row[4] for row in self.rows()) == 5, "the account")
+        eventually(lambda: sum(row[4] for row in self.rows()) == 5, "the usage row")
         self.assertEqual(self.rows(), [("ada", "laptop", "", "/api/chat", 5, 5, 0, 0, 0)])
 
     def test_usage_survives_deletion_of_the_token(self):
@@ -4699,7 +4699,7 @@ class UsageAccounting(GatewayCase):
         self.assertUsed(requests=1, prompt_tokens=0, completion_tokens=4, errors=0)
         hold.set()
         client.read(answer)
-        eventually(lambda: self.usage()[0]["completion_tokens"] == 5, "the account's end")
+        eventually(lambda: self.usage()[0]["completion_tokens"] == 5, "the final usage")
         self.assertUsed(requests=1, prompt_tokens=8, completion_tokens=5)
 
     def test_usage_survives_a_kill_except_for_the_last_second(self):
@@ -4709,7 +4709,7 @@ class UsageAccounting(GatewayCase):
         self.assertStatus(self.ask("POST", "/api/chat", CHAT, server=serving), 200)
         client = self.begin("POST", "/api/generate", CHAT, server=serving)
         client.read(client.head(), until=line * 2)
-        eventually(lambda: len(self.store.usage("token", 0)) == 1 and self.store.usage("token", 0)[0]["requests"] == 2, "the account")
+        eventually(lambda: len(self.store.usage("token", 0)) == 1 and self.store.usage("token", 0)[0]["requests"] == 2, "the usage of both requests")
         serving.process.kill()
         serving.process.wait(GUARD)
         self.assertUsed(requests=2, prompt_tokens=8, completion_tokens=7)
@@ -4718,7 +4718,7 @@ class UsageAccounting(GatewayCase):
         with unittest.mock.patch.object(self.store, "add_usage", side_effect=gateway.Failure("the disk is full")) as add, \
                 self.assertLogs("ollama_gateway") as logs:
             self.ask("POST", "/api/chat", CHAT)
-            eventually(lambda: add.call_count >= 2, "a second try")
+            eventually(lambda: add.call_count >= 2, "a second attempt")
             self.ask("POST", "/api/chat", CHAT)
         self.assertEqual(len(logs.output), 1)
         self.assertUsed(requests=2, prompt_tokens=16, completion_tokens=10)
@@ -4727,7 +4727,7 @@ class UsageAccounting(GatewayCase):
         token = self.store.create("eve", "phone", rpm=60, tokens_per_day=1000, models="tiny*", max_parallel=4)[1]
         self.ask("POST", "/api/chat", CHAT, token=token)
         self.ask("POST", "/api/chat", CHAT)
-        eventually(lambda: len(self.store.usage("user", 0)) == 2, "the account")
+        eventually(lambda: len(self.store.usage("user", 0)) == 2, "the usage rows of both users")
         told = self.ask("GET", "/me", token=token).json()
         self.assertEqual(set(told), (KEYS | {"left", "usage"}) - {"last_used_at", "expired"})
         self.assertEqual((told["user"], told["models"], told["rpm"]), ("eve", ["tiny*"], 60))
@@ -4741,7 +4741,7 @@ class UsageAccounting(GatewayCase):
 
 
 class UsageLedgerWithFakeClock(Case):
-    """The account's days, on a clock of its own."""
+    """Budget days of the usage ledger, on a fake clock."""
 
     def setUp(self):
         super().setUp()
@@ -4762,7 +4762,7 @@ class UsageLedgerWithFakeClock(Case):
         (account or self.ledger).finish(record)
 
     def set_clock(self, seconds):
-        """Set the clock and return the warnings that the account logs when it is asked for the budget then."""
+        """Set the clock, query the budget, and return the warnings that the ledger logs."""
         self.now = seconds
         with self.assertLogs("ollama_gateway") as logs:
             gateway.LOG.info("the clock is set")
@@ -4817,7 +4817,7 @@ class UsageLedgerWithFakeClock(Case):
         self.now += 10
         self.assertEqual((self.ledger.spent(self.token), self.ledger.day_left()), (0, 86400))
         self.use(3)
-        self.now -= 3600    # somebody sets the clock back
+        self.now -= 3600    # the clock is set back
         self.use(2)
         self.assertEqual(self.ledger.spent(self.token), 5)
         self.ledger.store()
