@@ -363,14 +363,14 @@ def usual_reply(seen, pause=0):
     """The reply of a real Ollama to this request."""
     path = seen.path.partition("?")[0]
     try:
-        asked = dict(json.loads(seen.body))
+        parameters = dict(json.loads(seen.body))
     except (ValueError, TypeError):
-        asked = {}
-    model = asked.get("model") or asked.get("name") or "tiny"
-    if path in TALKERS:
-        talk, streams = TALKERS[path]
-        asks = {"usage": True} if (asked.get("stream_options") or {}).get("include_usage") else {}
-        return talk(model, asked.get("stream", streams), pause, **asks)
+        parameters = {}
+    model = parameters.get("model") or parameters.get("name") or "tiny"
+    if path in MODEL_REPLIES:
+        make_reply, streams = MODEL_REPLIES[path]
+        options = {"usage": True} if (parameters.get("stream_options") or {}).get("include_usage") else {}
+        return make_reply(model, parameters.get("stream", streams), pause, **options)
     if path in ("/api/copy", "/api/delete"):
         return Reply.body(200, b"")
     return Reply.json(200, usual_value(path, model))
@@ -391,7 +391,7 @@ def usual_value(path, model):
     }.get(path, {"status": "success"})
 
 
-def ndjson_talk(part, model, streaming, pause):
+def ndjson_reply(part, model, streaming, pause):
     """Answer like /api/chat and /api/generate."""
     head = {"model": model, "created_at": CREATED}
     last = {"done_reason": "stop", "done": True, **COUNTS}
@@ -401,7 +401,7 @@ def ndjson_talk(part, model, streaming, pause):
     return Reply.stream(*[compact(line) + b"\n" for line in lines], pause=pause)
 
 
-def sse_talk(kind, whole, part, model, streaming, pause, usage=False):
+def sse_reply(kind, whole, part, model, streaming, pause, usage=False):
     """Answer like /v1/chat/completions, or like /v1/completions, which has a usage in every event."""
     head = {"id": "chatcmpl-91", "object": kind, "created": 1795401704, "model": model, "system_fingerprint": "fp_ollama"}
     if not streaming:
@@ -416,7 +416,7 @@ def sse_talk(kind, whole, part, model, streaming, pause, usage=False):
     return Reply.stream(*events, kind=SSE, pause=pause)
 
 
-def responses_talk(model, streaming, pause):
+def responses_reply(model, streaming, pause):
     """Answer like /v1/responses, following openai/responses.go of Ollama."""
     whole = {"id": "resp_1", "object": "response", "status": "completed", "model": model, "output": [], "tools": [],
              "usage": {"input_tokens": 8, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 5, "total_tokens": 13},
@@ -435,7 +435,7 @@ def response_event(event):
     return b"event: %s\ndata: %s\n\n" % (event["type"].encode(), data)
 
 
-def messages_talk(model, streaming, pause):
+def messages_reply(model, streaming, pause):
     """Answer like /v1/messages, following anthropic/anthropic.go of Ollama."""
     whole = {"id": "msg_1", "type": "message", "role": "assistant", "model": model, "content": [], "usage": {"input_tokens": 8, "output_tokens": 5}}
     if not streaming:
@@ -446,14 +446,14 @@ def messages_talk(model, streaming, pause):
     return Reply.stream(*[b"event: %s\ndata: %s\n\n" % (event["type"].encode(), compact(event)) for event in events], kind=SSE, pause=pause)
 
 
-TALKERS = {   # path -> reply function, and whether streaming is the default
-    "/api/chat": (functools.partial(ndjson_talk, lambda text: {"message": {"role": "assistant", "content": text}}), True),
-    "/api/generate": (functools.partial(ndjson_talk, lambda text: {"response": text}), True),
-    "/v1/chat/completions": (functools.partial(sse_talk, "chat.completion", lambda text: {"message": {"role": "assistant", "content": text}},
-                                               lambda text: {"delta": {"role": "assistant", "content": text}}), False),
-    "/v1/completions": (functools.partial(sse_talk, "text_completion", lambda text: {"text": text}, lambda text: {"text": text}), False),
-    "/v1/responses": (responses_talk, False),
-    "/v1/messages": (messages_talk, False),
+MODEL_REPLIES = {   # path -> reply function, and whether streaming is the default
+    "/api/chat": (functools.partial(ndjson_reply, lambda text: {"message": {"role": "assistant", "content": text}}), True),
+    "/api/generate": (functools.partial(ndjson_reply, lambda text: {"response": text}), True),
+    "/v1/chat/completions": (functools.partial(sse_reply, "chat.completion", lambda text: {"message": {"role": "assistant", "content": text}},
+                                                lambda text: {"delta": {"role": "assistant", "content": text}}), False),
+    "/v1/completions": (functools.partial(sse_reply, "text_completion", lambda text: {"text": text}, lambda text: {"text": text}), False),
+    "/v1/responses": (responses_reply, False),
+    "/v1/messages": (messages_reply, False),
 }
 
 
@@ -618,31 +618,31 @@ class Chromium:
         self._process = subprocess.Popen(["sh", "-c", 'exec "$0" "$@" 3<&0 4>&1 0</dev/null 1>/dev/null', binary, *self.FLAGS,
                                           f"--user-data-dir={self._folder.name}"], start_new_session=True, bufsize=0,
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        self._heard, self._ids = b"", itertools.count(1)
+        self._buffer, self._ids = b"", itertools.count(1)
         self.events = []    # (session, method, params)
 
     def call(self, method, session=None, **params):
         """Call a DevTools method and return its result, recording the events received meanwhile."""
         number = next(self._ids)
-        asked = {"id": number, "method": method, "params": params, **({"sessionId": session} if session else {})}
-        self._process.stdin.write(json.dumps(asked).encode() + b"\0")
+        command = {"id": number, "method": method, "params": params, **({"sessionId": session} if session else {})}
+        self._process.stdin.write(json.dumps(command).encode() + b"\0")
         while True:
-            told = self._message()
-            if told.get("id") == number:
-                if "error" in told:
-                    raise AssertionError(f"{method} {params}: {told['error']}")
-                return told["result"]
-            self.events.append((told.get("sessionId"), told.get("method"), told.get("params")))
+            message = self._message()
+            if message.get("id") == number:
+                if "error" in message:
+                    raise AssertionError(f"{method} {params}: {message['error']}")
+                return message["result"]
+            self.events.append((message.get("sessionId"), message.get("method"), message.get("params")))
 
     def _message(self):
-        while b"\0" not in self._heard:
+        while b"\0" not in self._buffer:
             if not select.select([self._process.stdout], [], [], 3 * GUARD)[0]:
                 raise AssertionError("Chromium sent no message")
             piece = self._process.stdout.read(65536)
             if not piece:
                 raise AssertionError(f"Chromium exited with status {self._process.wait(GUARD)}")
-            self._heard += piece
-        message, _, self._heard = self._heard.partition(b"\0")
+            self._buffer += piece
+        message, _, self._buffer = self._buffer.partition(b"\0")
         return json.loads(message)
 
     def close(self):
@@ -683,14 +683,14 @@ class Tab:
     def evaluate(self, expression):
         """The value of an expression or of the promise it returns; None if the page was replaced meanwhile."""
         try:
-            told = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True, userGesture=True)
+            reply = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True, userGesture=True)
         except AssertionError as error:
             if "navigated" in str(error) or "context was destroyed" in str(error):
                 return None
             raise
-        if "exceptionDetails" in told:
-            raise AssertionError(f"{expression}: {told['exceptionDetails']}")
-        return told["result"].get("value")
+        if "exceptionDetails" in reply:
+            raise AssertionError(f"{expression}: {reply['exceptionDetails']}")
+        return reply["result"].get("value")
 
     def visit(self, url):
         self.call("Page.navigate", url=url)
@@ -798,8 +798,8 @@ class Case(unittest.TestCase):
 
     def find(self, *secrets, db=None):
         """Look up the tokens of these secrets as a newly started server would; None for an unknown secret."""
-        with contextlib.closing(gateway.TokenStore(db or self.db)) as store, contextlib.closing(gateway.TokenCache(store)) as table:
-            return [table.lookup(secret) for secret in secrets]
+        with contextlib.closing(gateway.TokenStore(db or self.db)) as store, contextlib.closing(gateway.TokenCache(store)) as cache:
+            return [cache.lookup(secret) for secret in secrets]
 
     def bytes_of_all_files(self):
         return b"".join(self.read(name) for name in sorted(os.listdir(self.folder)) if os.path.isfile(self.path(name)))
@@ -1117,8 +1117,8 @@ def log_fields(line):
 
 def found(store, secret):
     """The token that a server would find for a secret."""
-    with contextlib.closing(gateway.TokenCache(store)) as table:
-        return table.lookup(secret)
+    with contextlib.closing(gateway.TokenCache(store)) as cache:
+        return cache.lookup(secret)
 
 
 def ipv6_loopback():
@@ -1130,8 +1130,8 @@ def ipv6_loopback():
     return True
 
 
-FIRST_FIVE = {"--ollama-url": "OLLAMA_BASE_URL", "--base-path": "BASE_PATH", "--db": "TOKEN_DB_PATH",
-              "--log-level": "LOG_LEVEL", "--log-file-level": "LOG_FILE_LEVEL"}
+LEGACY_VARIABLES = {"--ollama-url": "OLLAMA_BASE_URL", "--base-path": "BASE_PATH", "--db": "TOKEN_DB_PATH",
+                    "--log-level": "LOG_LEVEL", "--log-file-level": "LOG_FILE_LEVEL"}
 VALUES = {   # option -> its default and two other, different values
     "ollama_url": ("http://localhost:11434", "http://127.0.0.1:1", "https://[::1]:2/prefix"),
     "base_path": ("/api", "/ollama", "/a/b"),
@@ -1185,7 +1185,7 @@ BAD_VALUES = (
     ("metrics_open", "perhaps"),
     ("no_admin_api", "perhaps"),
 )
-COMPANY = {"tls_key": {"tls_cert": "cert.pem"}}   # options that another option requires
+REQUIRED_OPTIONS = {"tls_key": {"tls_cert": "cert.pem"}}   # options that another option requires
 
 
 class Settings(Case):
@@ -1202,7 +1202,7 @@ class Settings(Case):
     def test_environment_variables_are_named_after_flags_except_five_legacy_names(self):
         for option in gateway.OPTIONS:
             usual = "GATEWAY_" + option.flag[2:].upper().replace("-", "_")
-            self.assertEqual(option.variable, FIRST_FIVE.get(option.flag, usual))
+            self.assertEqual(option.variable, LEGACY_VARIABLES.get(option.flag, usual))
 
     def test_defaults_are_the_documented_ones(self):
         for name, (default, *others) in VALUES.items():
@@ -1214,27 +1214,27 @@ class Settings(Case):
 
     def test_precedence_is_flag_environment_file_default(self):
         for name, (default, one, two) in VALUES.items():
-            variable, company = variable_of(name), COMPANY.get(name, {})
-            want_one, want_two = (self.value(name, flags={name: value, **company}) for value in (one, two or one))
+            variable, required = variable_of(name), REQUIRED_OPTIONS.get(name, {})
+            want_one, want_two = (self.value(name, flags={name: value, **required}) for value in (one, two or one))
             with self.subTest(name):
-                self.assertEqual(self.value(name, flags=company, env=f"{variable}={one}"), want_one)
-                self.assertEqual(self.value(name, flags=company, env=f"{variable}={one}", environ={variable: two or one}), want_two)
-                self.assertEqual(self.value(name, flags={name: one, **company}, environ={variable: two or one}), want_one)
+                self.assertEqual(self.value(name, flags=required, env=f"{variable}={one}"), want_one)
+                self.assertEqual(self.value(name, flags=required, env=f"{variable}={one}", environ={variable: two or one}), want_two)
+                self.assertEqual(self.value(name, flags={name: one, **required}, environ={variable: two or one}), want_one)
                 self.assertNotEqual(want_one, self.value(name))
 
     def test_invalid_value_error_names_the_setting_the_value_and_its_source(self):
         for name, *values in BAD_VALUES:
             for value in values:
                 with self.subTest(name, value=value):
-                    self.assert_told([flag(name), value], flags={name: value})
-                    self.assert_told([variable_of(name), value], environ={variable_of(name): value})
-                    self.assert_told([variable_of(name), value, "settings.env"], env=f'{variable_of(name)}="{value}"')
+                    self.assert_usage_error([flag(name), value], flags={name: value})
+                    self.assert_usage_error([variable_of(name), value], environ={variable_of(name): value})
+                    self.assert_usage_error([variable_of(name), value, "settings.env"], env=f'{variable_of(name)}="{value}"')
 
-    def assert_told(self, words, **sources):
+    def assert_usage_error(self, expected, **sources):
         with self.assertRaises(gateway.UsageError) as caught:
             self.load(**sources)
-        for word in words:
-            self.assertIn(word, str(caught.exception))
+        for text in expected:
+            self.assertIn(text, str(caught.exception))
 
     def test_env_file_syntax_variants_are_accepted(self):
         for label, content in (
@@ -1551,13 +1551,13 @@ USER, ADMIN, SERIAL = b"ogw_" + b"u" * 43, b"ogw_" + b"a" * 43, b"nnnnnn"   # pl
 ODD_BYTES = (b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\0", b" ", b"\t", b":", b",", b";", b"/", b"..", b"%2f", b"?", b"#", b"\x7f", b"\x80", b"\xff",
              b"\r\n ", b"0\r\n\r\n", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n",
              b"\r\nX-Api-Key: " + ADMIN + b"\r\n", b"Connection: x-api-key\r\n")
-ODD_MARKS = ((b"\r\n", (b"\n", b"\r", b"\n\r", b"\r\r\n", b" \r\n", b"\0\r\n", b"\r\n\r\n", b"\r\n ", b"")),
-             (b": ", (b" : ", b"\t: ", b":", b" ", b": ,", b":\0")), (b" ", (b"  ", b"\t", b"", b"\r", b"\x0b")))
+DELIMITER_VARIANTS = ((b"\r\n", (b"\n", b"\r", b"\n\r", b"\r\r\n", b" \r\n", b"\0\r\n", b"\r\n\r\n", b"\r\n ", b"")),
+                      (b": ", (b" : ", b"\t: ", b":", b" ", b": ,", b":\0")), (b" ", (b"  ", b"\t", b"", b"\r", b"\x0b")))
 ODD_NUMBERS = (b"0", b"1", b"2", b"-1", b"+2", b"00", b"0x5", b"1e1", b"2.0", b"5 5", b"1_0", b"ffff", b"65536", b"4294967296", b"9" * 19)
-WITHIN_REACH = (rb"GET /(?:api/(?:tags|version)|v1/models(?:/[^/?]+)?)(?:\?.*)?", rb"POST /(?:api/(?:chat|generate)|v1/messages)(?:\?.*)?",
-               rb"DELETE /api/delete(?:\?.*)?", rb"POST /api/blobs/sha256[:-][0-9a-f]{64}(?:\?.*)?")   # routes that mutants can reach
-GO_UP = re.compile("host|accept-encoding|accept|content-type|content-encoding|content-length|transfer-encoding|user-agent|x-request-id"
-                   "|anthropic-.*|openai-.*")
+REACHABLE_ROUTES = (rb"GET /(?:api/(?:tags|version)|v1/models(?:/[^/?]+)?)(?:\?.*)?", rb"POST /(?:api/(?:chat|generate)|v1/messages)(?:\?.*)?",
+                    rb"DELETE /api/delete(?:\?.*)?", rb"POST /api/blobs/sha256[:-][0-9a-f]{64}(?:\?.*)?")   # routes that mutants can reach
+FORWARDED_HEADERS = re.compile("host|accept-encoding|accept|content-type|content-encoding|content-length|transfer-encoding|user-agent|x-request-id"
+                               "|anthropic-.*|openai-.*")
 HTTP_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 HTTP_HEAD = re.compile(rb"(%b) (/[!-\"$-~]*) HTTP/1\.([01])\r\n((?:%b:[\t -~\x80-\xff]*\r\n)*)\r\n" % (HTTP_TOKEN, HTTP_TOKEN))
 HTTP_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
@@ -1572,7 +1572,7 @@ def well_formed(raw):
     found = []
     while raw:
         head = HTTP_HEAD.match(raw)
-        start, end, body = judged_body(raw, head) if head else (0, 0, b"")
+        start, end, body = reference_body(raw, head) if head else (0, 0, b"")
         if not end:
             return found, not start and b"\r\n\r\n" in raw
         found.append((head[1].decode(), head[2].decode(), body))
@@ -1580,21 +1580,21 @@ def well_formed(raw):
     return found, False
 
 
-def judged_body(raw, head):
+def reference_body(raw, head):
     """The start of the body after a head, 0 if the head is invalid; its end, 0 if truncated or malformed; and the body."""
     fields = [(name.lower(), value.strip(b" \t")) for name, _, value in (line.partition(b":") for line in head[4].split(b"\r\n"))]
     hosts, lengths, codings = ([value for name, value in fields if name == wanted] for wanted in (b"host", b"content-length", b"transfer-encoding"))
-    right = len(hosts) == 1 or not hosts and head[3] == b"0"
+    valid = len(hosts) == 1 or not hosts and head[3] == b"0"
     if codings:
-        right = right and not lengths and head[3] == b"1" and [coding.lower() for coding in codings] == [b"chunked"]
-        return (head.end(), *judged_chunks(raw, head.end())) if right else (0, 0, b"")
-    if not right or len(lengths) > 1 or lengths and not re.fullmatch(rb"[0-9]{1,18}", lengths[0]):
+        valid = valid and not lengths and head[3] == b"1" and [coding.lower() for coding in codings] == [b"chunked"]
+        return (head.end(), *reference_chunks(raw, head.end())) if valid else (0, 0, b"")
+    if not valid or len(lengths) > 1 or lengths and not re.fullmatch(rb"[0-9]{1,18}", lengths[0]):
         return 0, 0, b""
     end = head.end() + int(lengths[0] if lengths else 0)
     return (head.end(), end, raw[head.end():end]) if end <= len(raw) else (head.end(), 0, b"")
 
 
-def judged_chunks(raw, at):
+def reference_chunks(raw, at):
     body = b""
     while True:
         size = HTTP_SIZE.match(raw, at)
@@ -1613,66 +1613,67 @@ class MutatedRequests:
     """An endless iterator of mutated requests; the same seed gives the same ones on every Python version."""
 
     def __init__(self, seed):
-        self.chance = random.Random(seed)
+        self.rng = random.Random(seed)
         user, admin, chunks = bearer(USER.decode()), [("x-api-key", ADMIN.decode())], ("Transfer-Encoding", "chunked")
-        company = [("User-Agent", "fuzz/1"), ("Cookie", "a=b"), ("anthropic-version", "2"), ("Connection", "keep-alive"), ("Accept", "*/*")]
-        get, get_page = self.asking("GET", "/api/tags", headers=user), self.asking("GET", "/v1/models/tiny", headers=company + user)
-        post = self.asking("POST", "/api/chat", dict(CHAT, stream=False), user + [("Content-Type", "application/json")])
-        post_chunked = self.asking("POST", "/api/generate", headers=[*user, chunks]) + chunked(b'{"model": "ti', b'ny", "stream": 0}')
-        delete, old = self.asking("DELETE", "/api/delete", {"model": "tiny"}, admin), self.asking("GET", "/api/version", headers=user, version="1.0")
-        blob, post_blob = self.asking("POST", f"/api/blobs/{DIGEST}", b"0123456789" * 3, admin), ("POST", f"/api/blobs/{DIGEST}")
-        blob_chunked = self.asking(*post_blob, headers=[chunks, *admin]) + chunked(b"0123456789" * 2, b"a")
-        within = [self.asking("POST", "/v1/messages", get, user + company), self.asking(*post_blob, get_page, admin),
-                  self.asking("POST", "/api/chat", headers=[*user, chunks]) + chunked(get, b"\r\n0\r\n\r\n" + get)]   # requests to be smuggled
-        self.seeds = (get, get_page, post, post_chunked, delete, old, blob, blob_chunked, *within, get + post, post + get_page,
+        extra_headers = [("User-Agent", "fuzz/1"), ("Cookie", "a=b"), ("anthropic-version", "2"), ("Connection", "keep-alive"), ("Accept", "*/*")]
+        get, get_page = self.seed_request("GET", "/api/tags", headers=user), self.seed_request("GET", "/v1/models/tiny", headers=extra_headers + user)
+        post = self.seed_request("POST", "/api/chat", dict(CHAT, stream=False), user + [("Content-Type", "application/json")])
+        post_chunked = self.seed_request("POST", "/api/generate", headers=[*user, chunks]) + chunked(b'{"model": "ti', b'ny", "stream": 0}')
+        delete = self.seed_request("DELETE", "/api/delete", {"model": "tiny"}, admin)
+        old = self.seed_request("GET", "/api/version", headers=user, version="1.0")
+        blob, post_blob = self.seed_request("POST", f"/api/blobs/{DIGEST}", b"0123456789" * 3, admin), ("POST", f"/api/blobs/{DIGEST}")
+        blob_chunked = self.seed_request(*post_blob, headers=[chunks, *admin]) + chunked(b"0123456789" * 2, b"a")
+        smuggling = [self.seed_request("POST", "/v1/messages", get, user + extra_headers), self.seed_request(*post_blob, get_page, admin),
+                     self.seed_request("POST", "/api/chat", headers=[*user, chunks]) + chunked(get, b"\r\n0\r\n\r\n" + get)]   # to be smuggled
+        self.seeds = (get, get_page, post, post_chunked, delete, old, blob, blob_chunked, *smuggling, get + post, post + get_page,
                       post_chunked + get, get_page + delete, blob + get, blob_chunked + post, delete + blob_chunked)
 
     @staticmethod
-    def asking(method, path, *args, **kwargs):
+    def seed_request(method, path, *args, **kwargs):
         return request(method, f"{path}?n={SERIAL.decode()}", *args, **kwargs)
 
     def __iter__(self):
         while True:
-            raw = self.chance.choice(self.seeds)
-            for _ in range(self.chance.choice((0, 1, 1, 1, 2, 2, 3))):
+            raw = self.rng.choice(self.seeds)
+            for _ in range(self.rng.choice((0, 1, 1, 1, 2, 2, 3))):
                 raw = self.mutated(raw or b"\n")
             yield raw
 
     def mutated(self, raw):
         """Apply one random mutation: of bytes, a line, a delimiter or a number."""
-        chance, other = self.chance, self.chance.choice(self.seeds)
-        at = chance.randrange(len(raw))
-        to = min(at + chance.choice((1, 1, 2, 4, 16)), len(raw))
-        return chance.choice((
-            lambda: raw[:at] + bytes([raw[at] ^ 1 << chance.randrange(8)]) + raw[at + 1:],
-            lambda: raw[:at] + chance.choice(ODD_BYTES) + raw[at:],
-            lambda: raw[:at] + chance.choice(ODD_BYTES) + raw[to:],
+        rng, other = self.rng, self.rng.choice(self.seeds)
+        at = rng.randrange(len(raw))
+        to = min(at + rng.choice((1, 1, 2, 4, 16)), len(raw))
+        return rng.choice((
+            lambda: raw[:at] + bytes([raw[at] ^ 1 << rng.randrange(8)]) + raw[at + 1:],
+            lambda: raw[:at] + rng.choice(ODD_BYTES) + raw[at:],
+            lambda: raw[:at] + rng.choice(ODD_BYTES) + raw[to:],
             lambda: raw[:at] + raw[to:],
             lambda: raw[:to] + raw[at:],
-            lambda: raw[:at] + other[chance.randrange(len(other)):],
+            lambda: raw[:at] + other[rng.randrange(len(other)):],
             lambda: raw[:at] + raw[at:to].swapcase() + raw[to:],
             lambda: self.with_another_line(raw, other),
             lambda: self.with_another_line(raw, raw),
-            lambda: self.with_another_mark(raw),
+            lambda: self.with_another_delimiter(raw),
             lambda: self.with_another_number(raw)))()
 
     def with_another_line(self, raw, other):
         """Insert a line of another request, or replace a line with it."""
         lines = raw.split(b"\r\n")
-        at = self.chance.randrange(len(lines))
-        lines[at:at + self.chance.randrange(2)] = [self.chance.choice(other.split(b"\r\n"))]
+        at = self.rng.randrange(len(lines))
+        lines[at:at + self.rng.randrange(2)] = [self.rng.choice(other.split(b"\r\n"))]
         return b"\r\n".join(lines)
 
-    def with_another_mark(self, raw):
+    def with_another_delimiter(self, raw):
         """Replace a line end, a colon or a space with a variant."""
-        mark, others = self.chance.choice(ODD_MARKS)
-        match = self.chance.choice(list(re.finditer(mark + b"|$", raw)))
-        return raw[:match.start()] + self.chance.choice(others) + raw[match.end():]
+        delimiter, others = self.rng.choice(DELIMITER_VARIANTS)
+        match = self.rng.choice(list(re.finditer(delimiter + b"|$", raw)))
+        return raw[:match.start()] + self.rng.choice(others) + raw[match.end():]
 
     def with_another_number(self, raw):
         numbers = list(re.finditer(rb"[0-9]+", raw))
-        match = self.chance.choice(numbers) if numbers else re.search(b"$", raw)
-        return raw[:match.start()] + self.chance.choice(ODD_NUMBERS) + raw[match.end():]
+        match = self.rng.choice(numbers) if numbers else re.search(b"$", raw)
+        return raw[:match.start()] + self.rng.choice(ODD_NUMBERS) + raw[match.end():]
 
 
 class RequestFuzzing(GatewayCase):
@@ -1686,12 +1687,12 @@ class RequestFuzzing(GatewayCase):
         with unittest.mock.patch.object(gateway, "FREE_FAILURES", 10 ** 6), self.assertLogs("ollama_gateway") as logs:   # without throttling
             for _ in range(self.ROUNDS):
                 raws = [self.filled(raw, next(serials)) for raw in itertools.islice(mutants, self.AT_ONCE)]
-                statuses.update(self.asked_at_once(raws))
+                statuses.update(self.send_concurrently(raws))
                 arrived = collections.Counter((seen.method, seen.path, seen.body) for seen in self.fake.received[len(sent):])
-                meant = collections.Counter(judged for raw in raws for judged in well_formed(raw)[0])
-                self.assertEqual(arrived - meant, {}, f"forwarded, but not well-formed in {raws}")
+                expected = collections.Counter(parsed for raw in raws for parsed in well_formed(raw)[0])
+                self.assertEqual(arrived - expected, {}, f"forwarded, but not well-formed in {raws}")
                 for seen in self.fake.received[len(sent):]:
-                    self.assert_clean(seen, raws)
+                    self.assert_forwarded_well_formed(seen, raws)
                     sent.append(seen)
             gateway.LOG.warning("over")
         self.assertEqual(logs.output, ["WARNING:ollama_gateway:over"])
@@ -1703,7 +1704,7 @@ class RequestFuzzing(GatewayCase):
     def filled(self, raw, serial):
         return raw.replace(USER, self.token.encode()).replace(ADMIN, self.admin.encode()).replace(SERIAL, b"%d" % serial)
 
-    def asked_at_once(self, raws):
+    def send_concurrently(self, raws):
         """Send each item on its own connection, all at once; return the statuses of all responses."""
         with contextlib.ExitStack() as stack:
             clients = [stack.enter_context(Client(self.server.server_address)) for _ in raws]
@@ -1713,9 +1714,9 @@ class RequestFuzzing(GatewayCase):
 
     def answers(self, client, raw):
         """Read the responses to the well-formed requests; then half-close, and read the remaining responses."""
-        answers, (judged, refusable) = [], well_formed(raw)
+        answers, (parsed, refusable) = [], well_formed(raw)
         with contextlib.suppress(ConnectionError):
-            for method in [method for method, _, _ in judged] + ["GET"] * refusable:   # a malformed head is refused without waiting for more
+            for method in [method for method, _, _ in parsed] + ["GET"] * refusable:   # a malformed head is refused without waiting for more
                 answers += filter(None, [client.answer(method)])
             self.assertTrue(all(answer.ended == "clean" for answer in answers), f"{answers} to {raw}")
             client.half_close()
@@ -1725,11 +1726,11 @@ class RequestFuzzing(GatewayCase):
             self.assertTrue(ours and "x-request-id" in answer.headers, f"{answer} to {raw}")
         return answers
 
-    def assert_clean(self, seen, raws):
+    def assert_forwarded_well_formed(self, seen, raws):
         """Check a forwarded request: a known route, only permitted headers, and no credential except where a mutant put it."""
-        self.assertTrue(any(re.fullmatch(target, f"{seen.method} {seen.path}".encode()) for target in WITHIN_REACH), seen)
+        self.assertTrue(any(re.fullmatch(target, f"{seen.method} {seen.path}".encode()) for target in REACHABLE_ROUTES), seen)
         names = [name.lower() for name, value in seen.headers]
-        self.assertEqual(([name for name in names if not GO_UP.fullmatch(name)], len(names)), ([], len(set(names))), seen)
+        self.assertEqual(([name for name in names if not FORWARDED_HEADERS.fullmatch(name)], len(names)), ([], len(set(names))), seen)
         for name, value in seen.headers:
             self.assertRegex(value, r"\A[\t -~\x80-\xff]*\Z", seen)
             for part in value.split(", "):   # values of repeated headers are joined
@@ -2191,8 +2192,8 @@ class Store(Case):
                "estimated_tokens": 0}
         self.assertEqual(store.usage("user", 0), [{"user": "ada", **row}])
         self.assertEqual(store.list(), kept)
-        with contextlib.closing(gateway.TokenCache(store)) as table:
-            self.assertEqual(table.tokens_used_on(table.lookup(secret), 20_000), 90)
+        with contextlib.closing(gateway.TokenCache(store)) as cache:
+            self.assertEqual(cache.tokens_used_on(cache.lookup(secret), 20_000), 90)
         store.add_usage({(hour, "ada", "laptop", "tiny:latest", "/api/chat"): (1, 0, 0, 10, 4, 5, 1.0, 2)}, {})
         self.assertEqual([list(row.values()) for row in store.usage("user", 0)], [["ada", 5, 2, 1, 40, 4, 65, 6.0, 2]])
 
@@ -2201,9 +2202,9 @@ class LegacyDatabaseUpgrade(CommandCase):
 
     def setUp(self):
         super().setUp()
-        self.lay_old_database(self.db)
+        self.create_legacy_database(self.db)
 
-    def lay_old_database(self, path, journal="delete"):
+    def create_legacy_database(self, path, journal="delete"):
         """Write a database as the FastAPI gateway did, with remains of a deleted token in a free page."""
         with contextlib.closing(sqlite3.connect(path)) as db:
             db.execute(f"PRAGMA journal_mode = {journal}")
@@ -2216,31 +2217,31 @@ class LegacyDatabaseUpgrade(CommandCase):
             db.commit()
 
     def assert_upgraded(self):
-        *tokens, nobody = self.find(*OLD_SECRETS, "")
+        *tokens, unknown = self.find(*OLD_SECRETS, "")
         self.assertTrue(all(tokens), tokens)
-        self.assertIsNone(nobody)
-        self.assert_no_clear_token()
+        self.assertIsNone(unknown)
+        self.assert_no_cleartext_token()
 
-    def assert_no_clear_token(self):
+    def assert_no_cleartext_token(self):
         for name in os.listdir(self.folder):
             if name.startswith("tokens.db"):
                 self.assertNotIn(b"clear-token-of", self.read(name), name)
 
     def test_legacy_fixture_contains_cleartext_tokens(self):
-        laid = {token.decode() for token in re.findall(rb"clear-token-of-\w+-\d{4}", self.read("tokens.db"))}
-        self.assertEqual(laid, {*OLD_SECRETS, "clear-token-of-deleted-0013"})
+        stored = {token.decode() for token in re.findall(rb"clear-token-of-\w+-\d{4}", self.read("tokens.db"))}
+        self.assertEqual(stored, {*OLD_SECRETS, "clear-token-of-deleted-0013"})
 
     def test_legacy_tokens_work_and_no_cleartext_remains(self):
         self.assert_upgraded()
 
     def test_no_cleartext_token_remains_while_the_database_is_open(self):
         self.open_store().create("new", "one")
-        self.assert_no_clear_token()
+        self.assert_no_cleartext_token()
 
     def test_legacy_database_in_wal_mode_is_upgraded(self):
         os.remove(self.db)
         live = self.path("live.db")
-        self.lay_old_database(live, "wal")
+        self.create_legacy_database(live, "wal")
         with contextlib.closing(sqlite3.connect(live)) as db:   # the WAL is not checkpointed when the files are copied
             db.execute("INSERT INTO tokens (user, api_name, token) VALUES ('late', 'one', 'clear-token-of-late-0014')")
             db.commit()
@@ -2337,7 +2338,7 @@ class TokenCacheAcrossProcesses(Case):
     def open_cache(self, store=None):
         return self.enter(contextlib.closing(gateway.TokenCache(store or self.store)))
 
-    def follow(self, cache, times):
+    def rotate_and_check(self, cache, times):
         """Let another process rotate the token many times; check the lookup after each rotation."""
         script = ROTATE.format(here=HERE, db=self.db)
         child = self.enter(subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE))
@@ -2352,7 +2353,7 @@ class TokenCacheAcrossProcesses(Case):
         child.stdin.close()
         self.assertEqual(child.wait(GUARD), 0)
 
-    def use(self, stop, store):
+    def write_usage(self, stop, store):
         while not stop.wait(0.001):
             store.add_usage({(0, "ada", "laptop", "tiny", "/api/chat"): gateway.UsageRow(1, 0, 0, 1, None, 1, 1.0, 0)}, {})
 
@@ -2365,16 +2366,17 @@ class TokenCacheAcrossProcesses(Case):
                     return
 
     def test_token_revoked_by_another_process_is_refused_immediately(self):
-        self.follow(self.open_cache(), times=200)
+        self.rotate_and_check(self.open_cache(), times=200)
 
     def test_token_revoked_during_usage_writes_and_checkpoints_is_refused_immediately(self):
         stop = self.hold()
-        threads = [threading.Thread(target=self.use, args=(stop, self.store)), threading.Thread(target=self.use, args=(stop, self.open_store())),
+        threads = [threading.Thread(target=self.write_usage, args=(stop, self.store)),
+                   threading.Thread(target=self.write_usage, args=(stop, self.open_store())),
                    threading.Thread(target=self.checkpoint, args=(stop,))]
         for thread in threads:
             thread.start()
         try:
-            self.follow(self.open_cache(), times=100)
+            self.rotate_and_check(self.open_cache(), times=100)
             eventually(lambda: self.store.usage("user", 0)[0]["requests"] > 100)
         finally:
             stop.set()
@@ -2398,7 +2400,7 @@ class TokenCacheAcrossProcesses(Case):
     def test_token_revoked_after_wal_index_recovery_is_refused_immediately(self):
         cache = self.open_cache()
         for times in range(1, 4):
-            self.follow(cache, times)
+            self.rotate_and_check(cache, times)
             subprocess.run([sys.executable, "-c", BREAK_WAL_INDEX, self.db + "-shm"], check=True)    # as a killed writer would leave it
             if times % 2:
                 self.assertTrue(cache.lookup(self.secret))
@@ -2408,7 +2410,7 @@ class TokenCacheAcrossProcesses(Case):
         with unittest.mock.patch("mmap.mmap", side_effect=OSError("no memory")):
             cache = self.open_cache(self.open_store())
             self.assertEqual(cache._wal_index, b"")
-            self.follow(cache, times=3)
+            self.rotate_and_check(cache, times=3)
 
     def test_sqlite_is_also_queried_periodically(self):
         with unittest.mock.patch.object(gateway, "_map_wal_index", return_value=b"never changes"), \
@@ -2443,11 +2445,11 @@ class ReplacedDatabase(GatewayCase):
         self.addCleanup(gateway.LOG.removeHandler, quiet)
         self.assertStatus(self.ask("GET", "/api/tags"), 200)
 
-    def users_elsewhere(self):
+    def users_in_other_process(self):
         """The users with tokens, as read by another process."""
         return {row["user"] for row in json.loads(run_alone("token", "list", "--json", "--db", self.db).stdout)}
 
-    def delete_elsewhere(self):
+    def delete_in_other_process(self):
         done = run_alone("token", "delete", "ada", "laptop", "--db", self.db)
         self.assertEqual((done.returncode, done.stderr), (0, b""))
 
@@ -2500,20 +2502,20 @@ class ReplacedDatabase(GatewayCase):
             os.replace(copy, self.db)
             self.assertStatus(self.ask("GET", "/api/tags"), 200)
             self.assertStatus(self.ask("GET", "/api/tags", token=lost), 401)
-        self.assertEqual(self.users_elsewhere(), {"ada", "root"})
+        self.assertEqual(self.users_in_other_process(), {"ada", "root"})
 
     def test_other_process_reads_the_restored_backup(self):
         copy = self.copy()
         self.store.create("eve", "lost")
         os.replace(copy, self.db)   # without a request, so the gateway has not noticed it yet
-        self.assertEqual(self.users_elsewhere(), {"ada", "root"})
-        self.delete_elsewhere()
+        self.assertEqual(self.users_in_other_process(), {"ada", "root"})
+        self.delete_in_other_process()
         self.assertStatus(self.ask("GET", "/api/tags"), 401)
 
     def test_token_revoked_by_another_process_in_the_new_file_is_refused(self):
         os.replace(self.copy(), self.db)
         self.assertStatus(self.ask("GET", "/api/tags"), 200)
-        self.delete_elsewhere()
+        self.delete_in_other_process()
         self.assertStatus(self.ask("GET", "/api/tags"), 401)
 
     def test_two_gateways_both_switch_to_the_new_file(self):
@@ -2529,10 +2531,10 @@ class ReplacedDatabase(GatewayCase):
         self.assertStatus(self.ask("GET", "/api/tags"), 401)
         secret = self.store.create("bob", "desk")[1]
         self.assertStatus(self.ask("GET", "/api/tags", token=secret, server=other), 200)
-        self.assertEqual(self.users_elsewhere(), {"bob", "root"})
+        self.assertEqual(self.users_in_other_process(), {"bob", "root"})
 
     def test_usage_not_stored_yet_is_written_to_the_new_file(self):
-        self.store.update("ada", "laptop", tokens_per_day=20)   # each answer costs 13
+        self.store.update("ada", "laptop", tokens_per_day=20)   # each response costs 13
         copy = self.copy()
         self.assertStatus(self.ask("POST", "/api/chat", CHAT), 200)
         os.replace(copy, self.db)
@@ -2548,7 +2550,7 @@ class ReplacedDatabase(GatewayCase):
         os.replace(copy, self.db)
         made = self.ask("POST", "/admin/tokens", {"user": "bob", "name": "desk"}, token=self.admin)
         self.assertStatus(made, 201)
-        self.assertEqual(self.users_elsewhere(), {"ada", "bob", "root"})
+        self.assertEqual(self.users_in_other_process(), {"ada", "bob", "root"})
 
     def test_requests_are_refused_while_the_database_is_removed(self):
         away = self.path("away.db")
@@ -2576,7 +2578,7 @@ class ReplacedDatabase(GatewayCase):
                 self.assertOnlyRefused(words)
         os.replace(aside, self.db)   # the original, whose -wal was removed
         self.assertStatus(self.ask("GET", "/api/tags"), 200)
-        self.delete_elsewhere()
+        self.delete_in_other_process()
         self.assertStatus(self.ask("GET", "/api/tags"), 401)
 
     def test_database_replaced_and_put_back_between_requests_is_reopened(self):
@@ -2589,7 +2591,7 @@ class ReplacedDatabase(GatewayCase):
         os.replace(self.path("aside.db"), self.db)
         with self.assertRaises(gateway.Failure):
             self.store.list()
-        self.delete_elsewhere()     # creates a new -shm
+        self.delete_in_other_process()     # creates a new -shm
         with self.assertRaises(gateway.Failure):
             self.store.list()
         self.assertEqual(eventually(lambda: {self.ask("GET", "/api/tags").status} - {503}), {401})
@@ -2624,16 +2626,16 @@ class ReplacedDatabase(GatewayCase):
     def test_replacement_of_a_read_only_database_is_detected(self):
         path, secret = self.other()
         with unittest.mock.patch("os.access", lambda path, mode: mode != os.W_OK):
-            with contextlib.closing(gateway.TokenStore(self.copy())) as store, contextlib.closing(gateway.TokenCache(store)) as table:
-                self.assertIsNone(table.lookup(secret))
+            with contextlib.closing(gateway.TokenStore(self.copy())) as store, contextlib.closing(gateway.TokenCache(store)) as cache:
+                self.assertIsNone(cache.lookup(secret))
                 os.replace(path, store.path)
-                self.assertEqual(table.lookup(secret).name, "new")
-                self.assertIsNone(table.lookup(self.token))
+                self.assertEqual(cache.lookup(secret).name, "new")
+                self.assertIsNone(cache.lookup(self.token))
                 os.link(store.path, self.path("aside.db"))
                 os.replace(self.write("bad.db", b"This is not a database.\n" * 1000), store.path)
-                self.assertRaises(gateway.Failure, table.lookup, secret)
+                self.assertRaises(gateway.Failure, cache.lookup, secret)
                 os.replace(self.path("aside.db"), store.path)
-                self.assertEqual((table.lookup(secret).name, len(store.list())), ("new", 1))
+                self.assertEqual((cache.lookup(secret).name, len(store.list())), ("new", 1))
 
     def test_commit_during_replacement_fails(self):
         copy = self.copy()
@@ -2686,7 +2688,7 @@ sys.exit(max(ollama_gateway.main(["token", "create", sys.argv[1], str(n), "--qui
 
 class ConcurrentChangesAndClients(GatewayCase):
 
-    def elsewhere(self, *argv):
+    def run_in_other_process(self, *argv):
         """Run a command in another process; return its output."""
         done = run_alone(*argv, "--db", self.db)
         self.assertEqual((done.returncode, done.stderr), (0, b""))
@@ -2716,9 +2718,9 @@ class ConcurrentChangesAndClients(GatewayCase):
 
     def test_token_commands_of_another_process_apply_to_the_next_request(self):
         client = self.client()
-        secret = self.elsewhere("token", "create", "bob", "desk", "--quiet")
+        secret = self.run_in_other_process("token", "create", "bob", "desk", "--quiet")
         self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(secret)), 200)
-        self.elsewhere("token", "delete", "bob", "desk")
+        self.run_in_other_process("token", "delete", "bob", "desk")
         self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(secret)), 401)
 
     def test_each_of_many_rapid_changes_applies_to_the_next_request(self):
@@ -2739,7 +2741,7 @@ class ConcurrentChangesAndClients(GatewayCase):
         client = self.client()
         self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(secret)), 401)
         run_alone("token", "export", self.path("x.json"), "--db", self.path("other.db"), check=True)
-        self.elsewhere("token", "import", self.path("x.json"))
+        self.run_in_other_process("token", "import", self.path("x.json"))
         self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(secret)), 200)
 
     def test_running_stream_survives_token_deletion_but_new_requests_are_refused(self):
@@ -2794,13 +2796,13 @@ class ConcurrentChangesAndClients(GatewayCase):
         for label, db in (("database of a running gateway", self.db), ("new database", self.path("new.db"))):
             with self.subTest(label):
                 pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-                makers = [self.enter(subprocess.Popen([sys.executable, "-c", script, f"user{number}", db], **pipes)) for number in range(8)]
-                for maker in makers:
-                    maker.stdin.write(b"go\n")
-                    maker.stdin.flush()
-                said = [maker.communicate(timeout=3 * GUARD) for maker in makers]
-                self.assertEqual([(maker.returncode, err) for maker, (out, err) in zip(makers, said)], [(0, b"")] * 8)
-                secrets = b"".join(out for out, err in said).decode().split()
+                processes = [self.enter(subprocess.Popen([sys.executable, "-c", script, f"user{number}", db], **pipes)) for number in range(8)]
+                for process in processes:
+                    process.stdin.write(b"go\n")
+                    process.stdin.flush()
+                outputs = [process.communicate(timeout=3 * GUARD) for process in processes]
+                self.assertEqual([(process.returncode, err) for process, (out, err) in zip(processes, outputs)], [(0, b"")] * 8)
+                secrets = b"".join(out for out, err in outputs).decode().split()
                 self.assertEqual(len(secrets), 40)
                 self.assertTrue(all(self.find(*secrets, db=db)))
                 if db == self.db:
@@ -2848,10 +2850,10 @@ class ConnectionLimitsAndSlowClients(GatewayCase):
     def test_connection_over_the_limit_gets_503_if_none_is_idle(self):
         hold, server = self.hold(), self.serve(max_connections="2")
         busy = [self.hold_a_stream(server, hold, token) for token in (self.token, self.admin)]
-        for said in (b"", request("GET", "/api/tags", headers=bearer(self.token)), request("POST", "/api/chat", b"x" * 300_000)):
-            with self.subTest(len(said)), Client(server.server_address) as newcomer:
-                newcomer.send(said)
-                answer = newcomer.answer()
+        for data in (b"", request("GET", "/api/tags", headers=bearer(self.token)), request("POST", "/api/chat", b"x" * 300_000)):
+            with self.subTest(len(data)), Client(server.server_address) as client:
+                client.send(data)
+                answer = client.answer()
                 self.assertEqual((answer.status, answer.ended, answer.json().keys()), (503, "clean", {"error"}))
                 self.assertGreater(int(answer.headers["retry-after"]), 0)
         hold.set()
@@ -2867,10 +2869,10 @@ class ConnectionLimitsAndSlowClients(GatewayCase):
 
     def test_slowly_sent_head_times_out_with_408(self):
         server = self.serve(header_timeout="0.5s")
-        for label, said in (("headers", b"GET /api/tags HTTP/1.1\r\n" + b"X: y\r\n" * 1000), ("a line", b"GET /" + b"a" * 5000),
+        for label, data in (("headers", b"GET /api/tags HTTP/1.1\r\n" + b"X: y\r\n" * 1000), ("a line", b"GET /" + b"a" * 5000),
                             ("half a line end", b"GET / HTTP/1.1\r")):
             with self.subTest(label), Client(server.server_address) as client:
-                for byte in said:
+                for byte in data:
                     client.send(bytes([byte]))
                     if select.select([client.socket], [], [], 0.005)[0]:
                         break
@@ -2946,10 +2948,10 @@ class ConnectionLimitsAndSlowClients(GatewayCase):
         hold.set()
         self.assertEqual(busy.read(busy.begun).ended, "clean")
 
-    def unfinished(self, server, source="127.0.0.1", said=b"G"):
+    def incomplete_head(self, server, source="127.0.0.1", data=b"G"):
         """Open a connection that has sent an incomplete request head."""
         client = self.enter(Client(server.server_address, source=source))
-        client.send(said)
+        client.send(data)
         return client
 
     def assert_evicted(self, *clients):
@@ -2965,7 +2967,7 @@ class ConnectionLimitsAndSlowClients(GatewayCase):
 
     def test_incomplete_heads_do_not_block_valid_tokens_and_are_evicted_silently(self):
         server = self.serve(max_connections="8")
-        clients = [self.unfinished(server, f"127.0.0.{number}") for number in range(2, 10)]
+        clients = [self.incomplete_head(server, f"127.0.0.{number}") for number in range(2, 10)]
         used = self.client(server)
         self.assertStatus(used.ask("GET", "/", headers=[("X-Request-Id", "first")]), 200)
         used.send(b"G")     # the start of its next head
@@ -2979,10 +2981,10 @@ class ConnectionLimitsAndSlowClients(GatewayCase):
 
     def test_longest_waiting_connection_is_evicted_whether_idle_or_with_incomplete_head(self):
         server = self.serve(max_connections="3")
-        unfinished, idle, other = self.unfinished(server, "127.0.0.2"), self.client(server), self.unfinished(server, "127.0.0.3")
+        incomplete_head, idle, other = self.incomplete_head(server, "127.0.0.2"), self.client(server), self.incomplete_head(server, "127.0.0.3")
         self.assertStatus(idle.ask("GET", "/"), 200)
         self.assertStatus(self.ask_until_there_is_room(server), 200)
-        self.assert_evicted(unfinished)
+        self.assert_evicted(incomplete_head)
         self.assertStatus(idle.ask("GET", "/"), 200)
         self.assert_open(other)
 
@@ -2992,8 +2994,8 @@ class ConnectionLimitsAndSlowClients(GatewayCase):
         for _ in range(4):      # sequentially: each has completed a request before the next one connects
             idle.append(self.client(server))
             self.assertStatus(idle[-1].ask("GET", "/"), 200)
-        other = self.unfinished(server, "127.0.0.3")
-        clients = [self.unfinished(server, "127.0.0.2") for _ in range(5)]
+        other = self.incomplete_head(server, "127.0.0.3")
+        clients = [self.incomplete_head(server, "127.0.0.2") for _ in range(5)]
         self.assert_evicted(*clients[:2])
         self.assert_open(*clients[2:], other)
         for client in idle:
@@ -3001,7 +3003,7 @@ class ConnectionLimitsAndSlowClients(GatewayCase):
 
     def test_incomplete_head_limit_does_not_apply_to_a_trusted_proxy(self):
         server = self.serve(max_connections="8", trusted_proxies="127.0.0.2")
-        self.assert_open(*[self.unfinished(server, "127.0.0.2") for _ in range(8)])
+        self.assert_open(*[self.incomplete_head(server, "127.0.0.2") for _ in range(8)])
 
     def test_client_that_does_not_read_is_evicted_unless_its_token_is_valid(self):
         server = self.serve(max_connections="2")
@@ -3204,7 +3206,7 @@ LAST_CHAT_LINE = compact({"message": {"role": "assistant", "content": ""}, "done
 class FileDescriptorExhaustion(GatewayCase):
     """The process really runs out of file descriptors: its limit is lowered while it runs."""
 
-    def program(self, *argv, url=None, preexec=None):
+    def start_gateway(self, *argv, url=None, preexec=None):
         # A separate address: the gateway of another test may still probe a port of 127.0.0.1 that its stopped upstream used.
         return self.enter(Serving(self.folder, "--host", "127.0.0.2", "--port", "0", "--ollama-url", url or self.fake.url, "--db", self.db,
                                   "--metrics-open", *argv, preexec=preexec))
@@ -3213,13 +3215,13 @@ class FileDescriptorExhaustion(GatewayCase):
     def used(serving):
         return {int(name) for name in os.listdir(f"/proc/{serving.process.pid}/fd")}
 
-    def leave(self, serving, free):
+    def limit_descriptors(self, serving, free):
         """Lower the process's limit so that it can open only `free` more descriptors."""
         used = self.used(serving)
         limit = max(limit for limit in range(max(used) + free + 2) if limit - sum(number < limit for number in used) == free)
         resource.prlimit(serving.process.pid, resource.RLIMIT_NOFILE, (limit, resource.prlimit(serving.process.pid, resource.RLIMIT_NOFILE)[1]))
 
-    def lift(self, serving):
+    def lift_limit(self, serving):
         hard = resource.prlimit(serving.process.pid, resource.RLIMIT_NOFILE)[1]
         resource.prlimit(serving.process.pid, resource.RLIMIT_NOFILE, (hard, hard))
 
@@ -3235,7 +3237,7 @@ class FileDescriptorExhaustion(GatewayCase):
         client.begun = client.read(client.head(), until=LINE)
         return client
 
-    def assert_starved(self, serving, client, body=CHAT):
+    def assert_out_of_descriptors(self, serving, client, body=CHAT):
         """Check the refusal, the metrics and that there is exactly one warning."""
         for _ in range(3):
             text = self.assertRefused(client.ask("POST", "/v1/chat/completions", body, bearer(self.token)), 503, "/v1/chat/completions")
@@ -3249,48 +3251,48 @@ class FileDescriptorExhaustion(GatewayCase):
     def test_no_descriptor_for_the_upstream_connection_is_503_not_502(self):
         for host in "127.0.0.1", "localhost":
             with self.subTest(host):
-                hold, serving = self.hold(), self.program(url=self.fake.url.replace("127.0.0.1", host))
+                hold, serving = self.hold(), self.start_gateway(url=self.fake.url.replace("127.0.0.1", host))
                 client, stream = self.used_client(serving), self.streaming(serving, hold)
-                self.leave(serving, 0)
-                self.assert_starved(serving, client)
+                self.limit_descriptors(serving, 0)
+                self.assert_out_of_descriptors(serving, client)
                 hold.set()
                 self.assertEqual(stream.read(stream.begun).ended, "clean")
                 stream.close()
                 self.assertStatus(client.ask("POST", "/v1/chat/completions", CHAT, bearer(self.token)), 200)
 
     def test_no_descriptor_for_a_large_body_is_503(self):
-        serving, body = self.program(), compact({**CHAT, "images": ["x" * 2_000_000]})
+        serving, body = self.start_gateway(), compact({**CHAT, "images": ["x" * 2_000_000]})
         for attempt in range(2):
             client = self.used_client(serving)
-            self.leave(serving, 0)
+            self.limit_descriptors(serving, 0)
             text = self.assertRefused(client.ask("POST", "/api/chat", body, bearer(self.token)), 503)
             self.assertEqual(text, gateway.REFUSALS["no_descriptors"].meaning)
-            self.lift(serving)
+            self.lift_limit(serving)
         self.assertStatus(self.ask("POST", "/api/chat", body, server=serving), 200)
         eventually(lambda: sum("ulimit -n" in line for line in serving.lines) == 1, "the one warning")
 
     def test_fewer_than_two_descriptors_for_the_queue_is_503(self):
-        hold, serving = self.hold(), self.program("--max-parallel", "1")
+        hold, serving = self.hold(), self.start_gateway("--max-parallel", "1")
         client, stream = self.used_client(serving), self.streaming(serving, hold)
-        self.leave(serving, 1)
-        self.assert_starved(serving, client)
+        self.limit_descriptors(serving, 1)
+        self.assert_out_of_descriptors(serving, client)
         hold.set()
         self.assertEqual(stream.read(stream.begun).ended, "clean")
         self.assertStatus(client.ask("POST", "/api/chat", CHAT, bearer(self.token)), 200)
 
     def test_no_descriptor_for_a_new_client_evicts_an_idle_connection(self):
-        serving = self.program()
+        serving = self.start_gateway()
         idle = self.used_client(serving)
-        self.leave(serving, 0)
+        self.limit_descriptors(serving, 0)
         for _ in range(5):      # each evicts the one before it
             self.assertStatus(self.client(serving).ask("GET", "/"), 200)
         self.assertIsNone(idle.answer())
         eventually(lambda: sum("ulimit -n" in line for line in serving.lines) == 1, "the one warning")
-        self.lift(serving)
+        self.lift_limit(serving)
         self.assertStatus(self.ask("POST", "/api/chat", CHAT, server=serving), 200)
 
     def test_connection_needs_four_descriptors_queued_and_three_while_forwarding(self):
-        hold, serving = [self.hold(), self.hold()], self.program("--max-parallel", "1")
+        hold, serving = [self.hold(), self.hold()], self.start_gateway("--max-parallel", "1")
         stream, before = self.streaming(serving, hold[0]), len(self.used(serving))
         self.fake.replies["/api/chat"] = Reply.stream(LINE, hold[1])
         client = self.begin("POST", "/api/chat", compact({**CHAT, "images": ["x" * 2_000_000]}), server=serving)
@@ -3304,11 +3306,11 @@ class FileDescriptorExhaustion(GatewayCase):
     def test_burst_under_a_low_hard_limit_is_served_up_to_the_reduced_cap(self):
         limits = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (256, 256))
         hold, body = self.hold(), compact({**CHAT, "images": ["x" * 1_100_000]})
-        serving = self.program(preexec=limits)
+        serving = self.start_gateway(preexec=limits)
         self.fake.replies["/api/chat"] = Reply.stream(LINE, hold)
-        fit = (256 - gateway.POOL_SIZE - gateway.SPARE_DESCRIPTORS) // gateway.CONNECTION_DESCRIPTORS
-        self.assertIn(f"Only {fit} connections fit", eventually(lambda: serving.lines[1:] and serving.lines[1]))
-        tokens = [self.store.create("eve", f"phone {number}")[1] for number in range(fit)]
+        expected_cap = (256 - gateway.POOL_SIZE - gateway.SPARE_DESCRIPTORS) // gateway.CONNECTION_DESCRIPTORS
+        self.assertIn(f"Only {expected_cap} connections fit", eventually(lambda: serving.lines[1:] and serving.lines[1]))
+        tokens = [self.store.create("eve", f"phone {number}")[1] for number in range(expected_cap)]
         clients = [self.begin("POST", "/api/chat", body, token, serving) for token in tokens]
         begun = [client.read(client.head(), until=LINE) for client in clients]
         self.assertEqual({answer.status for answer in begun}, {200})
@@ -3404,18 +3406,18 @@ class GracefulShutdown(Case):
 
 # == Routing and access =======================================================
 
-FOR_ALL = (
+USER_ROUTES = (
     ("GET", "/api/version"), ("GET", "/api/status"), ("GET", "/api/tags"), ("GET", "/api/ps"), ("POST", "/api/show"), ("GET", "/v1/models"),
     ("GET", "/v1/models/tiny"), ("GET", "/api/experimental/model-recommendations"),
     ("POST", "/api/generate"), ("POST", "/api/chat"), ("POST", "/api/embed"), ("POST", "/api/embeddings"), ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"), ("POST", "/v1/embeddings"), ("POST", "/v1/responses"), ("POST", "/v1/audio/transcriptions"),
     ("POST", "/v1/messages"))
-FOR_ADMINISTRATORS = (
+ADMIN_ROUTES = (
     ("POST", "/api/pull"), ("POST", "/api/push"), ("POST", "/api/create"), ("POST", "/api/copy"), ("DELETE", "/api/delete"),
     ("POST", f"/api/blobs/{DIGEST}"),
     ("HEAD", f"/api/blobs/{DIGEST}"), ("POST", "/api/me"), ("POST", "/api/signout"), ("DELETE", "/api/user/keys/key-1"),
     ("POST", "/api/experimental/web_search"), ("POST", "/api/experimental/web_fetch"))
-NO_ROUTES = (
+UNKNOWN_PATHS = (
     "/api", "/api/", "/api/nonsense", "/API/tags", "/api/tags/", "//api/tags", "/api//tags", "/./api/tags", "/api/./tags", "/api/../api/tags",
     "/api%2Ftags", "/api/%74ags", "/api/tags%00", "/api/tags;x", "/api\\tags", "/api/tags\\", "/api/blobs/", "/api/blobs/x/y",
     f"/api/blobs/{DIGEST}/..", "/api/user/keys/", "/api/user/keys/a/b", "/v1", "/v1/", "/v2/models", "/v1/models/", "/v1/models/a/b",
@@ -3433,7 +3435,7 @@ class Routing(GatewayCase):
         return MODEL_BODY if method in ("POST", "DELETE", "PUT", "PATCH") else None
 
     def test_user_routes_are_open_to_any_token(self):
-        for method, path in FOR_ALL:
+        for method, path in USER_ROUTES:
             with self.subTest(f"{method} {path}"):
                 self.fake.received.clear()
                 form = path.endswith("/transcriptions")
@@ -3441,7 +3443,7 @@ class Routing(GatewayCase):
                 self.assertEqual(self.seen(), [(method, path)])
 
     def test_management_and_account_routes_require_an_admin_token(self):
-        for method, path in FOR_ADMINISTRATORS:
+        for method, path in ADMIN_ROUTES:
             with self.subTest(f"{method} {path}"):
                 self.fake.received.clear()
                 answer = self.ask(method, path, self.body_for(method))
@@ -3453,14 +3455,14 @@ class Routing(GatewayCase):
     def test_route_table_contains_no_other_routes(self):
         own = {"/", "/health", "/me", "/metrics", "/docs", "/openapi.json", "/admin", "/admin/status", "/admin/usage", "/admin/tokens",
                "/admin/tokens/{id}", "/admin/tokens/{id}/rotate"}
-        known = set(FOR_ALL + FOR_ADMINISTRATORS)
+        known = set(USER_ROUTES + ADMIN_ROUTES)
         for route in gateway.ROUTES:
             pattern = re.compile(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(route.path)))
             with self.subTest(f"{route.method} {route.path}"):
                 self.assertTrue(route.path in own or any(method == route.method and pattern.fullmatch(path) for method, path in known))
 
     def test_head_is_accepted_wherever_get_is_and_has_no_body(self):
-        for method, path in FOR_ALL + (("GET", "/"), ("GET", "/health")):
+        for method, path in USER_ROUTES + (("GET", "/"), ("GET", "/health")):
             if method == "GET":
                 with self.subTest(path), Client(self.server.server_address) as client:
                     client.send(request("HEAD", path, headers=bearer(self.token)), request("GET", path, headers=bearer(self.token)))
@@ -3469,14 +3471,14 @@ class Routing(GatewayCase):
 
     def test_wrong_method_is_405_with_the_allowed_methods(self):
         allowed = collections.defaultdict(set)
-        for method, path in FOR_ALL + FOR_ADMINISTRATORS + (("GET", "/health"),):
+        for method, path in USER_ROUTES + ADMIN_ROUTES + (("GET", "/health"),):
             allowed[path] |= {"GET", "HEAD"} if method == "GET" else {method}
-        for path, right in allowed.items():
-            for method in set(METHODS) - right:
+        for path, methods in allowed.items():
+            for method in set(METHODS) - methods:
                 with self.subTest(f"{method} {path}"):
                     answer = self.ask(method, path, self.body_for(method))
                     self.assertStatus(answer, 405)
-                    self.assertEqual(set(re.split(", *", answer.headers["allow"])) - {"OPTIONS"}, right)
+                    self.assertEqual(set(re.split(", *", answer.headers["allow"])) - {"OPTIONS"}, methods)
         self.assertEqual(self.fake.received, [])
 
     def test_method_names_are_case_sensitive(self):
@@ -3485,7 +3487,7 @@ class Routing(GatewayCase):
                 self.assertStatus(self.ask(method, "/api/tags"), 405)
 
     def test_unknown_path_is_404(self):
-        for path in NO_ROUTES:
+        for path in UNKNOWN_PATHS:
             for token in (self.token, self.admin):
                 with self.subTest(path, token=token[:8]):
                     self.assertStatus(self.ask("GET", path, token=token), 404)
@@ -3710,36 +3712,36 @@ class ModelAllowList(GatewayCase):
 
     def setUp(self):
         super().setUp()
-        self.listed = self.store.create("eve", "phone", models="tiny,ada/*")[1]
+        self.restricted = self.store.create("eve", "phone", models="tiny,ada/*")[1]
 
-    def try_all(self, method, path, body=None, headers=()):
+    def statuses_by_token(self, method, path, body=None, headers=()):
         """Send the request with the token with an allow-list, the one without and the admin's; return the statuses."""
         self.fake.received.clear()
-        return [self.ask(method, path, body, headers, token=token).status for token in (self.listed, self.token, self.admin)]
+        return [self.ask(method, path, body, headers, token=token).status for token in (self.restricted, self.token, self.admin)]
 
     def test_model_lists_contain_only_allowed_models(self):
         self.fake.replies["/api/tags"] = self.fake.replies["/api/ps"] = Reply.json(200, {"models": OTHER_MODELS, "more": 1.5})
         self.fake.replies["/v1/models"] = Reply.json(200, {"object": "list", "data": [dict(V1_MODEL, id=row["name"]) for row in OTHER_MODELS]})
         for path, key, name in (("/api/tags", "models", "name"), ("/api/ps", "models", "model"), ("/v1/models", "data", "id")):
             with self.subTest(path):
-                for token, count in ((self.listed, 2), (self.token, 4), (self.admin, 4)):
+                for token, count in ((self.restricted, 2), (self.token, 4), (self.admin, 4)):
                     self.assertEqual(len(self.ask("GET", path, token=token).json()[key]), count)
-                answer = self.ask("GET", path, token=self.listed)
+                answer = self.ask("GET", path, token=self.restricted)
                 self.assertEqual([row[name] for row in answer.json()[key]], ["Tiny:Latest", "ada/tiny:latest"])
                 self.assertEqual(int(answer.headers["content-length"]), len(answer.body))
-                head = self.ask("HEAD", path, token=self.listed)
+                head = self.ask("HEAD", path, token=self.restricted)
                 self.assertEqual((head.headers["content-length"], head.body), (answer.headers["content-length"], b""))
-        self.assertEqual(self.ask("GET", "/api/tags", token=self.listed).json()["more"], 1.5)
+        self.assertEqual(self.ask("GET", "/api/tags", token=self.restricted).json()["more"], 1.5)
 
     def test_model_list_that_cannot_be_filtered_is_502(self):
         for reply in (Reply.body(200, b'{"models": [{"name": "secret"}'), Reply.json(200, ["secret"]), Reply.json(200, {"other": ["secret"]}),
                       Reply.json(200, {"models": [{"nom": "secret"}]}), Reply.json(200, {"models": [{"model": 5}]})):
             self.fake.replies["/api/tags"] = reply
-            self.assertNotIn("secret", self.assertRefused(self.ask("GET", "/api/tags", token=self.listed), 502))
+            self.assertNotIn("secret", self.assertRefused(self.ask("GET", "/api/tags", token=self.restricted), 502))
         self.fake.replies["/api/tags"] = Reply.json(500, {"error": "no"})
-        self.assertEqual(self.ask("GET", "/api/tags", token=self.listed).json(), {"error": "no"})
+        self.assertEqual(self.ask("GET", "/api/tags", token=self.restricted).json(), {"error": "no"})
         self.fake.replies["/v1/models"] = Reply.json(200, {"object": "list", "data": None})
-        self.assertEqual(self.ask("GET", "/v1/models", token=self.listed).json()["data"], [])
+        self.assertEqual(self.ask("GET", "/v1/models", token=self.restricted).json()["data"], [])
 
     def test_model_not_allowed_is_403_on_every_route_that_names_a_model(self):
         for route in gateway.ROUTES:
@@ -3752,19 +3754,19 @@ class ModelAllowList(GatewayCase):
                     path, body, headers = route.path.replace("{model}", model.replace("/", "%2F")), {"model": model}, ()
                     if route.model_in == "form":
                         body, headers = form((b"model", model.encode()), (b"prompt", b"secret")), FORM_TYPE
-                    answer = self.ask(route.method, path, None if route.model_in == "path" else body, headers, token=self.listed)
+                    answer = self.ask(route.method, path, None if route.model_in == "path" else body, headers, token=self.restricted)
                     if status == 200:
                         self.assertTrue(self.fake.received, answer)
                     else:
-                        told = self.assertRefused(answer, 403, path)
-                        self.assertIn(model, told)
+                        message = self.assertRefused(answer, 403, path)
+                        self.assertIn(model, message)
                         self.assertEqual(self.fake.received, [])
 
     def test_name_member_is_checked_if_model_is_missing(self):
         for body, status in (({"name": "secret"}, 403), ({"model": "", "name": "secret"}, 403), ({"model": None, "name": "secret"}, 403),
                              ({"model": "tiny", "name": "secret"}, 200), ({"name": "tiny"}, 200), ({}, 400), (None, 400), ({"model": ["tiny"]}, 400)):
             with self.subTest(body):
-                self.assertEqual(self.try_all("POST", "/api/show", body), [status, 200, 200])
+                self.assertEqual(self.statuses_by_token("POST", "/api/show", body), [status, 200, 200])
 
     def test_json_body_variants_do_not_bypass_the_allow_list(self):
         for label, body, statuses in (
@@ -3792,7 +3794,7 @@ class ModelAllowList(GatewayCase):
         ):
             for path in "/api/chat", "/v1/chat/completions", "/v1/messages":
                 with self.subTest(label, path=path):
-                    self.assertEqual(self.try_all("POST", path, body), [*statuses, 200])
+                    self.assertEqual(self.statuses_by_token("POST", path, body), [*statuses, 200])
                     self.assertEqual([seen.body for seen in self.fake.received], [body] * (1 + statuses.count(200)), "not forwarded as sent")
 
     def test_form_body_variants_do_not_bypass_the_allow_list(self):
@@ -3833,11 +3835,11 @@ class ModelAllowList(GatewayCase):
         ):
             with self.subTest(label):
                 headers = [("Content-Type", kind)] if kind else FORM_TYPE
-                self.assertEqual(self.try_all("POST", path + query, body, headers), [*statuses, 200])
+                self.assertEqual(self.statuses_by_token("POST", path + query, body, headers), [*statuses, 200])
 
     def test_compressed_body_is_refused(self):
         for path in "/api/chat", "/v1/responses":
-            self.assertEqual(self.try_all("POST", path, {"model": "tiny"}, [("Content-Encoding", "zstd")]), [415, 415, 200])
+            self.assertEqual(self.statuses_by_token("POST", path, {"model": "tiny"}, [("Content-Encoding", "zstd")]), [415, 415, 200])
 
     def test_cloud_model_is_allowed_only_by_an_explicit_cloud_pattern(self):
         for models, status in (("*", 403), ("big*", 403), ("big:cloud", 200), ("*-cloud,*:cloud", 200)):
@@ -3848,7 +3850,7 @@ class ModelAllowList(GatewayCase):
         with Client(self.server.server_address) as client:
             for models, status in (("tiny", 403), ("secret*", 200), (None, 200), ("x", 403)):
                 self.store.update("eve", "phone", models=models)
-                self.assertStatus(client.ask("POST", "/api/chat", {"model": "secret"}, bearer(self.listed)), status)
+                self.assertStatus(client.ask("POST", "/api/chat", {"model": "secret"}, bearer(self.restricted)), status)
 
     def test_admin_token_cannot_have_an_allow_list(self):
         with self.assertRaises(gateway.UsageError):
@@ -4037,14 +4039,15 @@ class AuthenticationThrottling(GatewayCase):
         self.assertEqual(self.logged()["peer"], "192.0.2.7")
 
     def test_forwarded_address_from_an_untrusted_peer_is_ignored(self):
-        for label, trusted, said, peer in (
+        for label, trusted, forwarded_for, peer in (
             ("nobody", "", "192.0.2.7", "127.0.0.1"), ("another", "10.0.0.1", "192.0.2.7", "127.0.0.1"),
             ("nonsense", "127.0.0.1", "192.0.2.7, unknown", "127.0.0.1"), ("nothing", "127.0.0.1", "", "127.0.0.1"),
             ("only proxies", "127.0.0.1", "127.0.0.1", "127.0.0.1"), ("IPv6", "127.0.0.1", "2001:DB8::1", "2001:db8::1"),
         ):
             with self.subTest(label):
                 self.lines.clear()
-                self.assertStatus(self.ask("GET", "/api/tags", headers=[("X-Forwarded-For", said)], server=self.serve(trusted_proxies=trusted)), 200)
+                server = self.serve(trusted_proxies=trusted)
+                self.assertStatus(self.ask("GET", "/api/tags", headers=[("X-Forwarded-For", forwarded_for)], server=server), 200)
                 self.assertEqual(self.logged()["peer"], peer)
 
     def test_number_of_delayed_failures_is_bounded(self):
@@ -4114,7 +4117,7 @@ class LimiterWithFakeClock(unittest.TestCase):
     def fields(self, token):
         return self.limiter.fields(self.slot(token).context)
 
-    def hold(self, token):
+    def admit(self, token):
         """Admit a request; return a function that ends it, or the code and Retry-After of the refusal."""
         held = contextlib.ExitStack()
         try:
@@ -4128,7 +4131,7 @@ class LimiterWithFakeClock(unittest.TestCase):
         for second in range(0, 400, 7):
             self.now = 1000.0 + second
             for _ in range(2):
-                end = self.hold(token)
+                end = self.admit(token)
                 if callable(end):
                     end()
                     admitted.append(self.now)
@@ -4138,45 +4141,45 @@ class LimiterWithFakeClock(unittest.TestCase):
     def test_rate_limit_allows_no_double_burst_across_a_minute_boundary(self):
         token = self.token(rpm=2)
         self.now = 1019.0   # near a minute boundary
-        self.assertTrue(callable(self.hold(token)) and callable(self.hold(token)))
+        self.assertTrue(callable(self.admit(token)) and callable(self.admit(token)))
         self.now = 1021.5
-        self.assertEqual(self.hold(token), ("rate_limited", "58"))
+        self.assertEqual(self.admit(token), ("rate_limited", "58"))
         self.now = 1079.0
-        self.assertTrue(callable(self.hold(token)))
+        self.assertTrue(callable(self.admit(token)))
 
     def test_refused_requests_do_not_count_toward_the_rate(self):
         token = self.token(rpm=1)
-        self.hold(token)()
+        self.admit(token)()
         for _ in range(5):
-            self.assertEqual(self.hold(token)[0], "rate_limited")
+            self.assertEqual(self.admit(token)[0], "rate_limited")
         self.now += 60
-        self.assertTrue(callable(self.hold(token)))
+        self.assertTrue(callable(self.admit(token)))
 
     def test_parallel_limit_is_enforced(self):
         token = self.token(max_parallel=2)
-        ends = [self.hold(token), self.hold(token)]
-        self.assertEqual(self.hold(token)[0], "too_many_at_once")
+        ends = [self.admit(token), self.admit(token)]
+        self.assertEqual(self.admit(token)[0], "too_many_at_once")
         ends[0]()
-        self.assertTrue(callable(self.hold(token)))
+        self.assertTrue(callable(self.admit(token)))
 
     def test_spent_daily_budget_refuses_new_requests(self):
         token = self.token(tokens_per_day=10)
         self.ledger.spent_today = 9
-        self.assertTrue(callable(self.hold(token)))
+        self.assertTrue(callable(self.admit(token)))
         self.ledger.spent_today = 13
-        self.assertEqual(self.hold(token), ("budget_spent", "3600"))
+        self.assertEqual(self.admit(token), ("budget_spent", "3600"))
 
     def test_lowered_rate_limit_applies_immediately(self):
         for _ in range(4):
-            self.hold(self.token(rpm=9))
+            self.admit(self.token(rpm=9))
             self.now += 10
-        self.assertEqual(self.hold(self.token(rpm=2)), ("rate_limited", "40"))
-        self.assertTrue(callable(self.hold(self.token())), "a token without limits is never refused")
+        self.assertEqual(self.admit(self.token(rpm=2)), ("rate_limited", "40"))
+        self.assertTrue(callable(self.admit(self.token())), "a token without limits is never refused")
 
     def test_limit_nearest_exhaustion_is_in_the_ratelimit_fields(self):
         token = self.token(rpm=10, max_parallel=2, tokens_per_day=1000)
         self.assertEqual(self.fields(token), (("RateLimit-Limit", 10), ("RateLimit-Remaining", 10), ("RateLimit-Reset", 0)))
-        ends = [self.hold(token), self.hold(token)]
+        ends = [self.admit(token), self.admit(token)]
         self.assertEqual(self.fields(token), (("RateLimit-Limit", 2), ("RateLimit-Remaining", 0), ("RateLimit-Reset", 5)))
         ends[0](), ends[1]()
         self.ledger.spent_today = 900
@@ -4193,18 +4196,18 @@ class LimiterWithFakeClock(unittest.TestCase):
 
     def test_unreadable_usage_refuses_the_request(self):
         self.ledger.spent = unittest.mock.Mock(side_effect=gateway.Failure("no"))
-        self.assertEqual(self.hold(self.token(tokens_per_day=10))[0], "uncounted")
+        self.assertEqual(self.admit(self.token(tokens_per_day=10))[0], "uncounted")
         self.assertEqual(self.fields(self.token(tokens_per_day=10)), ())
 
 
 class LimitsOverHttp(GatewayCase):
     """Limits of a token, tested over HTTP."""
 
-    def limited(self, **limits):
+    def limited_token(self, **limits):
         return self.store.create("eve", f"phone {len(self.store.list())}", **limits)[1]
 
     def test_exceeded_limit_is_429_in_the_api_dialect_and_names_the_limit(self):
-        token = self.limited(rpm=1)
+        token = self.limited_token(rpm=1)
         self.assertStatus(self.ask("POST", "/api/chat", CHAT, token=token), 200)
         for path, kind in (("/api/chat", None), ("/v1/chat/completions", "rate_limit_error"), ("/v1/messages", "rate_limit_error")):
             with self.subTest(path):
@@ -4215,20 +4218,20 @@ class LimitsOverHttp(GatewayCase):
         self.assertEqual(len(self.fake.received), 1)
 
     def test_every_response_to_a_limited_token_has_ratelimit_fields(self):
-        token = self.limited(rpm=2)
-        for method, path, body, status, left in (
+        token = self.limited_token(rpm=2)
+        for method, path, body, status, remaining in (
             ("GET", "/api/tags", None, 200, 2), ("POST", "/api/pull", {}, 403, 2), ("POST", "/api/chat", {"model": "a:cloud"}, 403, 2),
             ("POST", "/api/chat", CHAT, 200, 1), ("POST", "/api/embed", {"model": "tiny"}, 200, 0), ("POST", "/api/chat", CHAT, 429, 0),
             ("GET", "/me", None, 200, 0)):
             with self.subTest(path, status=status):
                 answer = self.ask(method, path, body, token=token)
                 self.assertStatus(answer, status)
-                self.assertEqual([answer.headers.get(f"ratelimit-{name}") for name in ("limit", "remaining")], ["2", str(left)])
+                self.assertEqual([answer.headers.get(f"ratelimit-{name}") for name in ("limit", "remaining")], ["2", str(remaining)])
                 self.assertTrue(0 <= int(answer.headers["ratelimit-reset"]) <= 60)
         self.assertNotIn("ratelimit-limit", self.ask("GET", "/api/tags").headers)
 
     def test_failed_and_cancelled_requests_count_but_refused_ones_do_not(self):
-        token = self.limited(rpm=3)
+        token = self.limited_token(rpm=3)
         self.fake.replies["/api/chat"] = [Reply.json(404, {"error": "no"}), Reply.stream(LINE, until_hangup), Reply.json(200, {})]
         self.assertStatus(self.ask("POST", "/api/chat", {"model": "a:cloud"}, token=token), 403)
         self.assertStatus(self.ask("POST", "/api/chat", b"nonsense", token=token), 400)
@@ -4240,12 +4243,12 @@ class LimitsOverHttp(GatewayCase):
         self.assertEqual([self.ask("POST", "/api/chat", CHAT, token=token).status for _ in range(3)], [200, 429, 429])
 
     def test_sequential_requests_never_exceed_a_parallel_limit_of_one(self):
-        token = self.limited(max_parallel=1)
+        token = self.limited_token(max_parallel=1)
         self.assertEqual({self.ask("POST", "/api/chat", {**CHAT, "stream": number % 2 > 0}, token=token).status for number in range(60)}, {200})
 
     def test_parallel_slot_is_released_when_the_last_line_has_been_sent(self):
         """Clients stop reading at the last line, without waiting for the end of the body."""
-        token, hold = self.limited(max_parallel=1), self.hold()
+        token, hold = self.limited_token(max_parallel=1), self.hold()
         for path, kind, pieces in (
                 ("/api/chat", NDJSON, [LINE, compact({"done": True, "eval_count": 2}) + b"\n"]),
                 ("/v1/chat/completions", SSE, [EVENT, b"data: [DONE]\n\n"]),
@@ -4261,7 +4264,7 @@ class LimitsOverHttp(GatewayCase):
         self.assertEqual([row["cancelled"] for row in self.store.usage("user", 0)], [0], "requests whose last line was sent are not cancelled")
 
     def test_parallel_limit_applies_to_concurrent_clients(self):
-        hold, token = self.hold(), self.limited(max_parallel=3)
+        hold, token = self.hold(), self.limited_token(max_parallel=3)
         self.fake.replies["/api/chat"] = Reply.stream(LINE, hold, LINE)
         clients = [self.begin("POST", "/api/chat", CHAT, token=token) for _ in range(8)]
         heads = [client.head() for client in clients]
@@ -4271,7 +4274,7 @@ class LimitsOverHttp(GatewayCase):
         self.assertStatus(self.ask("POST", "/api/chat", CHAT, token=token), 200)
 
     def test_spent_budget_stays_spent_after_a_restart(self):
-        token = self.limited(tokens_per_day=20)   # each response costs 13
+        token = self.limited_token(tokens_per_day=20)   # each response costs 13
         self.assertEqual([self.ask("POST", "/api/chat", CHAT, token=token).status for _ in range(3)], [200, 200, 429])
         self.server.gateway.close()
         again = self.serve()
@@ -4283,14 +4286,14 @@ class LimitsOverHttp(GatewayCase):
         self.assertStatus(self.ask("POST", "/api/chat", CHAT, token=token, server=again), 200)
 
     def test_two_gateways_on_one_database_share_a_budget(self):
-        token, other = self.limited(tokens_per_day=20), self.serve()
+        token, other = self.limited_token(tokens_per_day=20), self.serve()
         self.assertStatus(self.ask("POST", "/api/chat", CHAT, token=token, server=other), 200)
         self.assertStatus(self.ask("POST", "/api/chat", CHAT, token=token), 200)
         eventually(lambda: self.ask("GET", "/me", token=token, server=other).json()["left"]["tokens_per_day"]["remaining"] == 0)
         self.assertStatus(self.ask("POST", "/api/chat", CHAT, token=token, server=other), 429)
 
     def test_limits_are_per_token(self):
-        one, other = self.limited(rpm=1), self.limited(rpm=1)
+        one, other = self.limited_token(rpm=1), self.limited_token(rpm=1)
         self.assertEqual([self.ask("POST", "/api/chat", CHAT, token=token).status for token in (one, other, one)], [200, 200, 429])
 
 
@@ -4304,80 +4307,80 @@ class FairQueueOrder(unittest.TestCase):
         """Enter the queue; return the slot and a function that releases it."""
         context = gateway.RequestContext("", 0)
         context.token = unittest.mock.Mock(user=user)
-        place = gateway.Slot(None, context)
-        self.queue.enter(place)
+        slot = gateway.Slot(None, context)
+        self.queue.enter(slot)
         cleanup = contextlib.ExitStack()
-        cleanup.callback(self.queue.leave, place)
+        cleanup.callback(self.queue.leave, slot)
         self.addCleanup(cleanup.close)
-        return place, cleanup.close
+        return slot, cleanup.close
 
     def served_order(self, entries):
         """End the running request until all are served; return the users in the order served."""
         order = []
-        while lined_up:
-            (called,) = [pair for pair in lined_up if pair[0].granted]
-            order.append(called[0].user)
-            lined_up.remove(called)
-            called[1]()
+        while entries:
+            (running,) = [pair for pair in entries if pair[0].granted]
+            order.append(running[0].user)
+            entries.remove(running)
+            running[1]()
         return "".join(order)
 
     def test_fifty_requests_of_one_user_delay_another_user_by_one_turn(self):
-        lined_up = [self.line_up("a") for _ in range(50)] + [self.line_up("b")]
-        self.assertEqual(self.served(lined_up), "ab" + "a" * 49)     # the first one is already running
+        entries = [self.enter_queue("a") for _ in range(50)] + [self.enter_queue("b")]
+        self.assertEqual(self.served_order(entries), "ab" + "a" * 49)     # the first one is already running
 
     def test_delay_is_one_turn_with_a_third_users_request_running(self):
-        lined_up = [self.line_up("c"), *[self.line_up("a") for _ in range(50)], self.line_up("b")]
-        self.assertEqual(self.served(lined_up), "c" + "ab" + "a" * 49)
+        entries = [self.enter_queue("c"), *[self.enter_queue("a") for _ in range(50)], self.enter_queue("b")]
+        self.assertEqual(self.served_order(entries), "c" + "ab" + "a" * 49)
 
     def test_user_who_requeues_after_each_turn_gets_every_second_turn(self):
-        lined_up, order = [self.line_up("a") for _ in range(10)], []
-        lined_up.append(self.line_up("b"))
+        entries, order = [self.enter_queue("a") for _ in range(10)], []
+        entries.append(self.enter_queue("b"))
         while len(order) < 10:
-            (called,) = [pair for pair in lined_up if pair[0].granted]
-            order.append(called[0].user)
-            lined_up.remove(called)
-            called[1]()
-            if called[0].user == "b":
-                lined_up.append(self.line_up("b"))
+            (running,) = [pair for pair in entries if pair[0].granted]
+            order.append(running[0].user)
+            entries.remove(running)
+            running[1]()
+            if running[0].user == "b":
+                entries.append(self.enter_queue("b"))
         self.assertEqual("".join(order), "ab" * 5)
 
     def test_turns_are_round_robin_and_first_in_first_out_per_user(self):
-        lined_up = [self.line_up(user) for user in "aaabbc"]
-        places = [place for place, _ in lined_up]
-        called = []
-        for place in places:
-            place.wakeup and setattr(place.wakeup, "set", lambda place=place: called.append(place))
-        self.assertEqual(self.served(list(lined_up)), "abcaba")
-        self.assertEqual([place for place in called if place.user == "a"], places[1:3])
+        entries = [self.enter_queue(user) for user in "aaabbc"]
+        slots = [slot for slot, _ in entries]
+        woken = []
+        for slot in slots:
+            slot.wakeup and setattr(slot.wakeup, "set", lambda slot=slot: woken.append(slot))
+        self.assertEqual(self.served_order(list(entries)), "abcaba")
+        self.assertEqual([slot for slot in woken if slot.user == "a"], slots[1:3])
         self.assertEqual(self.queue._granted, {}, "the service history is cleared when nobody waits")
 
     def test_queue_grants_as_many_slots_as_its_limit(self):
         self.queue = gateway.FairQueue(3, 100, 60)
-        lined_up = [self.line_up(user) for user in "aaaab"]
-        self.assertEqual([place.granted for place, _ in lined_up], [True, True, True, False, False])
+        entries = [self.enter_queue(user) for user in "aaaab"]
+        self.assertEqual([slot.granted for slot, _ in entries], [True, True, True, False, False])
         self.assertEqual((self.queue.running, self.queue.waiting), (3, 2))
-        lined_up[1][1]()
-        lined_up[0][1]()
+        entries[1][1]()
+        entries[0][1]()
         self.assertEqual((self.queue.running, self.queue.waiting), (3, 0))
 
     def test_abandoned_queue_entry_is_skipped(self):
-        lined_up = [self.line_up(user) for user in "aabab"]
+        entries = [self.enter_queue(user) for user in "aabab"]
         for number in (2, 3):
-            lined_up.pop(2)[1]()
-        self.assertEqual(self.served(lined_up), "aba")
+            entries.pop(2)[1]()
+        self.assertEqual(self.served_order(entries), "aba")
 
     def test_waiting_requests_per_user_are_limited(self):
         self.queue = gateway.FairQueue(1, 2, 60)
         for user in "aaa":
-            self.line_up(user)
+            self.enter_queue(user)
         with self.assertRaises(gateway.Refusal) as caught:
-            self.line_up("a")
+            self.enter_queue("a")
         self.assertEqual(caught.exception.code, "queue_full")
-        self.line_up("b")
+        self.enter_queue("b")
 
     def test_no_request_waits_without_a_limit(self):
         self.queue = gateway.FairQueue(0, 1, 60)
-        self.assertTrue(all(self.line_up("a")[0].granted for _ in range(50)))
+        self.assertTrue(all(self.enter_queue("a")[0].granted for _ in range(50)))
 
 
 class FairQueueOverHttp(GatewayCase):
@@ -4410,7 +4413,7 @@ class FairQueueOverHttp(GatewayCase):
 
     def test_waiting_requests_are_served_round_robin_by_user(self):
         self.begin_first()
-        clients = self.line_up(self.token, self.token, self.other)
+        clients = self.queue_requests(self.token, self.token, self.other)
         self.assertStatus(self.ask("GET", "/api/tags"), 200)   # this route is not queued
         self.first.set()
         self.assertEqual([client.answer().status for client in clients], [200] * 3)
@@ -4421,12 +4424,12 @@ class FairQueueOverHttp(GatewayCase):
     def test_full_queue_is_503_and_does_not_count(self):
         self.begin_first()
         self.store.update("ada", "laptop", rpm=4)   # after the first request, which is not counted
-        self.line_up(*[self.token] * 3)
+        self.queue_requests(*[self.token] * 3)
         answer = self.ask("POST", "/v1/messages", CHAT)
         self.assertIn("--max-queue", self.assertRefused(answer, 503, "/v1/messages"))
         self.assertTrue(int(answer.headers["retry-after"]))
-        told = self.ask("GET", "/me").json()
-        self.assertEqual((told["usage"], told["left"]["rpm"]["remaining"]), ([], 1))
+        me = self.ask("GET", "/me").json()
+        self.assertEqual((me["usage"], me["left"]["rpm"]["remaining"]), ([], 1))
         self.store.update("ada", "laptop", rpm=3)
         self.assertRefused(self.ask("POST", "/v1/messages", CHAT), 429, "/v1/messages")
         self.first.set()
@@ -4437,7 +4440,7 @@ class FairQueueOverHttp(GatewayCase):
         self.store.update("ada", "laptop", tokens_per_day=100)
         client = self.begin("POST", "/api/chat", CHAT)
         client.read(client.head(), until=b"\n")
-        waiting, = self.line_up(self.token)
+        waiting, = self.queue_requests(self.token)
         self.first.set()
         self.assertRefused(waiting.answer(), 429)
 
@@ -4445,7 +4448,7 @@ class FairQueueOverHttp(GatewayCase):
         self.begin_first()
         for label, leave in LEAVING:
             with self.subTest(label):
-                client, = self.line_up(self.token)
+                client, = self.queue_requests(self.token)
                 leave(client)
                 eventually(lambda: self.waiting() == 0, "the queue to be empty")
         self.first.set()
@@ -4465,27 +4468,27 @@ class FairQueueOverHttp(GatewayCase):
     def test_client_disconnect_starts_the_next_request(self):
         self.fake.replies["/api/chat"] = [Reply.stream(LINE, until_hangup), Reply.stream(LINE)]
         running, _ = self.begin_first()
-        waiting, = self.line_up(self.other)
+        waiting, = self.queue_requests(self.other)
         running.close()
         self.assertStatus(waiting.answer(), 200)
 
     def test_upstream_failure_starts_the_next_request(self):
         self.fake.replies["/api/chat"] = [Reply.stream(LINE, self.first, cut), Reply.json(500, {"error": "no"}), Reply.stream(LINE)]
         self.begin_first()
-        clients = self.line_up(self.token, self.other)
+        clients = self.queue_requests(self.token, self.other)
         self.first.set()
         self.assertEqual([client.answer().status for client in clients], [200, 500], "the other user's turn comes first")
 
     def test_upstream_queue_full_503_is_forwarded_with_retry_after(self):
-        for given, told in (({}, "5"), ({"Retry-After": "7"}, "7")):
-            self.fake.replies["/api/chat"] = Reply.json(503, {"error": "server busy"}, **given)
+        for headers, retry_after in (({}, "5"), ({"Retry-After": "7"}, "7")):
+            self.fake.replies["/api/chat"] = Reply.json(503, {"error": "server busy"}, **headers)
             answer = self.ask("POST", "/api/chat", CHAT)
-            self.assertEqual((answer.status, answer.json(), answer.headers["retry-after"]), (503, {"error": "server busy"}, told))
+            self.assertEqual((answer.status, answer.json(), answer.headers["retry-after"]), (503, {"error": "server busy"}, retry_after))
 
     def test_waiting_requests_count_toward_the_parallel_limit(self):
         self.begin_first()
         token = self.store.create("eve", "phone", max_parallel=1)[1]
-        self.line_up(token)
+        self.queue_requests(token)
         self.assertStatus(self.ask("POST", "/api/chat", CHAT, token=token), 429)
         self.first.set()
 
@@ -4497,7 +4500,7 @@ class UsageAccounting(GatewayCase):
         """Wait for usage rows and return them."""
         return eventually(lambda: self.store.usage(by, 0, **where), "usage rows")
 
-    def assertUsed(self, **expected):
+    def assertUsage(self, **expected):
         row, = eventually(lambda: [row for row in self.store.usage("user", 0) if row["requests"] == expected.get("requests", 1)], "the usage row")
         self.assertEqual({key: row[key] for key in expected}, expected)
 
@@ -4507,27 +4510,27 @@ class UsageAccounting(GatewayCase):
                               "ORDER BY route").fetchall()
 
     def test_usage_is_counted_in_every_dialect_with_and_without_streaming(self):
-        spoken = [(path, stream, 8, 5) for path in ("/api/generate", "/api/chat", "/v1/chat/completions", "/v1/completions", "/v1/responses",
+        cases = [(path, stream, 8, 5) for path in ("/api/generate", "/api/chat", "/v1/chat/completions", "/v1/completions", "/v1/responses",
                                                     "/v1/messages") for stream in (True, False)]
-        for path, stream, prompt, completion in spoken + [("/api/embed", False, 3, 0), ("/v1/embeddings", False, 3, 0)]:
+        for path, stream, prompt, completion in cases + [("/api/embed", False, 3, 0), ("/v1/embeddings", False, 3, 0)]:
             with self.subTest(path, stream=stream):
                 self.lines.clear()
                 self.assertStatus(self.ask("POST", path, {**CHAT, "stream": stream}), 200)
                 fields = self.logged()
                 self.assertEqual((fields["prompt"], fields["completion"]), (str(prompt), str(completion)))
-        self.assertUsed(requests=14, errors=0, cancelled=0, prompt_tokens=12 * 8 + 6, completion_tokens=60)
+        self.assertUsage(requests=14, errors=0, cancelled=0, prompt_tokens=12 * 8 + 6, completion_tokens=60)
 
     def test_token_counts_are_null_where_ollama_reports_none(self):
         self.ask("POST", "/api/embeddings", {"model": "tiny"})
         self.ask("POST", "/v1/audio/transcriptions", FORM_BODY, FORM_TYPE)
-        self.assertUsed(requests=2, errors=0, prompt_tokens=None, completion_tokens=None)
+        self.assertUsage(requests=2, errors=0, prompt_tokens=None, completion_tokens=None)
         self.ask("POST", "/api/embed", {"model": "tiny"})
-        self.assertUsed(requests=3, prompt_tokens=3, completion_tokens=0)
+        self.assertUsage(requests=3, prompt_tokens=3, completion_tokens=0)
 
     def test_include_usage_is_added_upstream_and_its_chunk_removed_from_the_response(self):
         for path in "/v1/chat/completions", "/v1/completions":
-            usual = self.ask("POST", path, {**CHAT, "stream": True}, token=self.admin).body
-            for label, options, asks in (("no stream_options", b"", False), ("null", b',"stream_options":null', False),
+            expected = self.ask("POST", path, {**CHAT, "stream": True}, token=self.admin).body
+            for label, options, requested in (("no stream_options", b"", False), ("null", b',"stream_options":null', False),
                                          ("other options", b',"stream_options":{"x":1}', False),
                                          ("include_usage false", b',"stream_options":{"include_usage":false}', False),
                                          ("include_usage true", b',"stream_options":{"include_usage":true}', True),
@@ -4537,13 +4540,13 @@ class UsageAccounting(GatewayCase):
                     body = b' {"model":"tiny","stream":true' + options + b"} \n"
                     answer = self.ask("POST", path, body)
                     sent = self.upstream().body
-                    if asks:
+                    if requested:
                         self.assertEqual(sent, body)
                     else:
                         self.assertEqual(sent, body.replace(b"} \n", b',"stream_options":{"include_usage":true}} \n'))
                         self.assertEqual(self.upstream().headers["content-length"], str(len(sent)))
-                        self.assertEqual(answer.body, usual)
-            self.assertNotIn(b"usage", usual)
+                        self.assertEqual(answer.body, expected)
+            self.assertNotIn(b"usage", expected)
 
     def test_include_usage_is_not_added_where_it_does_not_apply(self):
         for path, body in (("/v1/chat/completions", b'{"model":"tiny"}'), ("/v1/chat/completions", b'{"model":"tiny","stream":"true"}'),
@@ -4580,7 +4583,7 @@ class UsageAccounting(GatewayCase):
         answer = self.ask("POST", "/v1/chat/completions", {**CHAT, "stream": True})
         self.assertEqual((answer.status, answer.json()), (404, {"error": {"message": "no", "usage": {}}}))
         self.assertEqual(answer.headers["content-length"], str(len(answer.body)))
-        self.assertUsed(requests=1, errors=1, prompt_tokens=0, completion_tokens=0)
+        self.assertUsage(requests=1, errors=1, prompt_tokens=0, completion_tokens=0)
 
     def test_aborted_stream_counts_its_chunks_and_estimates_its_prompt(self):
         line = b'{"model":"tiny","message":{"role":"assistant","content":"x"},"done":false}\n'
@@ -4601,7 +4604,7 @@ class UsageAccounting(GatewayCase):
                     fields = self.logged()
                     self.assertEqual([fields[name] for name in ("outcome", "prompt", "completion", "estimated")],
                                      [outcome, *map(str, cost), str(sum(cost))])
-        self.assertUsed(requests=8, errors=4, cancelled=4, prompt_tokens=576, completion_tokens=18, estimated_tokens=594)
+        self.assertUsage(requests=8, errors=4, cancelled=4, prompt_tokens=576, completion_tokens=18, estimated_tokens=594)
 
     def test_client_disconnect_still_charges_the_prompt_to_the_budget(self):
         token = self.store.create("eve", "phone", tokens_per_day=2000)[1]
@@ -4661,8 +4664,8 @@ class UsageAccounting(GatewayCase):
         self.assertEqual(self.logged()["cached"], "70")
         row, = self.usage()
         self.assertEqual([row[name] for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "estimated_tokens")], [80, 70, 5, 0])
-        told = self.ask("GET", "/me", token=token).json()
-        self.assertEqual((told["left"]["tokens_per_day"]["remaining"], told["usage"][0]["cached_tokens"]), (85, 70))
+        me = self.ask("GET", "/me", token=token).json()
+        self.assertEqual((me["left"]["tokens_per_day"]["remaining"], me["usage"][0]["cached_tokens"]), (85, 70))
         self.assertIn('tokens_total{user="eve",token="phone",model="tiny:latest",kind="cached"} 70',
                       self.ask("GET", "/metrics", token=self.admin).body.decode())
 
@@ -4696,11 +4699,11 @@ class UsageAccounting(GatewayCase):
                                                       compact({"done": True, "prompt_eval_count": 8, "eval_count": 5}) + b"\n")
         client = self.begin("POST", "/api/chat", CHAT)
         answer = client.read(client.head(), until=b"\n" * 1)
-        self.assertUsed(requests=1, prompt_tokens=0, completion_tokens=4, errors=0)
+        self.assertUsage(requests=1, prompt_tokens=0, completion_tokens=4, errors=0)
         hold.set()
         client.read(answer)
         eventually(lambda: self.usage()[0]["completion_tokens"] == 5, "the final usage")
-        self.assertUsed(requests=1, prompt_tokens=8, completion_tokens=5)
+        self.assertUsage(requests=1, prompt_tokens=8, completion_tokens=5)
 
     def test_usage_survives_a_kill_except_for_the_last_second(self):
         serving = self.enter(Serving(self.folder, "--port", "0", "--ollama-url", self.fake.url, "--db", self.db))
@@ -4712,7 +4715,7 @@ class UsageAccounting(GatewayCase):
         eventually(lambda: len(self.store.usage("token", 0)) == 1 and self.store.usage("token", 0)[0]["requests"] == 2, "the usage of both requests")
         serving.process.kill()
         serving.process.wait(GUARD)
-        self.assertUsed(requests=2, prompt_tokens=8, completion_tokens=7)
+        self.assertUsage(requests=2, prompt_tokens=8, completion_tokens=7)
 
     def test_usage_that_cannot_be_stored_is_stored_later(self):
         with unittest.mock.patch.object(self.store, "add_usage", side_effect=gateway.Failure("the disk is full")) as add, \
@@ -4721,20 +4724,20 @@ class UsageAccounting(GatewayCase):
             eventually(lambda: add.call_count >= 2, "a second attempt")
             self.ask("POST", "/api/chat", CHAT)
         self.assertEqual(len(logs.output), 1)
-        self.assertUsed(requests=2, prompt_tokens=16, completion_tokens=10)
+        self.assertUsage(requests=2, prompt_tokens=16, completion_tokens=10)
 
     def test_me_returns_the_limits_and_usage_of_the_token(self):
         token = self.store.create("eve", "phone", rpm=60, tokens_per_day=1000, models="tiny*", max_parallel=4)[1]
         self.ask("POST", "/api/chat", CHAT, token=token)
         self.ask("POST", "/api/chat", CHAT)
         eventually(lambda: len(self.store.usage("user", 0)) == 2, "the usage rows of both users")
-        told = self.ask("GET", "/me", token=token).json()
-        self.assertEqual(set(told), (KEYS | {"left", "usage"}) - {"last_used_at", "expired"})
-        self.assertEqual((told["user"], told["models"], told["rpm"]), ("eve", ["tiny*"], 60))
-        self.assertEqual({name: (left["limit"], left["remaining"]) for name, left in told["left"].items()},
+        me = self.ask("GET", "/me", token=token).json()
+        self.assertEqual(set(me), (KEYS | {"left", "usage"}) - {"last_used_at", "expired"})
+        self.assertEqual((me["user"], me["models"], me["rpm"]), ("eve", ["tiny*"], 60))
+        self.assertEqual({name: (left["limit"], left["remaining"]) for name, left in me["left"].items()},
                          {"rpm": (60, 59), "max_parallel": (4, 4), "tokens_per_day": (1000, 987)})
-        self.assertEqual([(row["requests"], row["prompt_tokens"], row["completion_tokens"]) for row in told["usage"]], [(1, 8, 5)])
-        self.assertNotIn(token[8:], json.dumps(told))
+        self.assertEqual([(row["requests"], row["prompt_tokens"], row["completion_tokens"]) for row in me["usage"]], [(1, 8, 5)])
+        self.assertNotIn(token[8:], json.dumps(me))
         self.assertEqual(self.ask("GET", "/me").json()["left"], {})
         self.assertRefused(self.ask("GET", "/me", token=""), 401)
         self.assertEqual([seen.path for seen in self.fake.received], ["/api/chat"] * 2)
@@ -4748,18 +4751,18 @@ class UsageLedgerWithFakeClock(Case):
         self.now = 20_000 * 86400.0 + 86400 - 10    # ten seconds before midnight
         self.store = self.open_store()
         self.token = self.store.create("ada", "laptop", tokens_per_day=10)[0]
-        self.ledger = self.open_account()
+        self.ledger = self.open_ledger()
 
-    def open_account(self):
+    def open_ledger(self):
         return gateway.UsageLedger(self.store, self.enter(contextlib.closing(gateway.TokenCache(self.store))), lambda: self.now)
 
-    def use(self, completion, account=None):
+    def record_usage(self, completion, ledger=None):
         record = gateway.RequestContext("", 0)
         record.token, record.route, record.model_label, record.status = self.token, CHAT_ROUTE, "tiny:latest", 200
         record.usage_reader = unittest.mock.Mock(usage=gateway.Usage(completion=completion))
-        (account or self.ledger).start(record)
+        (ledger or self.ledger).start(record)
         record.released_at = record.started_at
-        (account or self.ledger).finish(record)
+        (ledger or self.ledger).finish(record)
 
     def set_clock(self, seconds):
         """Set the clock, query the budget, and return the warnings that the ledger logs."""
@@ -4768,14 +4771,14 @@ class UsageLedgerWithFakeClock(Case):
             gateway.LOG.info("the clock is set")
             self.ledger.spent(self.token)
             self.ledger.day_left()
-            self.use(0)
+            self.record_usage(0)
         return logs.output[1:]
 
     def test_clock_set_a_year_ahead_and_back_does_not_lock_a_budget(self):
-        self.use(10)
+        self.record_usage(10)
         today = self.now
         self.assertEqual(self.set_clock(today + 365 * 86400), [])
-        self.use(10)
+        self.record_usage(10)
         self.assertEqual(self.ledger.spent(self.token), 10)
         warning, = self.set_clock(today)
         self.assertRegex(warning, r"WARNING.*back from 2025-10-04T23:59:50Z to 2024-10-04T23:59:50Z")
@@ -4784,19 +4787,19 @@ class UsageLedgerWithFakeClock(Case):
         self.assertEqual((self.ledger.spent(self.token), self.ledger.day_left()), (0, 86400))
 
     def test_clock_set_back_two_hours_across_midnight_refills_no_budget(self):
-        self.use(10)
+        self.record_usage(10)
         self.now += 3600
-        self.use(9)
+        self.record_usage(9)
         self.assertEqual(self.set_clock(self.now - 2 * 3600), [])
         self.assertEqual((self.ledger.spent(self.token), self.ledger.day_left()), (9, 86400 + 3600 + 10))
         self.assertEqual(self.set_clock(self.now + 2 * 3600), [])
         self.assertEqual(self.ledger.spent(self.token), 9)
 
     def test_clock_set_back_two_days_is_followed_with_one_warning(self):
-        self.use(10)
+        self.record_usage(10)
         self.assertEqual(len(self.set_clock(self.now - 2 * 86400)), 1)
         self.assertEqual((self.ledger.spent(self.token), self.ledger.day_left()), (0, 10))
-        self.use(3)
+        self.record_usage(3)
         self.ledger.store()
         self.assertEqual(self.set_clock(self.now - 3600), [])
         self.assertEqual([row["completion_tokens"] for row in self.store.usage("day", 0)], [3, 10])
@@ -4812,21 +4815,21 @@ class UsageLedgerWithFakeClock(Case):
         self.assertEqual((row["requests"], row["errors"], row["cancelled"]), (1, 1, 0))
 
     def test_budget_day_ends_at_midnight_utc_and_is_not_reopened_by_clock_set_back(self):
-        self.use(4)
+        self.record_usage(4)
         self.assertEqual((self.ledger.spent(self.token), self.ledger.day_left()), (4, 10))
         self.now += 10
         self.assertEqual((self.ledger.spent(self.token), self.ledger.day_left()), (0, 86400))
-        self.use(3)
+        self.record_usage(3)
         self.now -= 3600    # the clock is set back
-        self.use(2)
+        self.record_usage(2)
         self.assertEqual(self.ledger.spent(self.token), 5)
         self.ledger.store()
         self.assertEqual([row["completion_tokens"] for row in self.store.usage("day", 0)], [4, 5])
 
     def test_usage_not_stored_yet_counts_toward_the_budget(self):
-        self.use(4)
+        self.record_usage(4)
         self.ledger.store()
-        self.use(3)
+        self.record_usage(3)
         for _ in range(3):
             self.now += 1
             self.assertEqual(self.ledger.spent(self.token), 7)
@@ -4835,39 +4838,39 @@ class UsageLedgerWithFakeClock(Case):
         self.assertEqual(self.ledger.spent(self.token), 7)
 
     def test_usage_of_another_gateway_counts_once_stored(self):
-        other = self.open_account()
+        other = self.open_ledger()
         self.assertEqual(self.ledger.spent(self.token), 0)
-        self.use(9, other)
+        self.record_usage(9, other)
         other.store()
         self.now += 1
         self.assertEqual(self.ledger.spent(self.token), 9)
 
     def test_locked_database_keeps_the_last_known_budget(self):
-        self.use(4)
+        self.record_usage(4)
         self.assertEqual(self.ledger.spent(self.token), 4)
         self.now += 5
         with unittest.mock.patch.object(gateway.TokenCache, "tokens_used_on", side_effect=gateway.Failure("locked")):
             self.assertEqual(self.ledger.spent(self.token), 4)
             with self.assertRaises(gateway.Failure):
-                self.open_account().spent(self.token)
+                self.open_ledger().spent(self.token)
 
     def test_budget_read_while_usage_is_being_stored_counts_nothing_twice(self):
-        self.use(60)
-        asked, told, real = threading.Event(), [], self.store.add_usage
+        self.record_usage(60)
+        started, spent, add_usage = threading.Event(), [], self.store.add_usage
 
         def slowly(rows, uses):
             thread.start()
-            asked.wait(GUARD)
-            real(rows, uses)
-        thread = threading.Thread(target=lambda: (asked.set(), told.append(self.ledger.spent(self.token))))
+            started.wait(GUARD)
+            add_usage(rows, uses)
+        thread = threading.Thread(target=lambda: (started.set(), spent.append(self.ledger.spent(self.token))))
         with unittest.mock.patch.object(self.store, "add_usage", slowly):
             self.ledger.store()
         thread.join(GUARD)
-        self.assertEqual(told, [60])
+        self.assertEqual(spent, [60])
 
     def test_read_only_database_still_enforces_the_budget(self):
         self.store.writable = False
-        self.use(4)
+        self.record_usage(4)
         self.ledger.store()
         self.now += 5
         self.assertEqual(self.ledger.spent(self.token), 4)
