@@ -180,7 +180,7 @@ def until_hangup(exchange):
     """A piece that sends nothing until the client disconnects."""
     while exchange.connection.recv(65536):
         pass
-    raise ConnectionResetError("the client hung up")
+    raise ConnectionResetError("the client disconnected")
 
 
 class Reply:
@@ -1310,15 +1310,15 @@ BAD_REQUEST_LINES = (   # label, request line, allowed statuses
     ("no version", b"GET /api/tags", 400),
     ("one word", b"GET", 400),
     ("no method", b"/api/tags HTTP/1.1", 400),
-    ("a method that is no token", b"GE(T /api/tags HTTP/1.1", 400),
+    ("a method that is not a token", b"GE(T /api/tags HTTP/1.1", 400),
     ("a method with a NUL", b"GET\0 /api/tags HTTP/1.1", 400),
     ("a method beyond ASCII", b"G\xc9T /api/tags HTTP/1.1", 400),
-    ("a target without its slash", b"GET api/tags HTTP/1.1", 400),
+    ("a target without a leading slash", b"GET api/tags HTTP/1.1", 400),
     ("a star", b"GET * HTTP/1.1", 400),
-    ("another host's address", b"GET http://other.test/api/tags HTTP/1.1", 400),
-    ("an address of another kind", b"GET ftp://gateway.test/api/tags HTTP/1.1", 400),
-    ("an address with a name in it", b"GET http://a@gateway.test/api/tags HTTP/1.1", 400),
-    ("a tunnel", b"CONNECT gateway.test:443 HTTP/1.1", (400, 405)),
+    ("an absolute URL with another host", b"GET http://other.test/api/tags HTTP/1.1", 400),
+    ("an absolute URL with another scheme", b"GET ftp://gateway.test/api/tags HTTP/1.1", 400),
+    ("an absolute URL with user information", b"GET http://a@gateway.test/api/tags HTTP/1.1", 400),
+    ("the CONNECT method", b"CONNECT gateway.test:443 HTTP/1.1", (400, 405)),
     ("a NUL in the target", b"GET /api/tags\0 HTTP/1.1", (400, 404)),
     ("a control character in the target", b"GET /api/tags\x01 HTTP/1.1", (400, 404)),
     ("a DEL in the target", b"GET /api/tags\x7f HTTP/1.1", (400, 404)),
@@ -1339,7 +1339,7 @@ BAD_FIELDS = (   # label, header lines, allowed statuses
     ("a space before the colon", [b"X-A : x"], 400),
     ("a tab before the colon", [b"X-A\t: x"], 400),
     ("a space in the name", [b"X A: x"], 400),
-    ("a name that is no token", [b"X@A: x"], 400),
+    ("a name that is not a token", [b"X@A: x"], 400),
     ("a name beyond ASCII", [b"X-\xc4: x"], 400),
     ("a NUL in the name", [b"X\0A: x"], 400),
     ("a folded line", [b"X-A: x", b" y"], 400),
@@ -1355,36 +1355,36 @@ BAD_FIELDS = (   # label, header lines, allowed statuses
     ("two hosts", [b"Host: gateway.test"], 400),
     ("a length with a sign", [b"Content-Length: +0"], 400),
     ("a negative length", [b"Content-Length: -1"], 400),
-    ("a length of words", [b"Content-Length: two"], 400),
+    ("a length in words", [b"Content-Length: two"], 400),
     ("a hexadecimal length", [b"Content-Length: 0x2"], 400),
-    ("a length with a grouping", [b"Content-Length: 1_0"], 400),
-    ("a length in other digits", [b"Content-Length: \xd9\xa2"], 400),
+    ("a length with an underscore", [b"Content-Length: 1_0"], 400),
+    ("a length in non-ASCII digits", [b"Content-Length: \xd9\xa2"], 400),
     ("a length with a space in it", [b"Content-Length: 0 0"], 400),
     ("a list of lengths", [b"Content-Length: 0, 0"], 400),
     ("an empty length", [b"Content-Length:"], 400),
     ("an absurd length", [b"Content-Length: " + b"9" * 400], (400, 413)),
     ("two lengths", [b"Content-Length: 0", b"Content-Length: 0"], 400),
     ("two lengths that differ", [b"Content-Length: 0", b"Content-Length: 2"], 400),
-    ("both framings", [b"Content-Length: 5", b"Transfer-Encoding: chunked"], 400),
-    ("both framings, the other way round", [b"Transfer-Encoding: chunked", b"Content-Length: 5"], 400),
-    ("a transfer coding that we lack", [b"Transfer-Encoding: gzip"], 501),
-    ("chunks of what we lack", [b"Transfer-Encoding: gzip, chunked"], 501),
-    ("chunks first", [b"Transfer-Encoding: chunked, gzip"], (400, 501)),
-    ("chunks of chunks", [b"Transfer-Encoding: chunked, chunked"], (400, 501)),
-    ("two transfer codings", [b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"], (400, 501)),
-    ("two that differ", [b"Transfer-Encoding: identity", b"Transfer-Encoding: chunked"], (400, 501)),
-    ("chunks with a parameter", [b"Transfer-Encoding: chunked;q=1"], (400, 501)),
-    ("chunks with a letter more", [b"Transfer-Encoding: xchunked"], (400, 501)),
-    ("chunks behind a vertical tab", [b"Transfer-Encoding: \x0bchunked"], 400),
-    ("chunks in quotes", [b'Transfer-Encoding: "chunked"'], (400, 501)),
-    ("no transfer coding", [b"Transfer-Encoding:"], (400, 501)),
+    ("Content-Length and Transfer-Encoding", [b"Content-Length: 5", b"Transfer-Encoding: chunked"], 400),
+    ("Transfer-Encoding and Content-Length", [b"Transfer-Encoding: chunked", b"Content-Length: 5"], 400),
+    ("an unsupported transfer coding", [b"Transfer-Encoding: gzip"], 501),
+    ("an unsupported transfer coding, then chunked", [b"Transfer-Encoding: gzip, chunked"], 501),
+    ("chunked, then an unsupported transfer coding", [b"Transfer-Encoding: chunked, gzip"], (400, 501)),
+    ("chunked twice", [b"Transfer-Encoding: chunked, chunked"], (400, 501)),
+    ("Transfer-Encoding twice", [b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"], (400, 501)),
+    ("Transfer-Encoding twice, differing", [b"Transfer-Encoding: identity", b"Transfer-Encoding: chunked"], (400, 501)),
+    ("chunked with a parameter", [b"Transfer-Encoding: chunked;q=1"], (400, 501)),
+    ("chunked with a leading x", [b"Transfer-Encoding: xchunked"], (400, 501)),
+    ("chunked after a vertical tab", [b"Transfer-Encoding: \x0bchunked"], 400),
+    ("chunked in quotes", [b'Transfer-Encoding: "chunked"'], (400, 501)),
+    ("an empty transfer coding", [b"Transfer-Encoding:"], (400, 501)),
     ("identity", [b"Transfer-Encoding: identity"], (400, 501)),
 )
 BAD_HEADS = (   # label, the whole head, allowed statuses
     ("no host", b"GET /api/tags HTTP/1.1\r\nAuthorization: Bearer %(token)s\r\n\r\n", 400),
     ("a host with a space", b"GET /api/tags HTTP/1.1\r\nHost: a b\r\nAuthorization: Bearer %(token)s\r\n\r\n", 400),
     ("a host with a path", b"GET /api/tags HTTP/1.1\r\nHost: a/b\r\nAuthorization: Bearer %(token)s\r\n\r\n", 400),
-    ("a host with a name in it", b"GET /api/tags HTTP/1.1\r\nHost: a@b\r\nAuthorization: Bearer %(token)s\r\n\r\n", 400),
+    ("a host with user information", b"GET /api/tags HTTP/1.1\r\nHost: a@b\r\nAuthorization: Bearer %(token)s\r\n\r\n", 400),
     ("bare LF after the request line", b"GET /api/tags HTTP/1.1\n" + GOOD_HEAD + b"\r\n", 400),
     ("bare LF after a header", b"GET /api/tags HTTP/1.1\r\nX-A: x\n" + GOOD_HEAD + b"\r\n", 400),
     ("bare LF at the end", b"GET /api/tags HTTP/1.1\r\n" + GOOD_HEAD + b"\n", 400),
@@ -1392,47 +1392,47 @@ BAD_HEADS = (   # label, the whole head, allowed statuses
     ("a first header that is folded", b"GET /api/tags HTTP/1.1\r\n X-A: x\r\n" + GOOD_HEAD + b"\r\n", 400),
     ("chunks in HTTP/1.0", b"POST /api/chat HTTP/1.0\r\n" + GOOD_HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 400),
     ("two hosts in HTTP/1.0", b"GET /api/tags HTTP/1.0\r\n" + GOOD_HEAD + b"Host: b\r\n\r\n", 400),
-    ("a greeting in TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
-    ("HTTP/2's preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", (400, 405, 505)),
+    ("a TLS ClientHello", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
+    ("the HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", (400, 405, 505)),
 )
 BAD_CHUNKS = (   # label, body
-    ("a size that is no hex", b"g\r\n{}\r\n0\r\n\r\n"),
+    ("a size that is not hexadecimal", b"g\r\n{}\r\n0\r\n\r\n"),
     ("no size", b"\r\n{}\r\n0\r\n\r\n"),
     ("a size with a sign", b"+2\r\n{}\r\n0\r\n\r\n"),
     ("a negative size", b"-2\r\n{}\r\n0\r\n\r\n"),
     ("a size with 0x", b"0x2\r\n{}\r\n0\r\n\r\n"),
-    ("a size with a grouping", b"0_2\r\n{}\r\n0\r\n\r\n"),
+    ("a size with an underscore", b"0_2\r\n{}\r\n0\r\n\r\n"),
     ("a space before the size", b" 2\r\n{}\r\n0\r\n\r\n"),
     ("a space after the size", b"2 \r\n{}\r\n0\r\n\r\n"),
-    ("a size beyond all bounds", b"f" * 40 + b"\r\n{}\r\n0\r\n\r\n"),
-    ("a size in other digits", b"\xd9\xa2\r\n{}\r\n0\r\n\r\n"),
+    ("an excessive size", b"f" * 40 + b"\r\n{}\r\n0\r\n\r\n"),
+    ("a size in non-ASCII digits", b"\xd9\xa2\r\n{}\r\n0\r\n\r\n"),
     ("bare LF after the size", b"2\n{}\r\n0\r\n\r\n"),
     ("bare CR after the size", b"2\r{}\r\n0\r\n\r\n"),
     ("no CRLF after the data", b"2\r\n{}0\r\n\r\n"),
     ("bare LF after the data", b"2\r\n{}\n0\r\n\r\n"),
-    ("more data than was said", b"2\r\n{}x\r\n0\r\n\r\n"),
+    ("more data than the chunk size", b"2\r\n{}x\r\n0\r\n\r\n"),
     ("bare LF at the end", b"2\r\n{}\r\n0\r\n\n\r\n"),
-    ("a trailer that is no header", b"2\r\n{}\r\n0\r\nnonsense\r\n\r\n"),
+    ("a trailer without a colon", b"2\r\n{}\r\n0\r\nnonsense\r\n\r\n"),
     ("a folded trailer", b"2\r\n{}\r\n0\r\nX-A: x\r\n y\r\n\r\n"),
     *((f"{name} in the trailer", b"2\r\n{}\r\n0\r\n%s: 5\r\n\r\n" % name.encode())
       for name in ("Content-Length", "Transfer-Encoding", "Host", "Authorization", "X-Api-Key", "Content-Type", "Content-Encoding", "Trailer",
                    "Connection")),
 )
 GOOD_REQUESTS = (   # label, request, number of body bytes forwarded
-    ("a plain one", head(), 0),
+    ("a simple GET", head(), 0),
     ("no blank before the value", head(b"GET /api/tags HTTP/1.1", b"X-A:x"), 0),
     ("blanks and tabs around the value", head(b"GET /api/tags HTTP/1.1", b"X-A: \t x\ty \t"), 0),
     ("an empty value", head(b"GET /api/tags HTTP/1.1", b"X-A:"), 0),
-    ("a name of odd but right characters", head(b"GET /api/tags HTTP/1.1", b"!#$%%&'*+-.^_`|~9: x"), 0),
-    ("a header twice that may be", head(b"GET /api/tags HTTP/1.1", b"X-A: x", b"X-A: y"), 0),
-    ("an absolute address of ours", head(b"GET http://gateway.test/api/tags HTTP/1.1"), 0),
-    ("a body of no length", post(b"Content-Length: 0", body=b""), 0),
+    ("a name with all permitted special characters", head(b"GET /api/tags HTTP/1.1", b"!#$%%&'*+-.^_`|~9: x"), 0),
+    ("a repeated header", head(b"GET /api/tags HTTP/1.1", b"X-A: x", b"X-A: y"), 0),
+    ("an absolute URL with the host of the gateway", head(b"GET http://gateway.test/api/tags HTTP/1.1"), 0),
+    ("a body of length zero", post(b"Content-Length: 0", body=b""), 0),
     ("a body", post(b"Content-Length: 2"), 2),
     ("a length with leading zeros", post(b"Content-Length: 002"), 2),
     ("chunks", post_chunks(b"1\r\n{\r\n1\r\n}\r\n0\r\n\r\n"), 2),
     ("chunk sizes in either case, with zeros", post_chunks(b'00A\r\n{"a":"6789\r\n00b\r\n012345678"}\r\n000\r\n\r\n'), 21),
-    ("no chunk but the last", post_chunks(b"0\r\n\r\n"), 0),
-    ("a harmless trailer", post_chunks(b"2\r\n{}\r\n0\r\nX-Checksum: 1\r\n\r\n"), 2),
+    ("only the last chunk", post_chunks(b"0\r\n\r\n"), 0),
+    ("a permitted trailer", post_chunks(b"2\r\n{}\r\n0\r\nX-Checksum: 1\r\n\r\n"), 2),
 )
 NEXT = b"GET /api/version HTTP/1.1\r\nHost: gateway.test\r\nAuthorization: Bearer %(token)s\r\nX-Request-Id: smuggled\r\nConnection: close\r\n\r\n"
 
@@ -3139,8 +3139,8 @@ class CpuAffinity(unittest.TestCase):
         self.assertEqual(self.cores_chosen((9, 5, 7), (0, 0, 0), failures=[OSError(errno.EMFILE, "Too many open files")]), [1])
 
     def test_least_used_core_is_chosen_and_changed_only_for_a_clear_gain(self):
-        for label, rounds, chosen in (("the least used so far", [(9, 5, 7)], [1]), ("not for a little", [(9, 5, 7), (5, 0.5, 0)], [1, 1]),
-                                      ("a clear gain", [(9, 5, 7), (5, 4, 0.2)], [1, 2]), ("none better", [(9, 5, 7), (5, 5, 5)], [1, 1])):
+        for label, rounds, chosen in (("least used so far", [(9, 5, 7)], [1]), ("small gain", [(9, 5, 7), (5, 0.5, 0)], [1, 1]),
+                                      ("clear gain", [(9, 5, 7), (5, 4, 0.2)], [1, 2]), ("no gain", [(9, 5, 7), (5, 5, 5)], [1, 1])):
             with self.subTest(label):
                 self.assertEqual(self.cores_chosen(*rounds), chosen)
 
@@ -3597,7 +3597,7 @@ class Cors(GatewayCase):
             ("a stream", self.ask("POST", "/api/chat", CHAT, headers=[("Origin", PAGE)])),
             ("a refusal", self.ask("GET", "/api/tags", token="", headers=[("Origin", PAGE)])),
             ("an unknown route", self.ask("GET", "/api/nonsense", headers=[("Origin", PAGE)])),
-            ("a page of ours", self.ask("GET", "/health", headers=[("Origin", PAGE)])),
+            ("a route of the gateway", self.ask("GET", "/health", headers=[("Origin", PAGE)])),
         ):
             with self.subTest(label):
                 self.assertEqual(answer.headers.get("access-control-allow-origin"), PAGE)
@@ -3770,20 +3770,20 @@ class ModelAllowList(GatewayCase):
 
     def test_json_body_variants_do_not_bypass_the_allow_list(self):
         for label, body, statuses in (
-            ("two keys in two cases", b'{"model":"tiny","MODEL":"secret"}', (400, 400)),
-            ("two keys in one", b'{"model":"secret","model":"tiny"}', (400, 400)),
-            ("a key that is escaped", b'{"model":"tiny","mod\\u0065l":"secret"}', (400, 400)),
-            ("another case alone", b'{"MoDeL":"secret"}', (403, 200)),
+            ("two keys that differ in case", b'{"model":"tiny","MODEL":"secret"}', (400, 400)),
+            ("the same key twice", b'{"model":"secret","model":"tiny"}', (400, 400)),
+            ("an escaped key", b'{"model":"tiny","mod\\u0065l":"secret"}', (400, 400)),
+            ("one key in another case", b'{"MoDeL":"secret"}', (403, 200)),
             ("an escaped name", b'{"model":"\\u0073ecret"}', (403, 200)),
-            ("an escaped cloud", b'{"model":"big:\\u0063loud"}', (403, 403)),
-            ("a cloud behind blanks", b'{"model":" big:Cloud\\t\xc2\xa0"}', (403, 403)),
-            ("a local cloud", b'{"model":"big:cloud:local"}', (403, 403)),
-            ("a name behind many blanks", b'{"model":"' + b" " * 5000 + b'secret:cloud"}', (400, 400)),
-            ("a name between others", b'{"name":"tiny","model":"secret","x":{"model":"tiny"}}', (403, 200)),
-            ("names in two cases", b'{"name":"tiny","Name":"secret"}', (400, 400)),
-            ("a first object that counts", b'{"model":"secret"}{"model":"tiny"}', (403, 200)),
-            ("a list around it", b'[{"model":"secret"}]', (400, 400)),
-            ("no UTF-8", b'{"model":"tiny","x":"\xff"}', (400, 400)),
+            ("an escaped cloud model", b'{"model":"big:\\u0063loud"}', (403, 403)),
+            ("a cloud model in whitespace", b'{"model":" big:Cloud\\t\xc2\xa0"}', (403, 403)),
+            ("a cloud model with tag local", b'{"model":"big:cloud:local"}', (403, 403)),
+            ("a model after much whitespace", b'{"model":"' + b" " * 5000 + b'secret:cloud"}', (400, 400)),
+            ("name before model", b'{"name":"tiny","model":"secret","x":{"model":"tiny"}}', (403, 200)),
+            ("two names that differ in case", b'{"name":"tiny","Name":"secret"}', (400, 400)),
+            ("two JSON values", b'{"model":"secret"}{"model":"tiny"}', (403, 200)),
+            ("a JSON array", b'[{"model":"secret"}]', (400, 400)),
+            ("invalid UTF-8", b'{"model":"tiny","x":"\xff"}', (400, 400)),
             ("a byte order mark", b'\xef\xbb\xbf{"model":"tiny"}', (400, 400)),
             ("UTF-16", '{"model":"tiny"}'.encode("utf-16"), (400, 400)),
             ("a NUL", b'{"model":"tiny\\u0000"}', (403, 200)),
@@ -3800,36 +3800,36 @@ class ModelAllowList(GatewayCase):
     def test_form_body_variants_do_not_bypass_the_allow_list(self):
         path, tiny, secret = "/v1/audio/transcriptions", (b"model", b"tiny"), (b"model", b"secret")
         for label, body, kind, query, statuses in (
-            ("as clients write it", form(tiny), None, "", (200, 200)),
-            ("a file beside it", FORM_BODY, None, "", (200, 200)),
-            ("the model of another", form(secret), None, "", (403, 200)),
+            ("only the model", form(tiny), None, "", (200, 200)),
+            ("model and file", FORM_BODY, None, "", (200, 200)),
+            ("a model not allowed", form(secret), None, "", (403, 200)),
             ("two models", form(tiny, secret), None, "", (400, 400)),
-            ("none", form((b"x", b"y")), None, "", (400, 200)),
-            ("another in the query, where net/http looks first", form(tiny), None, "?model=secret", (400, 400)),
-            ("a file of that name", form(tiny, more=b'; filename="a"'), None, "", (400, 400)),
-            ("a name that is encoded", form((b"model*=utf-8''model\"; name=\"x", b"secret")), None, "", (400, 400)),
+            ("no model", form((b"x", b"y")), None, "", (400, 200)),
+            ("another model in the query, which Go's net/http prefers", form(tiny), None, "?model=secret", (400, 400)),
+            ("a file field named model", form(tiny, more=b'; filename="a"'), None, "", (400, 400)),
+            ("an encoded name", form((b"model*=utf-8''model\"; name=\"x", b"secret")), None, "", (400, 400)),
             ("no quotes, as .NET writes it", form(tiny, secret[::-1]).replace(b'"', b""), None, "", (200, 200)),
-            ("another's without quotes", form(secret).replace(b'"', b""), None, "", (403, 200)),
-            ("a binary content, as Dart writes it", form(tiny).replace(b"\r\n\r\n", b"\r\nContent-Transfer-Encoding: binary\r\n\r\n"), None, "",
+            ("a model not allowed, without quotes", form(secret).replace(b'"', b""), None, "", (403, 200)),
+            ("binary content, as Dart writes it", form(tiny).replace(b"\r\n\r\n", b"\r\nContent-Transfer-Encoding: binary\r\n\r\n"), None, "",
              (200, 200)),
-            ("a file's name first", form(tiny, end=b'--x\r\nContent-Disposition: form-data; filename="a\\"b.wav"; name="file"\r\n\r\nx\r\n--x--'),
+            ("filename before name", form(tiny, end=b'--x\r\nContent-Disposition: form-data; filename="a\\"b.wav"; name="file"\r\n\r\nx\r\n--x--'),
              None, "", (200, 200)),
-            ("a line before it", b"\r\n" + form(tiny), None, "", (200, 200)),
-            ("two names", form(tiny, more=b'; name="secret"'), None, "", (400, 400)),
-            ("a name that goes on", form((b'mod\\el', b"secret")), None, "", (400, 400)),
+            ("a leading line end", b"\r\n" + form(tiny), None, "", (200, 200)),
+            ("two name parameters", form(tiny, more=b'; name="secret"'), None, "", (400, 400)),
+            ("a backslash in the name", form((b'mod\\el', b"secret")), None, "", (400, 400)),
             ("no name", b'--x\r\nContent-Disposition: form-data; filename="a"\r\n\r\nx\r\n--x--', None, "", (400, 400)),
-            ("a content that is encoded", form(tiny).replace(b"\r\n\r\n", b"\r\nContent-Transfer-Encoding: quoted-printable\r\n\r\n"), None, "",
+            ("quoted-printable content", form(tiny).replace(b"\r\n\r\n", b"\r\nContent-Transfer-Encoding: quoted-printable\r\n\r\n"), None, "",
              (400, 400)),
             ("a folded header", form(tiny).replace(b"; name", b";\r\n name"), None, "", (400, 400)),
             ("bare line ends", form(tiny).replace(b"\r\n", b"\n"), None, "", (400, 400)),
             ("a bare line end before a delimiter", form(tiny).replace(b"tiny\r\n", b'tiny\n--x\r\n'), None, "", (400, 400)),
             ("a preamble", b"x\r\n" + form(tiny), None, "", (400, 400)),
             ("an epilogue", form(tiny) + form(secret), None, "", (400, 400)),
-            ("no end", form(tiny, end=b""), None, "", (400, 400)),
-            ("a boundary that goes on", form(tiny).replace(b"--x\r\n", b"--xy\r\n"), None, "", (400, 400)),
+            ("no closing delimiter", form(tiny, end=b""), None, "", (400, 400)),
+            ("a longer boundary", form(tiny).replace(b"--x\r\n", b"--xy\r\n"), None, "", (400, 400)),
             ("two boundaries", form(tiny), "multipart/form-data; boundary=x; boundary=y", "", (400, 400)),
-            ("a boundary that is encoded", form(tiny), "multipart/form-data; boundary*=utf-8''x", "", (400, 400)),
-            ("another kind of form", b"model=secret", "application/x-www-form-urlencoded", "", (400, 400)),
+            ("an encoded boundary", form(tiny), "multipart/form-data; boundary*=utf-8''x", "", (400, 400)),
+            ("a URL-encoded form", b"model=secret", "application/x-www-form-urlencoded", "", (400, 400)),
             ("a boundary in quotes", form(tiny), 'Multipart/Form-Data; charset=utf-8; boundary="x"', "", (200, 200)),
             ("many parts", form(tiny, *[(b"x", b"y")] * 100), None, "", (400, 400)),
         ):
@@ -3901,12 +3901,12 @@ class Authentication(GatewayCase):
 
     def test_ambiguous_credentials_are_400(self):
         for label, headers in (
-            ("two that differ", [*bearer(self.token), ("x-api-key", self.admin)]),
-            ("a good and a bad one", [*bearer(self.token), ("x-api-key", "nonsense")]),
+            ("two different tokens", [*bearer(self.token), ("x-api-key", self.admin)]),
+            ("a valid and an invalid token", [*bearer(self.token), ("x-api-key", "nonsense")]),
             ("Authorization twice", bearer(self.token) * 2),
             ("Authorization twice, differing", bearer(self.token) + bearer(self.admin)),
             ("x-api-key twice", [("x-api-key", self.token)] * 2),
-            ("x-api-key twice, in two cases", [("x-api-key", self.token), ("X-Api-Key", self.token)]),
+            ("x-api-key twice, differing in case", [("x-api-key", self.token), ("X-Api-Key", self.token)]),
         ):
             with self.subTest(label):
                 self.assertEqual(self.status(*headers), 400)
@@ -3922,13 +3922,13 @@ class Authentication(GatewayCase):
     def test_invalid_credentials_are_refused(self):
         digest = hashlib.sha256(self.token.encode()).hexdigest()
         for label, headers in (
-            ("nothing", []), ("an empty one", [("Authorization", "")]), ("no secret", [("Authorization", "Bearer")]),
+            ("no header", []), ("an empty header", [("Authorization", "")]), ("no secret", [("Authorization", "Bearer")]),
             ("an empty secret", [("Authorization", "Bearer ")]), ("an empty key", [("x-api-key", "")]),
             ("another scheme", [("Authorization", f"Basic {self.token}")]), ("no scheme", [("Authorization", self.token)]),
             ("Ollama's own signature", [("Authorization", "AAAAC3NzaC1lZDI1NTE5:c2lnbmF0dXJl")]),
-            ("an unknown one", bearer("ogw_" + "x" * 43)), ("a beginning", bearer(self.token[:-1])), ("one too long", bearer(self.token + "x")),
+            ("an unknown token", bearer("ogw_" + "x" * 43)), ("a prefix", bearer(self.token[:-1])), ("a longer token", bearer(self.token + "x")),
             ("another case", bearer(self.token.swapcase())), ("its digest", bearer(digest)), ("its hint", bearer(self.token[:8])),
-            ("two words", bearer(self.token + " x")), ("beyond ASCII", bearer("ogw_é" + "ÿ" * 40)), ("a quoted one", bearer(f'"{self.token}"')),
+            ("two words", bearer(self.token + " x")), ("beyond ASCII", bearer("ogw_é" + "ÿ" * 40)), ("a quoted token", bearer(f'"{self.token}"')),
             ("a list", bearer(f"{self.token},{self.admin}")), ("a cookie", [("Cookie", f"token={self.token}")]),
             ("a proxy's header", [("Proxy-Authorization", f"Bearer {self.token}")]),
         ):
@@ -4040,8 +4040,8 @@ class AuthenticationThrottling(GatewayCase):
 
     def test_forwarded_address_from_an_untrusted_peer_is_ignored(self):
         for label, trusted, forwarded_for, peer in (
-            ("nobody", "", "192.0.2.7", "127.0.0.1"), ("another", "10.0.0.1", "192.0.2.7", "127.0.0.1"),
-            ("nonsense", "127.0.0.1", "192.0.2.7, unknown", "127.0.0.1"), ("nothing", "127.0.0.1", "", "127.0.0.1"),
+            ("no trusted proxy", "", "192.0.2.7", "127.0.0.1"), ("another proxy", "10.0.0.1", "192.0.2.7", "127.0.0.1"),
+            ("invalid header", "127.0.0.1", "192.0.2.7, unknown", "127.0.0.1"), ("empty header", "127.0.0.1", "", "127.0.0.1"),
             ("only proxies", "127.0.0.1", "127.0.0.1", "127.0.0.1"), ("IPv6", "127.0.0.1", "2001:DB8::1", "2001:db8::1"),
         ):
             with self.subTest(label):
