@@ -1636,7 +1636,7 @@ class TokenStore:
     """The database of tokens and usage, for threads and processes; each access first follows a replaced file."""
 
     def __init__(self, path, create=False):
-        self.path, self._lock, self.timeout = os.path.abspath(path), threading.Lock(), BUSY_SECONDS
+        self.path, self.lock, self.timeout = os.path.abspath(path), threading.Lock(), BUSY_SECONDS
         self._open(create)
 
     def close(self):
@@ -1697,7 +1697,7 @@ class TokenStore:
     @contextlib.contextmanager
     def _access(self, write=False):
         """Hold a transaction; raise Failure if the database cannot be used, or was replaced during a change."""
-        with self._lock, _database_errors(self.path):
+        with self.lock, _database_errors(self.path):
             self._reopen_if_replaced()
             if write and not self.writable:
                 raise Failure(f"the database {self.path} is read-only: first make it and its folder writable")
@@ -1842,7 +1842,8 @@ class TokenCache:
             files = self._files
             if file != files[0] or files is not self._store.files:
                 self._files, self._generation = [None], None
-                self.close()
+                with self._store.lock:  # not while the store opens a connection: that would share a removed -shm
+                    self.close()
                 self._db, files, self._wal_index = self._store.connect()
             generation = self._db.execute("SELECT generation FROM state").fetchone()
             if generation != self._generation:

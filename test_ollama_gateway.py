@@ -2484,7 +2484,8 @@ class ReplacedDatabase(GatewayCase):
             with self.assertLogs("ollama_gateway", "WARNING") as logs:
                 self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(secret)), 200)
                 self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(self.token)), 401)
-            self.assertEqual([self.db in line and "replaced" in line for line in logs.output], [True])
+            # the journal may warn, too: the file may have been replaced while it stored usage
+            self.assertEqual([self.db in line for line in logs.output if "using the new file" in line], [True])
             self.copy(path)
             os.replace(self.path("copy.db"), self.db)
             self.assertStatus(client.ask("GET", "/api/tags", headers=bearer(self.token)), 200)
@@ -9248,7 +9249,7 @@ def run_all():
     single.sort(key=lambda job: job != ["WebPagesInBrowser"])      # the slowest class first
     jobs = [*single[:1], [name for name in names if name.startswith("Live")], *single[1:]]    # tests of the real Ollama run one after the other
     began, ran, skipped, failed = time.perf_counter(), 0, 0, 0
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count() + 1) as pool:
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count() + 2) as pool:
         for done in concurrent.futures.as_completed([pool.submit(run_classes, job) for job in jobs]):
             tests, left_out, report = done.result()
             ran, skipped, failed = ran + tests, skipped + left_out, failed + bool(report)
