@@ -1556,7 +1556,7 @@ DELIMITER_VARIANTS = ((b"\r\n", (b"\n", b"\r", b"\n\r", b"\r\r\n", b" \r\n", b"\
 ODD_NUMBERS = (b"0", b"1", b"2", b"-1", b"+2", b"00", b"0x5", b"1e1", b"2.0", b"5 5", b"1_0", b"ffff", b"65536", b"4294967296", b"9" * 19)
 REACHABLE_ROUTES = (rb"GET /(?:api/(?:tags|version)|v1/models(?:/[^/?]+)?)(?:\?.*)?", rb"POST /(?:api/(?:chat|generate)|v1/messages)(?:\?.*)?",
                     rb"DELETE /api/delete(?:\?.*)?", rb"POST /api/blobs/sha256[:-][0-9a-f]{64}(?:\?.*)?")   # routes that mutants can reach
-FORWARDED_HEADERS = re.compile("host|accept-encoding|accept|content-type|content-encoding|content-length|transfer-encoding|user-agent|x-request-id"
+UPSTREAM_HEADERS = re.compile("host|accept-encoding|accept|content-type|content-encoding|content-length|transfer-encoding|user-agent|x-request-id"
                                "|anthropic-.*|openai-.*")
 HTTP_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 HTTP_HEAD = re.compile(rb"(%b) (/[!-\"$-~]*) HTTP/1\.([01])\r\n((?:%b:[\t -~\x80-\xff]*\r\n)*)\r\n" % (HTTP_TOKEN, HTTP_TOKEN))
@@ -1730,7 +1730,7 @@ class RequestFuzzing(GatewayCase):
         """Check a forwarded request: a known route, only permitted headers, and no credential except where a mutant put it."""
         self.assertTrue(any(re.fullmatch(target, f"{seen.method} {seen.path}".encode()) for target in REACHABLE_ROUTES), seen)
         names = [name.lower() for name, value in seen.headers]
-        self.assertEqual(([name for name in names if not FORWARDED_HEADERS.fullmatch(name)], len(names)), ([], len(set(names))), seen)
+        self.assertEqual(([name for name in names if not UPSTREAM_HEADERS.fullmatch(name)], len(names)), ([], len(set(names))), seen)
         for name, value in seen.headers:
             self.assertRegex(value, r"\A[\t -~\x80-\xff]*\Z", seen)
             for part in value.split(", "):   # values of repeated headers are joined
@@ -8588,6 +8588,13 @@ class SourceCodeRules(unittest.TestCase):
         used_too_early = [f"{child.get_name()} uses {name}, defined below it" for child in table.get_children() if child.get_name() in spans
                           for name in globals_used_by(child) if defined.get(name, 0) > spans[child.get_name()][1]]
         self.assertEqual(used_too_early, [])
+
+    def test_no_top_level_name_or_method_is_bound_twice(self):
+        for tree in (self.tree, ast.parse(self.tests)):
+            bound = collections.Counter(name for node in tree.body for name in names_bound_by(node))
+            bound.update(f"{node.name}.{method.name}" for node in tree.body if isinstance(node, ast.ClassDef)
+                         for method in node.body if isinstance(method, ast.FunctionDef) and not method.decorator_list)
+            self.assertEqual([name for name, times in bound.items() if times > 1 and name != "_"], [])
 
     def test_only_the_standard_library_is_imported(self):
         library = [os.path.realpath(sysconfig.get_path(kind)) for kind in ("stdlib", "platstdlib")]
