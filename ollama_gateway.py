@@ -1655,6 +1655,7 @@ class TokenStore:
             writable = _find_file(path, create)
             # Of a read-only database only the file itself counts: other processes create and remove the -wal.
             file, paths = _identify(path), [path, path + "-wal", path + "-shm"] if writable else [path]
+            self._check_files(file)
             db = stack.enter_context(contextlib.closing(_connect(path, writable, self.timeout)))
             version = _check_version(db, path)
             if version < len(MIGRATIONS) and not writable:
@@ -1674,12 +1675,19 @@ class TokenStore:
                     _scrub(db)
                 _empty_wal(db)
             files = list(map(_identify, paths))
-            # SQLite lets all connections of a process to a file share their -shm, even if it has been removed.
-            if files[0] != file or any(known == file and [shm] != files[2:] for known, shm in list(WAL_INDEXES)):
-                raise Failure(f"the database {path} was replaced while it was opened: try again")
+            self._check_files(file)
             stack.pop_all()
         self._db, self.writable, self._paths, self.files = db, writable, paths, files
         self._wal_index = _map_wal_index(path, file, files[2]) if writable else b""
+
+    def _check_files(self, file):
+        """Raise Failure if the file was replaced, or if a connection of this process still has another -shm.
+
+        SQLite would share that one, even if it has been removed, and empty a -wal that other processes write to.
+        """
+        shm = _identify(self.path + "-shm")
+        if _identify(self.path) != file or any(known == file and other != shm for known, other in list(WAL_INDEXES)):
+            raise Failure(f"the database {self.path} was replaced while it was opened: try again")
 
     def _reopen_if_replaced(self):
         """Reopen the database if it was replaced; raise Failure while it is missing or cannot be used."""

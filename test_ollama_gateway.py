@@ -2598,6 +2598,27 @@ class ReplacedDatabase(GatewayCase):
         self.assertEqual(eventually(lambda: {self.ask("GET", "/api/tags").status} - {503}), {401})
         self.assertEqual([token.user for token in self.store.list()], ["root"])
 
+    def test_database_put_back_keeps_what_another_process_has_in_its_wal(self):
+        os.link(self.db, self.path("aside.db"))
+        self.write("bad.db", b"This is not a database.\n" * 1000)
+        os.replace(self.path("bad.db"), self.db)
+        with self.assertRaises(gateway.Failure):
+            self.store.list()
+        os.replace(self.path("aside.db"), self.db)
+        script = f"""import sqlite3
+db = sqlite3.connect({self.db!r})
+with db:
+    db.execute("DELETE FROM tokens WHERE user = 'ada'")
+print(flush=True)
+input()"""
+        child = self.enter(subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        self.assertEqual(child.stdout.readline().strip(), b"")
+        for _ in range(2):
+            with self.assertRaises(gateway.Failure):
+                self.store.list()
+        self.assertEqual(self.users_in_other_process(), {"root"})
+        child.communicate(b"\n", GUARD)
+
     def test_database_repaired_in_place_is_reopened(self):
         good = self.copy("good.db")
         self.write("bad.db", b"This is not a database.\n" * 1000)
