@@ -5160,8 +5160,7 @@ class ArrowPrompt(LinePrompt):
         if not self._signals or frame.f_code is not self._wait.__code__:
             return
         if set(self._signals) != {signal.SIGTSTP}:
-            signal.setitimer(signal.ITIMER_REAL, 0)     # no second exception may interrupt the cleanup
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt     # again if input() ignores it, as it does while it flushes stdout
         self._signals.remove(signal.SIGTSTP)
         mode = self._termios.tcgetattr(sys.stdin)
         if self._list:
