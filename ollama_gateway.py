@@ -392,7 +392,7 @@ class Option(NamedTuple):
     convert: Callable
     metavar: str
     help: str
-    inherited: str = ""     # its variable, if that has the name of the replaced system
+    inherited: str = ""     # its variable, if that is named as in the FastAPI gateway
 
     @property
     def name(self):
@@ -467,7 +467,7 @@ def load_settings(flags, environ, env_file=None, options=OPTIONS):
         except ValueError as error:
             raise UsageError(f'{source}: "{text}" {error}') from None
     if "log_file_level" in settings.given and "log_file" not in settings.given:
-        settings.log_file = "app.log"  # as in the replaced system
+        settings.log_file = "app.log"  # as in the FastAPI gateway
     if "tls_key" in settings.given and "tls_cert" not in settings.given:
         raise UsageError("--tls-key: --tls-cert FILE is missing")
     return settings
@@ -2461,7 +2461,7 @@ def authorize_model(context):
     if token.models is None:
         if is_cloud_model(model):
             raise Refusal("forbidden", f"{model} runs on the owner's ollama.com account: it takes an admin token, "
-                                       "or one whose list of models names it")
+                                       "or one with the model in its list")
     elif not model:
         raise Refusal("malformed", f"the request names no model; this token may use {token.models}")
     elif not model_allowed(model, token.models):
@@ -2494,7 +2494,7 @@ def client_address(peer, request, trusted_proxies):
             try:
                 peer = str(address_of(entry))
             except ValueError:
-                break   # a trusted proxy did not write what is left of it
+                break   # what stands before it is not from a trusted proxy
     return peer
 
 
@@ -2814,8 +2814,8 @@ class Limiter:
         return [LimitStatus("tokens_per_day", token.tokens_per_day, max(token.tokens_per_day - spent, 0),
                             self.ledger.day_left())]
 
-    def rates(self, token, counters, own=0):
-        """Return the LimitStatus of rpm and max_parallel; own: running requests that do not count."""
+    def rates(self, token, counters, own=0, own_recent=0):
+        """Return the LimitStatus of rpm and max_parallel; own, own_recent: counted requests that are to be ignored."""
         found, recent = [], counters.recent
         if token.rpm:
             now = self.clock()
@@ -2823,7 +2823,7 @@ class Limiter:
                 recent.popleft()
             over = max(len(recent) - token.rpm, 0)  # the next one may come when this one is a minute old
             reset = math.ceil(recent[over] + MINUTE - now) if recent else 0
-            found.append(LimitStatus("rpm", token.rpm, max(token.rpm - len(recent), 0), reset))
+            found.append(LimitStatus("rpm", token.rpm, max(token.rpm - len(recent) + own_recent, 0), reset))
         if token.max_parallel:
             remaining = max(token.max_parallel - counters.running + own, 0)
             found.append(LimitStatus("max_parallel", token.max_parallel, remaining, RETRY_SECONDS))
@@ -2885,7 +2885,10 @@ class Slot:
         check_again: raises Refusal if the token has lost its rights meanwhile; it is called after a wait.
         """
         context, limiter = self.context, self._limiter
-        check_limits(limiter.budget(context.token))     # it may have been used up while the body arrived
+        budget = limiter.budget(context.token)
+        with limiter.lock:      # while the body arrived, the budget may have been used up, or a limit lowered
+            counters = limiter.counters[self.token.id]
+            check_limits(limiter.rates(context.token, counters, 1, self.rate_time is not None) + budget)
         limiter.queue.enter(self)
         self.queued = True
         limiter.ledger.start(context)

@@ -1986,6 +1986,19 @@ class Uploads(GatewayCase):
                     self.store.delete("eve", "phone")
         self.assertEqual(self.fake.received, [])
 
+    def test_limit_that_is_lowered_during_an_upload_applies_to_it(self):
+        for limits in {"max_parallel": 1}, {"rpm": 1}:
+            with self.subTest(limits):
+                name = f"phone {limits}"
+                token = self.store.create("eve", name, rpm=9)[1]
+                self.fake.replies["/api/chat"] = Reply.stream(LINE, self.released)
+                other = self.begin("POST", "/api/chat", CHAT, token)
+                other.read(other.head(), until=LINE)
+                client = self.upload("/api/chat", compact(CHAT), token)
+                self.store.update("eve", name, **limits)
+                client.send(compact(CHAT))
+                self.assertRefused(client.answer(), 429)
+
     def test_token_is_rechecked_when_its_request_leaves_the_queue(self):
         server = self.serve(max_parallel="1")
         held, = self.hold_requests(CHAT, server=server)
@@ -2582,14 +2595,17 @@ class ReplacedDatabase(GatewayCase):
         self.delete_in_other_process()
         self.assertStatus(self.ask("GET", "/api/tags"), 401)
 
-    def test_database_replaced_and_put_back_between_requests_is_reopened(self):
-        """Only the store noticed; the token cache still has the first -shm open, which SQLite would share."""
+    def put_back(self):
+        """Replace the database and put it back, so that only the store notices; the token cache keeps the old -shm open."""
         os.link(self.db, self.path("aside.db"))
         self.write("bad.db", b"This is not a database.\n" * 1000)
         os.replace(self.path("bad.db"), self.db)
         with self.assertRaises(gateway.Failure):
             self.store.list()
         os.replace(self.path("aside.db"), self.db)
+
+    def test_database_replaced_and_put_back_between_requests_is_reopened(self):
+        self.put_back()
         with self.assertRaises(gateway.Failure):
             self.store.list()
         self.delete_in_other_process()     # creates a new -shm
@@ -2599,12 +2615,7 @@ class ReplacedDatabase(GatewayCase):
         self.assertEqual([token.user for token in self.store.list()], ["root"])
 
     def test_database_put_back_keeps_what_another_process_has_in_its_wal(self):
-        os.link(self.db, self.path("aside.db"))
-        self.write("bad.db", b"This is not a database.\n" * 1000)
-        os.replace(self.path("bad.db"), self.db)
-        with self.assertRaises(gateway.Failure):
-            self.store.list()
-        os.replace(self.path("aside.db"), self.db)
+        self.put_back()
         script = f"""import sqlite3
 db = sqlite3.connect({self.db!r})
 with db:
