@@ -4864,6 +4864,7 @@ def parse_export(text):
 REQUIRED = {"user": functools.partial(check_name, "user"), "name": functools.partial(check_name, "name"),
             "digest": str, "hint": str, "created_at": parse_instant, "admin": boolean}     # readers of a row's texts
 NULLABLE = {**SETTABLE, "expires_at": parse_instant, "last_used_at": parse_instant}
+TYPE_IN_JSON = {"admin": bool, **{limit.column: int for limit in LIMITS if limit.json_type == "integer"}}  # or text
 
 
 def read_export_row(row):
@@ -4871,11 +4872,13 @@ def read_export_row(row):
     version, values = str(row.get("version")), {}
     if version not in map(str, range(1, EXPORT_VERSION + 1)):
         raise ValueError(f"its version is {ascii(version)[:80]}; this program reads up to {EXPORT_VERSION}")
-    row = {**dict.fromkeys(LIMIT_BY_COLUMN if version == "1" else ()), **row}
+    row = {"hint": "", "expires_at": None, "last_used_at": None,
+           **dict.fromkeys(LIMIT_BY_COLUMN if version == "1" else ()), **row}
     for column, read in {**REQUIRED, **NULLABLE}.items():
-        if isinstance(row.get(column, []), (list, dict)):
-            raise ValueError(f"it has no {column}, or none that is a text or a number")
-        text = "" if row[column] is None else str(row[column])
+        value = row.get(column, [])
+        if not isinstance(value, (str, TYPE_IN_JSON.get(column, str))) and not (value is None and column in NULLABLE):
+            raise ValueError(f"it has no {column}, or one of a wrong type")
+        text = "" if value is None else str(value)
         values[column] = None if column in NULLABLE and not text else read_value(column, text, read)
     if not re.fullmatch("[0-9a-f]{64}", values["digest"]) or values["hint"] != _printable(values["hint"])[:HINT_LENGTH]:
         raise ValueError(f"its digest is not a SHA-256, or its hint is not up to {HINT_LENGTH} printable characters")

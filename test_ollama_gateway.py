@@ -7515,9 +7515,10 @@ class ExportAndImport(CommandCase):
 
     def test_import_refuses_rows_with_invalid_values(self):
         for key, value in (("created_at", "9999-12-31T23:59:59-23:00"), ("created_at", "0001-01-01T00:00:00+23:00"), ("hint", "\x1b[2J"),
-                           ("hint", "a\0b"), ("hint", "\ud800"), ("hint", "x" * 9), ("user", ["a"]), ("user", {}), ("user", "\ud800"),
+                           ("hint", "a\0b"), ("hint", "\ud800"), ("hint", "x" * 9), ("user", ["a"]), ("user", {}), ("user", 5), ("user", "\ud800"),
                            ("digest", "0" * 63), ("admin", "perhaps"), ("created_at", None), ("models", "a b"), ("models", ["a"]), ("rpm", 0),
-                           ("rpm", "many"), ("max_parallel", -1), ("tokens_per_day", 1.5), ("tokens_per_day", True)):
+                           ("rpm", "many"), ("models", 5), ("admin", 1), ("expires_at", 5), ("max_parallel", -1),
+                           ("tokens_per_day", 1.5), ("tokens_per_day", True)):
             with self.subTest(key, value=value):
                 error = self.fails("token", "import", "-", stdin=json.dumps({"version": 2, "tokens": [dict(self.ROW, **{key: value})]}))
                 self.assertIn("nothing was imported", error)
@@ -7527,6 +7528,11 @@ class ExportAndImport(CommandCase):
                            ("an admin's", dict(self.ROW, admin=True, models="tiny"))):
             with self.subTest(label):
                 self.assertIn("row 1", self.fails("token", "import", "-", stdin=json.dumps({"version": 2, "tokens": [row]})))
+
+    def test_import_accepts_rows_without_hint_expiry_and_last_use(self):
+        row = {key: value for key, value in self.ROW.items() if key not in ("hint", "expires_at", "last_used_at")}
+        self.succeeds("token", "import", "-", "--db", self.other, stdin=json.dumps({"version": 2, "tokens": [row]}))
+        self.assertEqual([(token["hint"], token["expires_at"]) for token in self.tokens("--db", self.other)], [("", None)])
 
     def test_import_accepts_version_1_exports_without_limits(self):
         row = {key: value for key, value in self.ROW.items() if key not in gateway.LIMIT_BY_COLUMN}
