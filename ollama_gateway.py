@@ -4653,6 +4653,7 @@ def build_server(settings, store, log=LOG.info):
 
 PROGRAM = "python3 ollama_gateway.py"
 DEFAULT_ARGS = dict(env_file=None, json=False, quiet=False, format=None)  # of every command
+MAX_BAR = 30                # columns of the longest bar in `usage`
 MIN_COLUMNS = 11            # of a table's column that was narrowed: a date and an ellipsis
 TOKEN_VARIABLE = "GATEWAY_TOKEN"
 EXPORT_VERSION = 2          # version 1 has no limits
@@ -4916,10 +4917,15 @@ def cmd_usage(args):
             cells = ["unknown" if row[column] is None else str(round(row[column], 1)) for row in rows]
             cells.insert(0, column.replace("_tokens", "").upper())
             columns.append([cell.rjust(max(map(len, cells))) for cell in cells])
+    used = [UsageRow(*(row[column] for column in MEASURED)).tokens_used for row in rows]
+    room = shutil.get_terminal_size().columns - sum(max(map(text_width, column)) + 2 for column in columns)
+    if sys.stdout.isatty() and room >= MIN_COLUMNS:
+        bar = ("█" if can_show("█") else "#") * min(room, MAX_BAR)
+        columns.append(["TOKENS", *(bar[:round(len(bar) * tokens / (max(used) or 1))] for tokens in used)])
     droppable = "ESTIMATED", "SECONDS", "CANCELLED", "ERRORS", "CACHED", "REQUESTS"
     lines = format_table(list(zip(*columns)), droppable=droppable) if rows else []
     requests = plural(sum(row["requests"] for row in rows), "request")
-    tokens = plural(sum(UsageRow(*(row[column] for column in MEASURED)).tokens_used for row in rows), "token")
+    tokens = plural(sum(used), "token")
     print_line("\n".join([*lines, f"{requests}, {tokens} since {format_minute(since)} UTC in {store.path}"]))
 
 

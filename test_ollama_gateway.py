@@ -7773,6 +7773,18 @@ class UsageCommand(CommandCase):
         self.assertRegex(out, r"PROMPT +CACHED +COMPLETION +SECONDS\n")
         self.assertRegex(self.succeeds("usage", "--since", "30d"), r"SECONDS +ESTIMATED\n=bob .* 500\n")
 
+    def test_wide_terminal_shows_a_bar_for_each_row(self):
+        for columns, encoding, bar in ((120, "utf-8", "█"), (120, "ascii", "#"), (70, "utf-8", ""), (40, "utf-8", "")):
+            with self.subTest(columns, encoding=encoding), io.TextIOWrapper(io.BytesIO(), encoding) as out, \
+                    unittest.mock.patch("sys.stdout", out), unittest.mock.patch.object(out, "isatty", lambda: True, create=True), \
+                    unittest.mock.patch("shutil.get_terminal_size", lambda: os.terminal_size((columns, 24))):
+                self.assertEqual(gateway.main(["usage", "--since", "30d", "--by", "token", "--db", self.db]), 0)
+                lines = out.buffer.getvalue().decode(encoding).splitlines()[:4]
+                self.assertEqual([bool(re.search("[█#]", line)) for line in lines], [False, bool(bar), bool(bar), False])
+                self.assertTrue(all(gateway.text_width(line) <= max(columns, 46) for line in lines), lines)
+                if bar:
+                    self.assertGreater(lines[1].count(bar), 3 * lines[2].count(bar))
+
     def test_invalid_since_is_reported_and_no_database_is_created(self):
         for since in ("soon", "7", "2999-01-01", "-1d"):
             with self.subTest(since):
