@@ -4128,9 +4128,11 @@ async function showModels() {
 }
 
 async function chat() {
+  const start = performance.now();
   const body = {model: byId("model").value, messages: [{role: "user", content: byId("prompt").value}]};
   const response = await ask("POST", `${BASE}/chat`, body, running.signal);
   const reader = response.body.getReader(), decoder = new TextDecoder();
+  let first = "";
   for (let rest = "";;) {
     const {value, done} = await reader.read().catch(() => { throw new Error("The response broke off"); });
     if (done) return;
@@ -4141,7 +4143,11 @@ async function chat() {
       if (error) throw new Error(error);
       byId("thought").append(message.thinking || "");
       byId("said").append(message.content || "");
-      if (count) show("figures", `${number(count)} tokens, ${(count / duration * 1e9).toFixed(1)} a second`);
+      if (!first && (message.thinking || message.content)) {
+        first = `first token after ${((performance.now() - start) / 1000).toFixed(2)} s, `;
+        show("figures", first.slice(0, -2));
+      }
+      if (count) show("figures", `${first}${number(count)} tokens, ${(count / duration * 1e9).toFixed(1)} a second`);
     }
   }
 }
@@ -5427,6 +5433,7 @@ def check_ollama(settings):
     with upstream_at(settings.ollama_url, settings) as ollama:
         status, about = ollama.get_json("/api/version")
         models = names_in(ollama.get_json("/api/tags")[1])
+        refused = ollama.get_json("/api/version", "Origin: https://chat.example\r\n")[0] == 403
     if status == 403:
         yield (False, f"Ollama at {url} refuses requests for that host name",
                "use localhost or its IP address in --ollama-url")
@@ -5435,6 +5442,8 @@ def check_ollama(settings):
     else:
         shown = ", ".join(models[:5]) + (", …" if len(models) > 5 else "") or "get one with ollama pull llama3.2"
         yield True, f"Ollama {about['version']} answers at {url}, with {plural(len(models), 'model')}: {shown}"
+        yield (True, "Ollama accepts the gateway's Host" + (
+            "; it refuses other sites' Origin, but the gateway forwards none" if refused else " and any Origin"))
 
 
 def ollama_answers_at(host, settings):
@@ -5574,6 +5583,9 @@ def check_all(args, url, secret):
 def cmd_doctor(args):
     """Check what the gateway depends on, itself, and the way to it; return 1 if a check failed."""
     secret = os.environ.get(TOKEN_VARIABLE, "").strip()
+    if not secret and hasattr(args, "url") and sys.stdin.isatty():
+        import getpass  # only this needs it
+        secret = getpass.getpass("A token for the stream test (Enter: none): ").strip()
     if not re.fullmatch(r"[\x21-\x7e]*", secret):
         raise UsageError(f"{TOKEN_VARIABLE}: this is not a valid token: check that it was copied completely")
     try:

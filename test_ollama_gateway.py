@@ -6645,6 +6645,7 @@ class WebPagesInBrowser(GatewayCase):
         tab.press("Send")
         tab.shows("The sky", "#said")
         self.assertEqual((tab.text("#thought"), tab.text("#said")), ("Blue?", "The sky"))
+        tab.shows("first token after", "#figures")
         rest.set()
         tab.shows("5 tokens, 5.0 a second", "#figures")
         self.assertEqual(tab.text("#said").strip(), "The sky is blue")
@@ -8405,6 +8406,23 @@ class Doctor(GatewayCase, CommandCase):
         proxy = self.enter(running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), BufferingProxy)))
         proxy.upstream = "http://127.0.0.1:%d" % self.server.server_address[1]
         return "http://127.0.0.1:%d/" % proxy.server_address[1]
+
+    def test_doctor_accepts_an_ollama_that_refuses_other_origins(self):
+        def reply(exchange):
+            (Reply.body(403, b"") if exchange.headers.get("Origin") else Reply.json(200, {"version": "0.9.3"}))(exchange)
+        self.assertIn("any Origin", self.finding("Ollama accepts")[0])
+        self.fake.replies["/api/version"] = reply
+        self.assertIn("forwards none", self.finding("Ollama accepts")[0])
+
+    def test_doctor_prompts_for_a_token_without_echo_if_a_url_is_given(self):
+        terminal = type("Terminal", (io.StringIO,), {"isatty": lambda _: True})
+        with unittest.mock.patch("getpass.getpass", return_value=self.token) as prompt, unittest.mock.patch("io.StringIO", terminal):
+            self.stream_reply(0.1, 0.02)
+            _, lines = self.run_doctor("--url", "http://127.0.0.1:%d/" % self.server.server_address[1])
+            self.assertTrue([line for line in lines if "without delay" in line], lines)
+            self.assertEqual(prompt.call_count, 1)
+            self.run_doctor()
+            self.assertEqual(prompt.call_count, 1)
 
     def test_doctor_reports_no_failure_for_a_working_setup(self):
         status, lines = self.run_doctor()
