@@ -5221,9 +5221,9 @@ class ArrowPrompt(LinePrompt):
         columns, rows = max(columns, 20) - 1, max(min(lines - 2, len(labels)), 1)
         start, pointer = max(min(at - rows // 2, len(labels) - rows), 0), "❯" if can_show("❯") else ">"
         title = fit_width(_printable(f"{title} ({at + 1}/{len(labels)})"), columns).rstrip()
-        drawn = [ERASE + title]
+        drawn, style = [ERASE + title], "\x1b[1m" if os.environ.get("NO_COLOR") else "\x1b[1;36m"     # bold; cyan
         for number, label in list(enumerate(labels, 1))[start:start + rows]:
-            mark, bold, plain = (pointer, "\x1b[1m", "\x1b[0m") if number == at + 1 else (" ", "", "")
+            mark, bold, plain = (pointer, style, "\x1b[0m") if number == at + 1 else (" ", "", "")
             line = fit_width(_printable(f"{mark} {number:{len(str(len(labels)))}}  {label}"), columns).rstrip()
             drawn.append(f"{bold}{line}{plain}")
         print("\n".join(drawn) + f"\x1b[{rows}A\r\x1b[{text_width(title)}C", end="", flush=True)

@@ -8288,6 +8288,13 @@ class Menu(CommandCase):
                 menu.press("\x04")
                 self.assertEqual(menu.ends(), (0, True))
 
+    def test_menu_has_no_colour_if_no_color_is_set(self):
+        for environ, colour in ({}, True), ({"NO_COLOR": "1"}, False):
+            with self.subTest(environ):
+                menu = self.enter(Terminal("token", "menu", "--db", self.db, **environ))
+                menu.shows("8  Exit")
+                self.assertEqual((b"\x1b[1;36m" in menu.raw, b"\x1b[1m" in menu.raw), (colour, not colour))
+
     def test_menu_writes_only_ascii_to_an_ascii_terminal(self):
         menu = self.menu("日本/laptop", PYTHONIOENCODING="ascii")
         for keys, text in (("6\r", r"> 1  \u65e5\u672c (1 token)"), ("\r\r\x1b[B\r", "----")):
